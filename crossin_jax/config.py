@@ -1,0 +1,340 @@
+"""Every setting of crossin_jax: typed dataclasses, one doc line, unit and check per field.
+
+A configuration is a Python file with `get_config()`; `--config.optim.learning_rate=1e-4` overrides a field.
+`None` means "off" or "derived"; a field never hides a meaning in -1.
+"""
+
+import dataclasses
+import difflib
+import json
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+
+class UserError(ValueError):
+    """A fault the user can mend: the message names place, value and remedy; programs print it and exit with 2."""
+
+
+def setting(default: Any, doc: str, *, choices: tuple = (), above: float | None = None,
+            at_least: float | None = None, at_most: float | None = None) -> Any:
+    """A dataclass field that carries its documentation line and its allowed values."""
+    limits = {"choices": choices, "above": above, "at_least": at_least, "at_most": at_most}
+    metadata = {"doc": doc, **{k: v for k, v in limits.items() if v not in ((), None)}}
+    if isinstance(default, (dict, list)) or dataclasses.is_dataclass(default) and not isinstance(default, type):
+        return dataclasses.field(default_factory=lambda: _copy(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def section(cls: type) -> Any:
+    """A nested group of settings with its own defaults."""
+    return dataclasses.field(default_factory=cls, metadata={"doc": (cls.__doc__ or "").strip().split("\n")[0]})
+
+
+def _copy(value: Any) -> Any:
+    return dataclasses.replace(value) if dataclasses.is_dataclass(value) else type(value)(value)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Architecture:
+    """A Llama-shaped model trained from random weights (used where `model.path` is None)."""
+
+    width: int = setting(128, "model width D", at_least=1)
+    ff_width: int = setting(352, "feed-forward width F", at_least=1)
+    num_layers: int = setting(2, "decoder layers L", at_least=1)
+    num_heads: int = setting(4, "query heads N", at_least=1)
+    num_kv_heads: int = setting(4, "key/value heads K", at_least=1)
+    max_length: int = setting(1024, "longest context, tokens", at_least=8)
+    tie_embeddings: bool = setting(True, "one matrix for embedding and unembedding")
+    vocab_size: int = setting(3000, "size of the byte-level BPE trained on the text component, tokens", at_least=300)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Model:
+    """Which weights, in which precision, with which kernels."""
+
+    path: str | None = setting(None, "folder in Hugging Face layout or Hub id; None builds `architecture`")
+    revision: str | None = setting(None, "Hub revision (branch, tag or commit)")
+    tokenizer: str | None = setting(None, "tokenizer folder or Hub id; None takes the one in `path`")
+    architecture: Architecture | None = setting(None, "shape of a model trained from random weights")
+    param_dtype: str = setting("float32", "precision of trained weights", choices=("float32", "bfloat16"))
+    frozen_dtype: str = setting("bfloat16", "precision of frozen weights under LoRA",
+                                choices=("float32", "bfloat16", "int8", "nf4"))
+    compute_dtype: str = setting("bfloat16", "precision of matrix products", choices=("float32", "bfloat16"))
+    attention: str = setting("auto", "kernel", choices=("auto", "reference", "splash", "cudnn"))
+    remat: str = setting("none", "what the backward pass recomputes", choices=("none", "full", "dots", "offload"))
+
+
+@dataclasses.dataclass(kw_only=True)
+class Lora:
+    """Low-rank adapters. Defaults are the intended recipe of the CrossIn release."""
+
+    rank: int = setting(64, "rank R", at_least=1)
+    alpha: float = setting(128.0, "scale numerator; the update is alpha/rank · BA", above=0)
+    dropout: float = setting(0.05, "dropout on the adapter input", at_least=0, at_most=0.9)
+    targets: tuple[str, ...] = setting(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), "projections with an adapter")
+    modules_to_save: tuple[str, ...] = setting(("embed_tokens", "lm_head"), "modules trained in full beside the adapter")
+    use_rslora: bool = setting(False, "scale by alpha/sqrt(rank)")
+    use_dora: bool = setting(False, "train magnitude and direction apart (DoRA)")
+    path: str | None = setting(None, "PEFT adapter folder to continue from")
+    released_code_compatible: bool = setting(False, "reproduce the release's `p_proj` typo: no adapter on q_proj")
+
+
+@dataclasses.dataclass(kw_only=True)
+class Source:
+    """One data set: records that exist in one language or in several under one row id."""
+
+    name: str = setting("", "name that components refer to")
+    kind: str = setting("auto", "layout; auto goes by the file ending", choices=(
+        "auto", "jsonl", "json", "parquet", "csv", "folder", "columns", "squad", "messages", "hub", "world"))
+    path: str = setting("", "file, folder, pattern with {lang}, or Hub id; relative paths start at the working directory")
+    split: str = setting("train", "split of a Hub data set or of the embedded world (train, dev, test)")
+    languages: tuple[str, ...] = setting((), "codes to read; empty takes every language of `data.languages`")
+    fields: dict[str, str] = setting({}, "column names, e.g. {'instruction': 'question', 'output': 'answer'}")
+    join: str = setting("id", "how rows of several files meet", choices=("id", "position"))
+    limit: int | None = setting(None, "first rows by hash order of the row id, rows", at_least=1)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Component:
+    """One part of the mixture: what is drawn from a source, and how much of it."""
+
+    kind: str = setting("base", "direction of a pair", choices=("base", "en2x", "x2en", "x2x", "same", "trans", "text"))
+    source: str = setting("", "name of the source")
+    count: int | None = setting(None, "examples; None takes one per row", at_least=1)
+    share: float | None = setting(None, "share of the examples seen in training", above=0, at_most=1)
+    languages: dict[str, float] = setting({}, "weight of each non-pivot language; empty weighs all alike")
+    allow_same: bool = setting(False, "x2x may draw the same language twice")
+    translate: str = setting("both", "direction of trans", choices=("both", "x2en", "en2x"))
+    translate_what: str = setting("instruction", "text that trans translates", choices=("instruction", "record"))
+    with_replacement: bool = setting(False, "draw rows with replacement, as the released builder does")
+
+
+@dataclasses.dataclass(kw_only=True)
+class Data:
+    """Parallel records, the mixture drawn from them, and how it becomes batches."""
+
+    sources: tuple[Source, ...] = setting((), "data sets")
+    components: tuple[Component, ...] = setting((), "parts of the mixture")
+    eval_sources: tuple[Source, ...] = setting((), "held-out records: loss per language during training")
+    languages: tuple[str, ...] = setting(("en", "zh", "vi", "es"), "language codes in use")
+    pivot: str = setting("en", "the language of base, en2x and x2en")
+    template: str = setting("alpaca", "prompt template: a built-in name or the path of a template file")
+    system: str | None = setting(None, "system prompt for templates that have one")
+    tag: str = setting("input", "how a prompt names the wanted language", choices=(
+        "none", "input", "input_released", "instruction", "sentence"))
+    tokenization: str = setting("joint", "prompt and answer together, or apart as in the release",
+                                choices=("joint", "apart"))
+    length: int = setting(1024, "tokens per row T", at_least=8)
+    packing: bool = setting(True, "several examples per row, kept apart by segment ids")
+    over_long: str = setting("drop", "examples longer than a row", choices=("drop", "shorten_input"))
+    workers: int = setting(0, "processes that tokenize and pack", at_least=0)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Optim:
+    """Optimizer and schedule (optax)."""
+
+    name: str = setting("adamw", "optimizer", choices=("adamw", "adafactor", "lion", "muon"))
+    learning_rate: float = setting(2e-4, "peak learning rate", above=0)
+    schedule: str = setting("cosine", "decay after the warm-up", choices=("cosine", "linear", "constant"))
+    warmup_share: float = setting(0.03, "share of the steps in warm-up", at_least=0, at_most=0.9)
+    final_share: float = setting(0.0, "learning rate at the end, as a share of the peak", at_least=0, at_most=1)
+    weight_decay: float = setting(0.01, "decoupled decay; never on norms and biases", at_least=0)
+    b1: float = setting(0.9, "decay of the first moment", at_least=0, at_most=0.9999)
+    b2: float = setting(0.999, "decay of the second moment", at_least=0, at_most=0.99999)
+    clip_norm: float | None = setting(1.0, "global gradient norm limit", above=0)
+    moments_dtype: str = setting("float32", "precision of the first moment", choices=("float32", "bfloat16"))
+
+
+@dataclasses.dataclass(kw_only=True)
+class Mesh:
+    """Device mesh; the product of the axes is the number of devices."""
+
+    data: int | None = setting(None, "replicas; None takes the devices the other axes leave", at_least=1)
+    fsdp: int = setting(1, "shards of parameters and batch", at_least=1)
+    tensor: int = setting(1, "shards of heads and feed-forward", at_least=1)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Train:
+    """Length of the run, batch, logging and checkpoints."""
+
+    steps: int | None = setting(None, "optimizer steps; None goes by `epochs`", at_least=1)
+    epochs: float = setting(1.0, "passes over the mixture where `steps` is None", above=0)
+    batch_size: int = setting(16, "rows per optimizer step over all devices", at_least=1)
+    accumulation: int = setting(1, "micro-batches per optimizer step", at_least=1)
+    loss_chunk: int = setting(512, "positions per row whose logits exist at once, tokens", at_least=1)
+    log_every: int = setting(10, "steps between log lines", at_least=1)
+    eval_every: int | None = setting(None, "steps between held-out losses; None only at the end", at_least=1)
+    benchmark_every: int | None = setting(None, "steps between benchmark runs on the training mesh", at_least=1)
+    checkpoint_every: int | None = setting(500, "steps between checkpoints; None only at the end", at_least=1)
+    keep: int = setting(2, "newest checkpoints kept", at_least=1)
+    keep_every: int | None = setting(None, "steps whose multiples are kept for good", at_least=1)
+    resume: bool = setting(True, "continue from the newest whole checkpoint in `output_dir`")
+    compilation_cache: str | None = setting("~/.cache/crossin_jax/xla", "folder of compiled programs kept across runs")
+    profile_steps: tuple[int, ...] = setting((), "first and last step of a profiler window, e.g. (10, 12)")
+    tensorboard: bool = setting(True, "write TensorBoard files")
+    wandb: bool = setting(False, "log to Weights & Biases where it is installed")
+
+
+@dataclasses.dataclass(kw_only=True)
+class Evaluation:
+    """Benchmarks and how answers are obtained and scored."""
+
+    benchmarks: tuple[str, ...] = setting(
+        (), "cross_mmlu, cross_logiqa, cross_xquad, cross_world[:split], or a file in that layout")
+    languages: tuple[str, ...] = setting((), "language codes; empty takes `data.languages`")
+    method: str = setting("choices", "log-likelihood of choices, free answers, or both",
+                          choices=("choices", "generate", "both"))
+    prompts: tuple[int, ...] = setting((1, 2, 3, 4, 5), "SeaEval prompts, 1 to 5")
+    shots: int = setting(0, "solved examples before the question", at_least=0, at_most=10)
+    mode: str = setting("expectation", "ties, empty and unreadable answers",
+                        choices=("expectation", "seaeval", "strict"))
+    template: str | None = setting(None, "prompt template; None takes `data.template`")
+    max_new_tokens: int = setting(128, "longest answer, tokens", at_least=1)
+    batch_size: int = setting(16, "prompts decoded at once", at_least=1)
+    temperature: float = setting(0.0, "0 is greedy", at_least=0)
+    top_k: int | None = setting(None, "sample from the k likeliest tokens", at_least=1)
+    top_p: float | None = setting(None, "sample from the smallest set of this probability", above=0, at_most=1)
+    cache_dtype: str = setting("bfloat16", "precision of keys and values", choices=("float32", "bfloat16", "int8"))
+    limit: int | None = setting(None, "first items of each benchmark", at_least=1)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Config:
+    """One experiment."""
+
+    name: str = setting("run", "name of the experiment in reports")
+    seed: int = setting(42, "seed of every draw", at_least=0)
+    output_dir: str = setting("runs/run", "folder for checkpoints, logs and results")
+    model: Model = section(Model)
+    lora: Lora | None = setting(None, "low-rank adapters; None trains every weight")
+    data: Data = section(Data)
+    optim: Optim = section(Optim)
+    mesh: Mesh = section(Mesh)
+    train: Train = section(Train)
+    evaluation: Evaluation = section(Evaluation)
+
+
+def iterate_fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:
+    """Yields (dotted path, value, field) of every leaf setting, nested sections and lists of sections included."""
+    for field in dataclasses.fields(config):
+        value, path = getattr(config, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from iterate_fields(value, path + ".")
+        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+            for i, entry in enumerate(value):
+                yield from iterate_fields(entry, f"{path}[{i}].")
+        else:
+            yield path, value, field
+
+
+def _allows(annotation: Any, value: Any) -> bool:
+    """Whether a value has the annotated type; an int is a float, a bool is not an int."""
+    options = typing.get_args(annotation) if isinstance(annotation, type(int | None)) else (annotation,)
+    for option in options:
+        origin = typing.get_origin(option) or option
+        if origin is float and isinstance(value, int) and not isinstance(value, bool):
+            return True
+        if origin is int and isinstance(value, bool):
+            continue
+        if isinstance(value, origin):
+            return True
+    return False
+
+
+def check(config: Config) -> Config:
+    """Returns the configuration if every field and combination is allowed; raises `UserError` for the first that is not."""
+    for path, value, field in iterate_fields(config):
+        if not _allows(field.type, value):
+            expected = getattr(field.type, "__name__", field.type)
+            raise UserError(f"{path}={value!r} is a {type(value).__name__}; it takes {expected}: {field.metadata['doc']}")
+        if value is None:
+            continue
+        rules = field.metadata
+        for word, fails in (("above", lambda limit: value <= limit), ("at_least", lambda limit: value < limit),
+                            ("at_most", lambda limit: value > limit)):
+            if word in rules and fails(rules[word]):
+                raise UserError(f"{path}={value} must be {word.replace('_', ' ')} {rules[word]}: {rules['doc']}")
+        if "choices" in rules and value not in rules["choices"]:
+            raise UserError(f"{path}={value!r} is not one of {', '.join(rules['choices'])}{hint(value, rules['choices'])}")
+    _check_model(config)
+    _check_data(config.data)
+    if config.train.batch_size % config.train.accumulation:
+        raise UserError(f"train.batch_size={config.train.batch_size} is not divisible by "
+                        f"train.accumulation={config.train.accumulation}; use a multiple of it")
+    for number in config.evaluation.prompts:
+        if number not in range(1, 6):
+            raise UserError(f"evaluation.prompts={config.evaluation.prompts} names prompt {number}; SeaEval has 1 to 5")
+    return config
+
+
+def _check_model(config: Config) -> None:
+    model = config.model
+    if (model.path is None) == (model.architecture is None):
+        raise UserError("model.path and model.architecture: set exactly one; a folder of weights, or the shape of a new model")
+    if model.architecture and config.lora:
+        raise UserError("lora needs weights to adapt: set model.path, or lora=None to train a new model")
+    if model.architecture and model.architecture.num_heads % model.architecture.num_kv_heads:
+        raise UserError(f"model.architecture.num_heads={model.architecture.num_heads} is not a multiple of "
+                        f"num_kv_heads={model.architecture.num_kv_heads}")
+    if config.lora is None and model.frozen_dtype in ("int8", "nf4"):
+        raise UserError(f"model.frozen_dtype={model.frozen_dtype} needs frozen weights: set lora, or use bfloat16")
+
+
+def _check_data(data: Data) -> None:
+    from crossin_jax.languages import LANGUAGES  # a table without imports of its own
+    for code in data.languages:
+        if code not in LANGUAGES:
+            raise UserError(f"data.languages: {code!r} is not a known code{hint(code, LANGUAGES)}; known: {', '.join(LANGUAGES)}")
+    names = [source.name for source in data.sources]
+    if len(set(names)) != len(names):
+        raise UserError(f"data.sources: names must differ, got {', '.join(names)}")
+    for i, component in enumerate(data.components):
+        if component.source not in names:
+            raise UserError(f"data.components[{i}].source={component.source!r} is not among the sources "
+                            f"{', '.join(names) or '(none)'}{hint(component.source, names)}")
+        for code in component.languages:
+            if code not in data.languages:
+                raise UserError(f"data.components[{i}].languages: {code!r} is not in data.languages={data.languages}")
+    shares = [component.share for component in data.components]
+    if any(share is not None for share in shares):
+        if any(share is None for share in shares):
+            raise UserError("data.components: give every component a share, or none of them")
+        if abs(sum(shares) - 1) > 1e-6:
+            raise UserError(f"data.components: shares sum to {sum(shares):.6g}; they must sum to 1")
+
+
+def hint(name: Any, known: Any) -> str:
+    """The words "; did you mean X?" where a known name is near, else nothing."""
+    near = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The resolved configuration as plain JSON types."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(values: dict[str, Any], cls: type = Config, prefix: str = "") -> Any:
+    """Rebuilds a configuration saved by `to_dict`; an unknown field names the nearest known one."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    kwargs = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise UserError(f"{prefix}{name} is not a setting{hint(prefix + name, [prefix + k for k in fields])}")
+        kwargs[name] = _revive(fields[name].type, value, f"{prefix}{name}.")
+    return cls(**kwargs)
+
+
+def _revive(annotation: Any, value: Any, prefix: str) -> Any:
+    options = typing.get_args(annotation) if isinstance(annotation, type(int | None)) else (annotation,)
+    for option in options:
+        if dataclasses.is_dataclass(option) and isinstance(value, dict):
+            return from_dict(value, option, prefix)
+        if typing.get_origin(option) is tuple and isinstance(value, list):
+            (entry, *_) = typing.get_args(option)
+            return tuple(_revive(entry, v, prefix) for v in value)
+    return value
