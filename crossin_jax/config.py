@@ -7,9 +7,12 @@ A configuration is a Python file with `get_config()`; `--config.optim.learning_r
 import dataclasses
 import difflib
 import json
+import operator
 import typing
 from collections.abc import Iterator
 from typing import Any
+
+from crossin_jax.languages import LANGUAGES
 
 
 class UserError(ValueError):
@@ -74,7 +77,7 @@ class Lora:
     dropout: float = setting(0.05, "dropout on the adapter input", at_least=0, at_most=0.9)
     targets: tuple[str, ...] = setting(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), "projections with an adapter")
-    modules_to_save: tuple[str, ...] = setting(("embed_tokens", "lm_head"), "modules trained in full beside the adapter")
+    modules_to_save: tuple[str, ...] = setting(("embed_tokens", "lm_head"), "modules trained in full")
     use_rslora: bool = setting(False, "scale by alpha/sqrt(rank)")
     use_dora: bool = setting(False, "train magnitude and direction apart (DoRA)")
     path: str | None = setting(None, "PEFT adapter folder to continue from")
@@ -88,7 +91,7 @@ class Source:
     name: str = setting("", "name that components refer to")
     kind: str = setting("auto", "layout; auto goes by the file ending", choices=(
         "auto", "jsonl", "json", "parquet", "csv", "folder", "columns", "squad", "messages", "hub", "world"))
-    path: str = setting("", "file, folder, pattern with {lang}, or Hub id; relative paths start at the working directory")
+    path: str = setting("", "file, folder, pattern with {lang}, or Hub id")
     split: str = setting("train", "split of a Hub data set or of the embedded world (train, dev, test)")
     languages: tuple[str, ...] = setting((), "codes to read; empty takes every language of `data.languages`")
     fields: dict[str, str] = setting({}, "column names, e.g. {'instruction': 'question', 'output': 'answer'}")
@@ -246,20 +249,20 @@ def _allows(annotation: Any, value: Any) -> bool:
 
 
 def check(config: Config) -> Config:
-    """Returns the configuration if every field and combination is allowed; raises `UserError` for the first that is not."""
+    """Returns the configuration if every field and combination is allowed; raises `UserError` at the first fault."""
     for path, value, field in iterate_fields(config):
+        rules = field.metadata
         if not _allows(field.type, value):
             expected = getattr(field.type, "__name__", field.type)
-            raise UserError(f"{path}={value!r} is a {type(value).__name__}; it takes {expected}: {field.metadata['doc']}")
+            raise UserError(f"{path}={value!r} is a {type(value).__name__}; it takes {expected}: {rules['doc']}")
         if value is None:
             continue
-        rules = field.metadata
-        for word, fails in (("above", lambda limit: value <= limit), ("at_least", lambda limit: value < limit),
-                            ("at_most", lambda limit: value > limit)):
-            if word in rules and fails(rules[word]):
+        for word, breaks in (("above", operator.le), ("at_least", operator.lt), ("at_most", operator.gt)):
+            if word in rules and breaks(value, rules[word]):
                 raise UserError(f"{path}={value} must be {word.replace('_', ' ')} {rules[word]}: {rules['doc']}")
         if "choices" in rules and value not in rules["choices"]:
-            raise UserError(f"{path}={value!r} is not one of {', '.join(rules['choices'])}{hint(value, rules['choices'])}")
+            known = rules["choices"]
+            raise UserError(f"{path}={value!r} is not one of {', '.join(known)}{hint(value, known)}")
     _check_model(config)
     _check_data(config.data)
     if config.train.batch_size % config.train.accumulation:
@@ -274,7 +277,8 @@ def check(config: Config) -> Config:
 def _check_model(config: Config) -> None:
     model = config.model
     if (model.path is None) == (model.architecture is None):
-        raise UserError("model.path and model.architecture: set exactly one; a folder of weights, or the shape of a new model")
+        raise UserError("model.path and model.architecture: set exactly one, "
+                        "a folder of weights or the shape of a new model")
     if model.architecture and config.lora:
         raise UserError("lora needs weights to adapt: set model.path, or lora=None to train a new model")
     if model.architecture and model.architecture.num_heads % model.architecture.num_kv_heads:
@@ -285,10 +289,10 @@ def _check_model(config: Config) -> None:
 
 
 def _check_data(data: Data) -> None:
-    from crossin_jax.languages import LANGUAGES  # a table without imports of its own
     for code in data.languages:
         if code not in LANGUAGES:
-            raise UserError(f"data.languages: {code!r} is not a known code{hint(code, LANGUAGES)}; known: {', '.join(LANGUAGES)}")
+            raise UserError(f"data.languages: {code!r} is not a known code{hint(code, LANGUAGES)}; "
+                            f"known: {', '.join(LANGUAGES)}")
     names = [source.name for source in data.sources]
     if len(set(names)) != len(names):
         raise UserError(f"data.sources: names must differ, got {', '.join(names)}")

@@ -1,0 +1,111 @@
+"""The device mesh and the one table from logical axes to mesh axes."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from crossin_jax import config as settings
+from crossin_jax.config import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+
+# logical axis: (mesh axis of a parameter, mesh axis of an activation)
+RULES: dict[str, tuple[Any, Any]] = {
+    "batch": (None, BATCH),
+    "length": (None, None),
+    "layers": (None, None),
+    "embed": ("fsdp", None),
+    "norm": (None, None),  # vectors of width D: a gather would cost more than the bytes it saves
+    "vocab": ("tensor", "tensor"),
+    "heads": ("tensor", "tensor"),
+    "kv_heads": ("tensor", "tensor"),
+    "head": (None, None),
+    "mlp": ("tensor", "tensor"),
+    "rank": (None, None),
+}
+REPLICATED_WHERE_UNEVEN = ("kv_heads",)  # grouped queries: fewer key/value heads than tensor shards
+
+
+def make_mesh(mesh: settings.Mesh, devices: list[Any] | None = None) -> Mesh:
+    """A (data, fsdp, tensor) mesh over all devices; raises `UserError` where the axes do not multiply to them."""
+    devices = jax.devices() if devices is None else devices
+    rest = mesh.fsdp * mesh.tensor
+    data = mesh.data or max(1, len(devices) // rest)
+    if data * rest != len(devices):
+        raise UserError(f"mesh data={mesh.data} x fsdp={mesh.fsdp} x tensor={mesh.tensor} does not match "
+                        f"{len(devices)} devices; the product must be {len(devices)}")
+    types = (AxisType.Auto,) * len(AXES)
+    if devices == jax.devices():
+        return jax.make_mesh((data, mesh.fsdp, mesh.tensor), AXES, axis_types=types)
+    return Mesh(np.asarray(devices).reshape(data, mesh.fsdp, mesh.tensor), AXES, axis_types=types)
+
+
+def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
+    """Refuses a batch that does not divide over the mesh, and names the nearest sizes that do."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    unit = shards * accumulation
+    if batch_size % unit:
+        lower, upper = batch_size // unit * unit, (batch_size // unit + 1) * unit
+        remedy = f"use {lower} or {upper}" if lower else f"use {upper}"
+        raise UserError(f"train.batch_size={batch_size} is not divisible by data*fsdp={shards} x "
+                        f"train.accumulation={accumulation}; {remedy}")
+
+
+def parameter_spec(path: str, shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh) -> PartitionSpec:
+    """The partition of one parameter; an axis used twice or a dimension that does not divide raises with its path."""
+    assert len(shape) == len(axes), f"{path}: shape {shape} but logical axes {axes}"
+    used, spec = set(), []
+    for dim, axis in zip(shape, axes, strict=True):
+        mesh_axis = RULES[axis][0]
+        if mesh_axis is not None and dim % mesh.shape[mesh_axis]:
+            if axis not in REPLICATED_WHERE_UNEVEN:
+                raise UserError(f"{path}: dimension {axis}={dim} is not divisible by mesh {mesh_axis}="
+                                f"{mesh.shape[mesh_axis]}; choose a mesh.{mesh_axis} that divides it")
+            mesh_axis = None
+        assert mesh_axis is None or mesh_axis not in used, f"{path}: mesh axis {mesh_axis} used twice in {axes}"
+        used.add(mesh_axis)
+        spec.append(mesh_axis)
+    return PartitionSpec(*spec)
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """NamedShardings for a tree of arrays: by logical axes where a leaf is a parameter that has them, else replicated.
+
+    Optimizer moments keep the metadata of their parameter, so they are sharded alike; factored moments, whose shape
+    differs, are replicated.
+    """
+    def assign(path, leaf):
+        if not isinstance(leaf, nnx.Variable):
+            return NamedSharding(mesh, PartitionSpec())
+        value, axes = leaf.get_raw_value(), leaf.get_metadata().get("axes")
+        shape = getattr(value, "shape", ())
+        if axes is None or len(shape) != len(axes):
+            spec = PartitionSpec()
+        else:
+            spec = parameter_spec(jax.tree_util.keystr(path, simple=True, separator="/"), shape, axes, mesh)
+        return leaf.replace(NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(assign, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def constrain(x: jax.Array, *axes: str) -> jax.Array:
+    """Pins an activation to the mesh by its logical axes; does nothing where no mesh is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    assert x.ndim == len(axes), f"activation of shape {x.shape} but logical axes {axes}"
+    spec = [RULES[axis][1] for axis in axes]
+    for i, (dim, mesh_axis) in enumerate(zip(x.shape, spec, strict=True)):
+        size = np.prod([mesh.shape[name] for name in ((mesh_axis,) if isinstance(mesh_axis, str) else mesh_axis or ())])
+        if dim % int(size):
+            spec[i] = None
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))

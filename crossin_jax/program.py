@@ -1,0 +1,159 @@
+"""How every program starts: flags, configuration, and errors that a user can act on."""
+
+import dataclasses
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from crossin_jax.config import Config, UserError, check, hint, iterate_fields
+
+EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the same command continues the run
+
+
+def run(main: Callable[..., int | None], *, define: Callable[[], None] | None = None,
+        takes_config: bool = True) -> None:
+    """Parses the command line, calls `main(config, FLAGS)` or `main(FLAGS)`, and exits.
+
+    A `UserError` or a fault in a flag prints one to three lines and exits with 2; anything else is our fault and keeps
+    its traceback.
+    """
+    argv = sys.argv
+    if define:
+        define()
+    if {"-h", "--help", "-help"} & set(argv[1:]):
+        print(_help(takes_config))
+        sys.exit(0)
+    try:
+        config = define_config(argv) if takes_config else None
+        rest = flags.FLAGS(argv)[1:]
+        if rest:
+            raise UserError(f"unexpected argument {rest[0]!r}; flags start with --")
+        arguments = (check(config()), flags.FLAGS) if takes_config else (flags.FLAGS,)
+        sys.exit(main(*arguments) or 0)
+    except (UserError, flags.Error) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        print("stopped by the keyboard", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:  # a full disk or an unwritable folder; the path is in the message
+        if error.filename is None and error.errno is None:
+            raise
+        fail(f"{error.filename or 'output'}: {os.strerror(error.errno) if error.errno else error}")
+
+
+def fail(message: str) -> None:
+    """Prints a user error and exits with 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(EXIT_USER_ERROR)
+
+
+def load_config_file(path: str) -> Any:
+    """The value of `get_config()` in a file; `FILE.py:variant` passes the variant to it."""
+    return call_config_file(path, "get_config")
+
+
+def call_config_file(path: str, function: str) -> Any:
+    """Loads a configuration file and calls one of its functions, with the text after the colon as argument if any."""
+    file, colon, variant = path.partition(":")
+    if not os.path.isfile(file):
+        raise UserError(f"--config={file}: no such file; pass a Python file with {function}()")
+    spec = importlib.util.spec_from_file_location("crossin_jax_config", file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config={file}: not a Python file; it must end in .py and define {function}()")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, function):
+            raise UserError(f"--config={file} defines no {function}()")
+        return getattr(module, function)(*([variant] if colon else []))
+    except UserError:
+        raise
+    except Exception as error:
+        lines = [entry for entry in traceback.extract_tb(error.__traceback__) if entry.filename == file]
+        line = f":{lines[-1].lineno}" if lines else ""
+        raise UserError(f"--config={file}{line}: {type(error).__name__}: {error}") from error
+
+
+def define_config(argv: list[str]) -> Callable[[], Config]:
+    """Registers `--config` with its overrides; returns a function that yields the configuration after parsing.
+
+    The file named by `--config` is loaded here, so that `--config.field=value` is typed by the field it overrides.
+    """
+    path = _flag_value(argv, "config")
+    if path is None:
+        raise UserError("--config=FILE.py is missing; see configs/ for examples")
+    config = load_config_file(path)
+    if not isinstance(config, Config):
+        raise UserError(f"--config={path}: get_config() returns {type(config).__name__}, not crossin_jax.config.Config")
+    known = [name for name, _, _ in iterate_fields(config)]
+    overrides = []
+    for i, argument in enumerate(argv):
+        if argument.startswith("--config.") or argument.startswith("-config."):
+            name = argument.lstrip("-").split("=")[0].removeprefix("config.")
+            if name not in known and not _is_section(config, name):
+                raise UserError(f"--config.{name}: no such setting{hint(name, known)}")
+            overrides.append(argument)
+            if "," in argument and not any(bracket in argument for bracket in "([{"):
+                key, _, value = argument.partition("=")  # a,b,c reads as a tuple
+                argv[i] = f"{key}=({','.join(map(_literal, value.split(',')))},)"
+    argv[:] = [a for a in _without_flag(argv, "config")]
+    holder = config_flags.DEFINE_config_dataclass("config", config, sys_argv=argv)
+    return lambda: holder.value
+
+
+def _literal(text: str) -> str:
+    try:
+        return repr(int(text))
+    except ValueError:
+        return repr(text.strip("'\" "))
+
+
+def _is_section(config: Any, name: str) -> bool:
+    for part in name.split("."):
+        if not dataclasses.is_dataclass(config) or not hasattr(config, part):
+            return False
+        config = getattr(config, part)
+    return True
+
+
+def _flag_value(argv: list[str], name: str) -> str | None:
+    for i, argument in enumerate(argv):
+        key, equals, value = argument.partition("=")
+        if key.lstrip("-") == name and key.startswith("-"):
+            return value if equals else argv[i + 1] if i + 1 < len(argv) else None
+    return None
+
+
+def _without_flag(argv: list[str], name: str) -> list[str]:
+    result, skip = [], False
+    for argument in argv:
+        key, equals, _ = argument.partition("=")
+        if skip:
+            skip = False
+        elif key.startswith("-") and key.lstrip("-") == name:
+            skip = not equals
+        else:
+            result.append(argument)
+    return result
+
+
+def _help(takes_config: bool) -> str:
+    main = sys.modules["__main__"]
+    lines = [(main.__doc__ or "").strip(), ""]
+    for flag in flags.FLAGS.get_flags_for_module(main.__name__):
+        lines.append(f"  --{flag.name}  {flag.help} (default: {flag.default})")
+    if takes_config:
+        lines += ["  --config=FILE.py[:VARIANT]  experiment; every setting can be overridden:"]
+        for name, value, field in iterate_fields(Config()):
+            lines.append(f"  --config.{name}  {field.metadata['doc']} (default: {value})")
+    return "\n".join(lines)
+
+
+__all__ = ["EXIT_PREEMPTED", "app", "call_config_file", "define_config", "fail", "load_config_file", "run"]

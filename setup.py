@@ -1,0 +1,50 @@
+"""Packaging of crossin_jax; tool settings live in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "crossin_jax/__init__.py").read_text()).group(1)
+
+setup(
+    name="crossin_jax",
+    version=VERSION,
+    description="Cross-lingual instruction tuning and consistency evaluation of open language models on JAX",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["crossin_jax*"]),
+    package_data={"crossin_jax": ["**/*.html", "**/*.css", "**/*.js"]},
+    # Lower bounds are the versions that the test suite ran with.
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "transformers>=5.23",
+        "datasets>=5.2",
+        "absl-py>=2.5",
+        "ml-collections>=1.1",
+        "grain>=0.2.18",
+        "safetensors>=0.8",
+        "babel>=2.18",
+        "tqdm>=4.70",
+        "tensorboardX>=2.6.5",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+        "plan": ["libtpu"],
+        "test": ["pytest>=9", "hypothesis>=6.170", "peft>=0.21", "torch>=2.13", "sentencepiece>=0.2", "ruff>=0.14"],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "License :: OSI Approved :: Apache Software License",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
