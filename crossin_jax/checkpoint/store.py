@@ -1,0 +1,164 @@
+"""Checkpoints (Orbax): trained weights, optimizer moments, data position, configuration and provenance.
+
+Frozen weights are not stored; they come from `model.path` again. Orbax writes a checkpoint under a temporary name and
+renames it when it is whole, so a killed run leaves nothing that looks like a checkpoint.
+"""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from crossin_jax import config as settings
+from crossin_jax.config import Config, UserError
+from crossin_jax.training.step import TrainState
+
+# fields that may differ between a checkpoint and the run that continues it
+MAY_CHANGE = ("name", "output_dir", "mesh.", "train.log_every", "train.eval_every", "train.benchmark_every",
+              "train.checkpoint_every", "train.keep", "train.resume", "train.compilation_cache", "train.profile_steps",
+              "train.tensorboard", "train.wandb", "train.loss_chunk", "evaluation.", "data.workers",
+              "data.eval_sources", "model.attention", "model.remat")
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """A tree as {"a/b/c": leaf}; the paths are the names inside a checkpoint."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    flat = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    assert len(flat) == len(leaves), "two leaves share a path"
+    return flat
+
+
+def _saved_part(state: TrainState) -> dict[str, Any]:
+    return {"step": state.step, "trainable": state.trainable, "optimizer": state.optimizer}
+
+
+class Store:
+    """The checkpoints of one run, in `output_dir/checkpoints/STEP`."""
+
+    def __init__(self, output_dir: str | Path, *, config: Config | None = None):
+        """Opens the checkpoints for reading, or with a configuration for writing too."""
+        self.folder = Path(output_dir).expanduser().resolve() / "checkpoints"
+        self._config = config
+        writes = {"max_to_keep": config.train.keep, "keep_period": config.train.keep_every} if config else {}
+        self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(
+            create=config is not None, cleanup_tmp_directories=config is not None, **writes))
+
+    def steps(self) -> list[int]:
+        """Steps with a whole checkpoint, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, data_position: dict[str, Any], provenance: dict[str, Any]) -> None:
+        """Starts an asynchronous save; the arrays are copied before this returns."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(step, args=ocp.args.Composite(
+            state=ocp.args.StandardSave(flatten(_saved_part(state))),
+            data=ocp.args.JsonSave(data_position),
+            config=ocp.args.JsonSave(settings.to_dict(self._config)),
+            provenance=ocp.args.JsonSave(provenance)))
+
+    def wait(self) -> None:
+        """Blocks until every started save is on disk."""
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+
+    def close(self) -> None:
+        """Finishes saves and releases the manager's threads."""
+        self.wait()
+        self._manager.close()
+
+    def restore(self, step: int, abstract: TrainState,
+                config: Config | None = None) -> tuple[TrainState, dict[str, Any]]:
+        """The state and data position of a step, on the shardings of `abstract`; `frozen` is taken from `abstract`."""
+        if config is not None:
+            check_same_experiment(self.read_json(step, "config"), config, self.folder / str(step))
+        part = _saved_part(abstract)
+        flat = flatten(part)
+        self._check_shapes(step, flat)
+        restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(flat),
+                                                                       data=ocp.args.JsonRestore()))
+        part = jax.tree.unflatten(jax.tree.structure(part), [restored["state"][name] for name in flat])
+        finite = jax.numpy.ones((), bool)
+        state = TrainState(part["step"], finite, part["trainable"], abstract.frozen, part["optimizer"])
+        return state, restored["data"]
+
+    def restore_newest(self, abstract: TrainState, config: Config) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest checkpoint that reads whole; damaged ones are named and skipped. None where there is none."""
+        for step in reversed(self.steps()):
+            try:
+                return self.restore(step, abstract, config)
+            except UserError:
+                raise
+            except Exception as error:
+                logging.warning("checkpoint %s is damaged and is skipped: %s", self.folder / str(step),
+                                str(error).split("\n")[0][:200])
+                if jax.process_index() == 0:
+                    shutil.move(self.folder / str(step), self.folder.parent / f"damaged-{step}")
+                self._manager.reload()
+        return None
+
+    def read_json(self, step: int, item: str) -> dict[str, Any]:
+        """The stored configuration, data position or provenance of a step."""
+        return self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
+
+    def _check_shapes(self, step: int, flat: dict[str, Any]) -> None:
+        stored = self._manager.item_metadata(step)["state"]
+        stored = {name: tuple(leaf.shape) for name, leaf in (stored or {}).items()}
+        wrong = [f"{name}: checkpoint {stored.get(name, 'missing')}, model {tuple(np.shape(leaf))}"
+                 for name, leaf in flat.items() if stored.get(name) != tuple(np.shape(leaf))]
+        wrong += [f"{name}: only in the checkpoint" for name in stored if name not in flat]
+        if wrong:
+            raise UserError(f"{self.folder / str(step)} belongs to another model or adapter: {wrong[0]}"
+                            + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""))
+
+
+def check_same_experiment(stored: dict[str, Any], config: Config, place: Path) -> None:
+    """Refuses to continue a checkpoint whose configuration differs in a field that changes what is learned."""
+    before, now = (flatten_dict(values) for values in (stored, settings.to_dict(config)))
+    changed = [name for name in sorted(before.keys() | now.keys())
+               if before.get(name) != now.get(name) and not name.startswith(MAY_CHANGE)]
+    if changed:
+        lines = "; ".join(f"{name}: {before.get(name)!r} -> {now.get(name)!r}" for name in changed[:4])
+        raise UserError(f"{place}: the configuration changed since this checkpoint: {lines}"
+                        f"{' …' if len(changed) > 4 else ''}\n"
+                        "use another output_dir, delete the checkpoint, or set --config.train.resume=false")
+
+
+def flatten_dict(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested JSON as {"a.b[0].c": value}."""
+    if isinstance(values, dict) and values:
+        parts = [(f"{prefix}.{name}".lstrip("."), value) for name, value in values.items()]
+    elif isinstance(values, list) and values and isinstance(values[0], dict):
+        parts = [(f"{prefix}[{i}]", value) for i, value in enumerate(values)]
+    else:
+        return {prefix: values}
+    return {name: leaf for path, value in parts for name, leaf in flatten_dict(value, path).items()}
+
+
+def find_checkpoint(path: str | Path) -> tuple[Path, int]:
+    """(run folder, step) for a run folder or for one of its `checkpoints/STEP` folders."""
+    folder = Path(path).expanduser().resolve()
+    if folder.name.isdigit() and folder.parent.name == "checkpoints":
+        run, steps = folder.parent.parent, [int(folder.name)] if folder.is_dir() else []
+    else:
+        run = folder
+        steps = [int(p.name) for p in (folder / "checkpoints").glob("*") if p.name.isdigit()]
+    if not steps:
+        raise UserError(f"{path} holds no checkpoint; pass a run folder with checkpoints/STEP, or such a STEP folder")
+    return run, max(steps)
+
+
+def read_config(path: str | Path) -> Config:
+    """The configuration stored in a checkpoint."""
+    run, step = find_checkpoint(path)
+    file = run / "checkpoints" / str(step) / "config" / "metadata"
+    try:
+        return settings.from_dict(json.loads(file.read_text()))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{file}: unreadable configuration ({error}); use another checkpoint") from error

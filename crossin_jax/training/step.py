@@ -1,0 +1,136 @@
+"""State, loss, training step and evaluation step: pure functions, used by every program.
+
+Batches are dictionaries of global arrays: tokens, targets, segment_ids, positions, group (B, T) int32 and learned
+(B, T) bool. The loss is the sum over learned targets divided by their number in the whole global batch, so it does not
+depend on how the batch is split over micro-batches, devices or hosts.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+Batch = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """What a step maps to its successor; `frozen` passes through untouched and is no part of a checkpoint."""
+
+    step: jax.Array  # int32: optimizer steps taken
+    finite: jax.Array  # bool: False from the first non-finite loss or gradient on; the state then stays as it was
+    trainable: nnx.State
+    frozen: nnx.State
+    optimizer: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSettings:
+    """The static part of a step: what changes the compiled program."""
+
+    accumulation: int
+    loss_chunk: int
+    remat: str
+    attention: str
+    seed: int
+    num_groups: int
+
+
+def init_state(trainable: nnx.State, frozen: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), jnp.ones((), bool), trainable, frozen, optimizer.init(trainable))
+
+
+def token_losses(model: Any, hidden_BTD: jax.Array, targets_BT: jax.Array, chunk: int) -> jax.Array:
+    """Negative log-likelihood of each target (B, T), float32; at most `chunk` positions have logits at one time."""
+    length = targets_BT.shape[1]
+    chunk = max(c for c in range(1, min(chunk, length) + 1) if length % c == 0)
+
+    @jax.checkpoint  # the backward pass makes each chunk's logits again
+    def chunk_losses(hidden_BcD, targets_Bc):
+        logits_BcV = model.unembed(hidden_BcD)
+        target_logits_Bc = jnp.take_along_axis(logits_BcV, targets_Bc[..., None], axis=-1)[..., 0]
+        return jax.nn.logsumexp(logits_BcV, axis=-1) - target_logits_Bc
+
+    if chunk == length:
+        return chunk_losses(hidden_BTD, targets_BT)
+    split = lambda x: jnp.moveaxis(x.reshape(x.shape[0], length // chunk, chunk, *x.shape[2:]), 1, 0)  # noqa: E731
+    _, losses = jax.lax.scan(lambda carry, xs: (carry, chunk_losses(*xs)), None, (split(hidden_BTD), split(targets_BT)))
+    return jnp.moveaxis(losses, 0, 1).reshape(targets_BT.shape)
+
+
+def loss_sums(model: Any, batch: Batch, settings: StepSettings, dropout_key: jax.Array | None) -> dict[str, jax.Array]:
+    """Sums over one batch: `loss` and `count` over learned targets, and both by group (G,)."""
+    hidden_BTD, _ = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"], dropout_key=dropout_key,
+                                 remat=settings.remat, attention=settings.attention)
+    losses_BT = token_losses(model, hidden_BTD, batch["targets"], settings.loss_chunk)
+    learned_BT = batch["learned"].astype(jnp.float32)
+    # a target outside the answer may have an infinite loss; 0 * inf would poison the sum
+    losses_BT = jnp.where(batch["learned"], losses_BT, 0.0)
+    groups_BTG = jax.nn.one_hot(batch["group"], settings.num_groups, dtype=jnp.float32)
+    return {
+        "loss": losses_BT.sum(), "count": learned_BT.sum(),
+        "group_loss": jnp.einsum("BT,BTG->G", losses_BT, groups_BTG),
+        "group_count": jnp.einsum("BT,BTG->G", learned_BT, groups_BTG),
+        "tokens": (batch["segment_ids"] > 0).sum().astype(jnp.float32),
+    }
+
+
+def make_train_step(graphdef: Any, optimizer: optax.GradientTransformation,
+                    settings: StepSettings) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The training step `(state, batch) -> (state, metrics)`; pure, to be jitted with the state donated."""
+
+    def batch_loss(trainable, frozen, batch, key):
+        sums = loss_sums(nnx.merge(graphdef, trainable, frozen), batch, settings, key)
+        return sums["loss"], sums
+
+    gradient = jax.grad(batch_loss, has_aux=True)
+
+    def accumulate(state, batch, key):
+        """Gradients and sums over micro-batches: rows i, i+A, i+2A … form micro-batch i, so no row changes device."""
+        parts = settings.accumulation
+        if parts == 1:
+            return gradient(state.trainable, state.frozen, batch, key)
+        micro = {k: jnp.moveaxis(v.reshape(v.shape[0] // parts, parts, *v.shape[1:]), 1, 0) for k, v in batch.items()}
+
+        def add(carry, xs):
+            index, part = xs
+            grads, sums = gradient(state.trainable, state.frozen, part, jax.random.fold_in(key, index))
+            return jax.tree.map(lambda total, new: total + new.astype(total.dtype), carry, (grads, sums)), None
+
+        one = jax.eval_shape(gradient, state.trainable, state.frozen, jax.tree.map(lambda x: x[0], micro), key)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), one)
+        return jax.lax.scan(add, zeros, (jnp.arange(parts), micro))[0]
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
+        grads, sums = accumulate(state, batch, key)
+        count = jnp.maximum(sums["count"], 1.0)
+        grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
+        norm = optax.global_norm(grads)
+        updates, moments = optimizer.update(grads, state.optimizer, state.trainable)
+        finite = state.finite & jnp.isfinite(sums["loss"]) & jnp.isfinite(norm)
+
+        def keep(new, old):
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        trainable = keep(optax.apply_updates(state.trainable, updates), state.trainable)
+        new_state = TrainState(state.step + finite, finite, trainable, state.frozen, keep(moments, state.optimizer))
+        return new_state, sums | {"loss": sums["loss"] / count, "grad_norm": norm}
+
+    return train_step
+
+
+def make_eval_step(graphdef: Any,
+                   settings: StepSettings) -> Callable[[nnx.State, nnx.State, Batch], dict[str, jax.Array]]:
+    """The evaluation step `(trainable, frozen, batch) -> sums`, without dropout."""
+
+    def eval_step(trainable: nnx.State, frozen: nnx.State, batch: Batch) -> dict[str, jax.Array]:
+        return loss_sums(nnx.merge(graphdef, trainable, frozen), batch, settings, None)
+
+    return eval_step
