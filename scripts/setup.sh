@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Makes .venv and installs the package with the extras named as arguments, e.g. scripts/setup.sh test plan
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+  echo "error: $("$python" --version) is too old; crossin_jax needs Python 3.11 or newer (set PYTHON=…)" >&2
+  exit 2
+}
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+extras=$(IFS=,; echo "$*")
+wanted="$(cat setup.py pyproject.toml | cksum) ${extras}"
+if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
+  echo "installing crossin_jax${extras:+[$extras]} into .venv …"
+  pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
+  case " $* " in
+    *" test "*)
+      # The tests compare with torch on the CPU. Where this version is on offer as a CPU build (TORCH_INDEX names another
+      # package index), it is taken first, so that nothing pulls in gigabytes of CUDA libraries later.
+      "${pip[@]}" ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "torch==2.13.0" ||
+        echo "torch==2.13.0 is not on offer here; the newest torch is taken" >&2 ;;
+  esac
+  "${pip[@]}" -e ".${extras:+[$extras]}"
+  echo "$wanted" > .venv/installed
+fi

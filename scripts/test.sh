@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Installs the test extra and runs the whole test suite; arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+scripts/setup.sh test
+exec .venv/bin/python -m pytest "$@"
