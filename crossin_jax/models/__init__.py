@@ -1,0 +1,1 @@
+"""One decoder for every supported family: what differs between them lies in `spec.ModelSpec`."""

@@ -1,0 +1,196 @@
+"""Parameters (shape, logical axes, initializer: declared once) and the layers made of them.
+
+Weights keep the orientation of the safetensors file with heads split out, so an import is a reshape. A stacked layer
+has a leading L on every parameter; the transformer's scan hands each step one slice.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from crossin_jax.config import Lora
+from crossin_jax.models.spec import Rope
+
+
+class Weight(nnx.Param):
+    """A parameter of the base model; metadata `axes` names its logical axes."""
+
+
+class Adapter(nnx.Param):
+    """A parameter of a LoRA adapter; what trains beside `modules_to_save`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """What every layer needs to know when it declares its parameters."""
+
+    num_layers: int | None  # L of stacked layers; None: a single layer
+    lora: Lora | None
+    param_dtype: Any
+    frozen_dtype: Any
+    compute_dtype: Any
+
+    def dtype(self, name: str) -> Any:
+        """Storage precision of the module `name`: trained or frozen."""
+        trained = self.lora is None or name in self.lora.modules_to_save
+        return self.param_dtype if trained else self.frozen_dtype
+
+    def stack(self, shape: tuple[int, ...], axes: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """Shape and axes with the leading L of stacked layers."""
+        if self.num_layers is None:
+            return shape, axes
+        return (self.num_layers, *shape), ("layers", *axes)
+
+
+def normal(std: float) -> Any:
+    """N(0, std) initializer."""
+    return lambda key, shape, dtype: (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+
+def uniform(bound: float) -> Any:
+    """U(-bound, bound) initializer."""
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, jnp.float32, -bound, bound).astype(dtype)
+
+
+def constant(value: float) -> Any:
+    """Initializer of one value everywhere."""
+    return lambda key, shape, dtype: jnp.full(shape, value, dtype)
+
+
+def declare(kind: type, shape: tuple[int, ...], axes: tuple[str, ...], dtype: Any, init: Any, rngs: nnx.Rngs) -> Any:
+    """A parameter with its logical axes."""
+    assert len(shape) == len(axes), (shape, axes)
+    return kind(init(rngs.params(), shape, jnp.dtype(dtype)), axes=axes)
+
+
+def precision(dtype: Any) -> jax.lax.Precision:
+    """Products of float32 stay float32: the default would be bfloat16 passes on TPU and TF32 on GPU."""
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def along_last(vector: jax.Array, ndim: int) -> jax.Array:
+    """A vector as an array of `ndim` dimensions that broadcasts over all but the last."""
+    return vector.reshape((1,) * (ndim - 1) + vector.shape)
+
+
+class Linear(nnx.Module):
+    """A projection given by its einsum, e.g. "BTD,NHD->BTNH"; the LoRA contractions follow from the same string."""
+
+    def __init__(self, name: str, equation: str, sizes: dict[str, int], axes: dict[str, str], build: Build, *,
+                 bias: bool = False, std: float = 0.02, rngs: nnx.Rngs):
+        inputs, weight, outputs = equation.replace("->", ",").split(",")
+        added = "".join(c for c in weight if c in outputs)
+        contracted = "".join(c for c in weight if c in inputs)
+        self.equation = equation
+        self.compute_dtype = jnp.dtype(build.compute_dtype)
+        self.bias_ndim = len(outputs)
+
+        def parameter(kind, letters, dtype, init):
+            shape, names = build.stack(tuple(sizes[c] for c in letters), tuple(axes[c] for c in letters))
+            return declare(kind, shape, names, dtype, init, rngs)
+
+        self.weight = parameter(Weight, weight, build.dtype(name), normal(std))
+        self.bias = parameter(Weight, added, build.dtype(name), constant(0.0)) if bias else None
+        lora = build.lora
+        if lora is None or name not in lora.targets:
+            self.lora_a = self.lora_b = None
+        else:
+            sizes, axes = {**sizes, "R": lora.rank}, {**axes, "R": "rank"}
+            fan_in = math.prod(sizes[c] for c in contracted)
+            self.lora_a = parameter(Adapter, "R" + contracted, build.param_dtype, uniform(fan_in ** -0.5))
+            self.lora_b = parameter(Adapter, added + "R", build.param_dtype, constant(0.0))
+            self.down = f"{inputs},R{contracted}->BTR"
+            self.up = f"BTR,{added}R->{outputs}"
+            self.product = f"...{added}R,...R{contracted}->...{weight}"
+            self.scale = lora.alpha / (math.sqrt(lora.rank) if lora.use_rslora else lora.rank)
+
+    def __call__(self, x: jax.Array, adapter_input: jax.Array) -> jax.Array:
+        """Projects x; the adapter reads `adapter_input`, which is x after dropout."""
+        y = self._einsum(self.equation, x, self.weight)
+        if self.bias is not None:
+            bias = self.bias.get_value().astype(self.compute_dtype)
+            y += bias.reshape((1,) * (self.bias_ndim - bias.ndim) + bias.shape)
+        if self.lora_a is not None:
+            y += self.scale * self._einsum(self.up, self._einsum(self.down, adapter_input, self.lora_a), self.lora_b)
+        return y
+
+    def delta(self) -> jax.Array:
+        """scale · BA in float32, shaped like the weight."""
+        b, a = (v.get_value().astype(jnp.float32) for v in (self.lora_b, self.lora_a))
+        return self.scale * jnp.einsum(self.product, b, a, precision=jax.lax.Precision.HIGHEST)
+
+    def _einsum(self, equation: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
+        dtype = self.compute_dtype
+        return jnp.einsum(equation, x.astype(dtype), weight.get_value().astype(dtype), precision=precision(dtype))
+
+
+class Norm(nnx.Module):
+    """Root-mean-square norm over the last dimension, in float32; `offset` is Gemma's 1 + weight."""
+
+    def __init__(self, name: str, width: int, axis: str, build: Build, *, eps: float, offset: bool, rngs: nnx.Rngs):
+        shape, axes = build.stack((width,), (axis,))
+        self.weight = declare(Weight, shape, axes, build.dtype(name), constant(0.0 if offset else 1.0), rngs)
+        self.eps, self.offset = eps, float(offset)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (wide * (along_last(self.weight.get_value().astype(jnp.float32), x.ndim) + self.offset)).astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """A (V, D) matrix: rows by token id, and the product with its transpose."""
+
+    def __init__(self, name: str, vocab_size: int, width: int, build: Build, *, rngs: nnx.Rngs):
+        self.weight = declare(Weight, (vocab_size, width), ("vocab", "embed"), build.dtype(name), normal(0.02), rngs)
+        self.compute_dtype = jnp.dtype(build.compute_dtype)
+
+    def embed(self, tokens_BT: jax.Array) -> jax.Array:
+        """(B, T, D); an id outside the vocabulary gives NaN, which training and evaluation refuse."""
+        return jnp.take(self.weight.get_value(), tokens_BT, axis=0, mode="fill").astype(self.compute_dtype)
+
+    def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
+        """(B, T, V) in float32: bfloat16 steps near a logit of 20 are 0.125."""
+        dtype = self.compute_dtype
+        return jnp.einsum("BTD,VD->BTV", hidden_BTD.astype(dtype), self.weight.get_value().astype(dtype),
+                          precision=precision(dtype), preferred_element_type=jnp.float32)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Inverted dropout; the identity where there is no key."""
+    if key is None or rate == 0:
+        return x
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
+
+
+def rope_frequencies(rope: Rope, head_width: int) -> np.ndarray:
+    """Radians per position of each rotated pair, (H/2,) float32 (Su et al. 2021; llama3: Llama 3.1 model card)."""
+    exponents = np.arange(0, head_width, 2, dtype=np.float32) / np.float32(head_width)
+    frequencies = (1.0 / np.float32(rope.theta) ** exponents).astype(np.float32)
+    if rope.kind == "linear":
+        return frequencies / np.float32(rope.factor)
+    if rope.kind == "llama3":
+        # turns of a pair over the original context: few turns are stretched, many are kept, between them a ramp
+        turns = rope.original_max_length * frequencies / (2 * math.pi)
+        kept = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
+        return ((1 - kept) * frequencies / rope.factor + kept * frequencies).astype(np.float32)
+    return frequencies
+
+
+def rope_tables(positions_BT: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine, each (B, T, H/2) float32: in bfloat16 position 257 becomes 256."""
+    angles = positions_BT.astype(jnp.float32)[..., None] * jnp.asarray(frequencies)[None, None]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Applies rotary positions to the two halves of H, in float32."""
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)

@@ -1,0 +1,235 @@
+"""One decoder for all families: training, prefill and decoding are the same forward pass."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from crossin_jax.config import Lora, UserError, hint
+from crossin_jax.models.attention import attend_reference, attention_mask
+from crossin_jax.models.layers import Build, Embedding, Linear, Norm, dropout, rope_frequencies, rope_tables, rotate
+from crossin_jax.models.lora import resolve
+from crossin_jax.models.spec import ModelSpec
+from crossin_jax.parallel.mesh import constrain
+
+Cache = dict[str, jax.Array]
+NAMED = ("q", "k", "v", "attention", "gate", "up")  # tensors a remat policy may keep, by checkpoint_name
+REMAT = ("none", "full", "dots", "offload")
+
+
+class Block(nnx.Module):
+    """Attention and feed-forward with their norms; parameters are stacked over L layers."""
+
+    def __init__(self, spec: ModelSpec, build: Build, *, rngs: nnx.Rngs):
+        self.spec, self.rate = spec, build.lora.dropout if build.lora else 0.0
+        sizes = {"D": spec.width, "F": spec.ff_width, "N": spec.num_heads, "K": spec.num_kv_heads, "H": spec.head_width}
+        axes = {"D": "embed", "F": "mlp", "N": "heads", "K": "kv_heads", "H": "head"}
+        linear = functools.partial(Linear, sizes=sizes, axes=axes, build=build, rngs=rngs)
+        norm = functools.partial(Norm, build=build, eps=spec.norm_eps, offset=spec.norm_offset, rngs=rngs)
+        last = 0.02 / math.sqrt(2 * spec.num_layers)  # what adds to the residual stream starts smaller
+
+        self.input_layernorm = norm("input_layernorm", spec.width, "norm")
+        self.q_proj = linear("q_proj", "BTD,NHD->BTNH", bias=spec.qkv_bias)
+        self.k_proj = linear("k_proj", "BTD,KHD->BTKH", bias=spec.qkv_bias)
+        self.v_proj = linear("v_proj", "BTD,KHD->BTKH", bias=spec.qkv_bias)
+        self.q_norm = norm("q_norm", spec.head_width, "head") if spec.qk_norm else None
+        self.k_norm = norm("k_norm", spec.head_width, "head") if spec.qk_norm else None
+        self.o_proj = linear("o_proj", "BTNH,DNH->BTD", std=last)
+        self.post_attention_layernorm = norm("post_attention_layernorm", spec.width, "norm")
+        if spec.post_norms:
+            self.pre_feedforward_layernorm = norm("pre_feedforward_layernorm", spec.width, "norm")
+            self.post_feedforward_layernorm = norm("post_feedforward_layernorm", spec.width, "norm")
+        self.gate_proj = linear("gate_proj", "BTD,FD->BTF")
+        self.up_proj = linear("up_proj", "BTD,FD->BTF")
+        self.down_proj = linear("down_proj", "BTF,DF->BTD", std=last)
+
+    def queries_keys_values(self, x: jax.Array, cos: jax.Array, sin: jax.Array,
+                            key: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Rotated queries (B, T, N, H) and keys, and values (B, T, K, H)."""
+        dropped = dropout(x, self.rate, key)
+        q, k, v = self.q_proj(x, dropped), self.k_proj(x, dropped), self.v_proj(x, dropped)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = constrain(rotate(q, cos, sin), "batch", "length", "heads", "head")
+        k = constrain(rotate(k, cos, sin), "batch", "length", "kv_heads", "head")
+        v = constrain(v, "batch", "length", "kv_heads", "head")
+        return checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
+
+    def feed_forward(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        """Gated feed-forward, (B, T, D)."""
+        keys = (None, None) if key is None else jax.random.split(key)
+        dropped = dropout(x, self.rate, keys[0])
+        gate = checkpoint_name(self.gate_proj(x, dropped), "gate")
+        up = checkpoint_name(self.up_proj(x, dropped), "up")
+        act = jax.nn.silu(gate) if self.spec.activation == "silu" else jax.nn.gelu(gate, approximate=True)
+        inner = constrain(act * up, "batch", "length", "mlp")
+        return self.down_proj(inner, dropout(inner, self.rate, keys[1]))
+
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Any, key: jax.Array | None) -> Any:
+        """One layer; `attend` maps (q, k, v) to (context, whatever the cache became)."""
+        keys = (None, None, None) if key is None else jax.random.split(key, 3)
+        q, k, v = self.queries_keys_values(self.input_layernorm(x), cos, sin, keys[0])
+        context, cache = attend(q, k, v)
+        context = checkpoint_name(constrain(context, "batch", "length", "heads", "head"), "attention")
+        y = self.o_proj(context, dropout(context, self.rate, keys[1]))
+        if self.spec.post_norms:
+            x = constrain(x + self.post_attention_layernorm(y), "batch", "length", "embed")
+            y = self.feed_forward(self.pre_feedforward_layernorm(x), keys[2])
+            return constrain(x + self.post_feedforward_layernorm(y), "batch", "length", "embed"), cache
+        x = constrain(x + y, "batch", "length", "embed")
+        return constrain(x + self.feed_forward(self.post_attention_layernorm(x), keys[2]),
+                         "batch", "length", "embed"), cache
+
+
+class Transformer(nnx.Module):
+    """A decoder of the given spec, with adapters where `lora` is set.
+
+    `param_dtype` stores what trains, `frozen_dtype` what does not, `compute_dtype` is the precision of products.
+    Norms, rotary angles, softmax and logits are float32 whatever the precision.
+    """
+
+    def __init__(self, spec: ModelSpec, *, lora: Lora | None = None, param_dtype: Any = "float32",
+                 frozen_dtype: Any = "bfloat16", compute_dtype: Any = "float32", rngs: nnx.Rngs):
+        lora = resolve(lora)
+        build = Build(None, lora, param_dtype, frozen_dtype, compute_dtype)
+        stacked = Build(spec.num_layers, lora, param_dtype, frozen_dtype, compute_dtype)
+        self.spec, self.compute_dtype = spec, jnp.dtype(compute_dtype)
+        self.embed_tokens = Embedding("embed_tokens", spec.vocab_size, spec.width, build, rngs=rngs)
+        self.layers = Block(spec, stacked, rngs=rngs)
+        self.norm = Norm("norm", spec.width, "norm", build, eps=spec.norm_eps, offset=spec.norm_offset, rngs=rngs)
+        self.lm_head = None if spec.tie_embeddings else Embedding(
+            "lm_head", spec.vocab_size, spec.width, build, rngs=rngs)
+
+    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array | None = None,
+                 segment_ids_BT: jax.Array | None = None, **options: Any) -> jax.Array:
+        """Logits (B, T, V) in float32."""
+        return self.unembed(self.hidden(tokens_BT, positions_BT, segment_ids_BT, **options)[0])
+
+    def hidden(self, tokens_BT: jax.Array, positions_BT: jax.Array | None = None,
+               segment_ids_BT: jax.Array | None = None, *, cache: Cache | None = None,
+               dropout_key: jax.Array | None = None, remat: str = "none",
+               attention: str = "reference") -> tuple[jax.Array, Cache | None]:
+        """Final hidden states (B, T, D), ready for `unembed`, and the cache with these tokens written.
+
+        Positions count within a segment and default to 0, 1, … (after what the cache holds). Segment 0 is padding: with
+        a cache its tokens are never seen again. Without a cache tokens see only their own segment. Dropout acts only
+        where `dropout_key` is given. `remat`: none, full, dots or offload.
+        """
+        spec, (B, T) = self.spec, tokens_BT.shape
+        if segment_ids_BT is None:
+            segment_ids_BT = jnp.ones((B, T), jnp.int32)
+        if positions_BT is None:
+            start = jnp.zeros((1, 1), jnp.int32) if cache is None else cache["length"].reshape(-1, 1)
+            positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None] + start, (B, T))
+
+        x = self.embed_tokens.embed(tokens_BT)
+        if spec.scale_embedding:  # rounded like the weights it meets, as in the published models
+            x *= jnp.asarray(math.sqrt(spec.width), x.dtype)
+        x = constrain(x, "batch", "length", "embed")
+
+        tables = rope_tables(positions_BT, rope_frequencies(spec.rope, spec.head_width))
+        local_tables = None
+        if spec.local_rope is not None:
+            local_tables = rope_tables(positions_BT, rope_frequencies(spec.local_rope, spec.head_width))
+        if cache is not None:
+            stored = jnp.where(segment_ids_BT == 0, -1, positions_BT)
+            cache = {**cache, "positions": _write(cache["positions"], stored, cache["length"])}
+
+        graphdef, layers = nnx.split(self.layers)
+        per_layer: dict[str, Any] = {"layers": layers, "index": jnp.arange(spec.num_layers)}
+        if spec.local_layers:
+            per_layer["is_local"] = jnp.asarray(spec.local_layers)
+        if dropout_key is not None and self.layers.rate:
+            per_layer["key"] = jax.random.split(dropout_key, spec.num_layers)
+
+        def body(carry, layer):
+            x, keys_values = carry
+            is_local = layer.get("is_local")
+            cos, sin = tables
+            if local_tables is not None:
+                cos, sin = (jnp.where(is_local, a, b) for a, b in zip(local_tables, tables, strict=True))
+            window = None if is_local is None else jnp.where(is_local, spec.window, jnp.iinfo(jnp.int32).max)
+
+            def attend(q, k, v):
+                settings = {"scale": spec.query_scale, "soft_cap": spec.attention_soft_cap}
+                if cache is None:
+                    mask = attention_mask(positions_BT, positions_BT, segment_ids_BT, segment_ids_BT, window)
+                    return attend_reference(q, k, v, mask, **settings), None
+                updated, k, v = _update_cache(keys_values, k, v, layer["index"], cache["length"])
+                seen = (cache["positions"] >= 0).astype(jnp.int32)
+                mask = attention_mask(positions_BT, cache["positions"], jnp.ones_like(positions_BT), seen, window)
+                return attend_reference(q, k, v, mask, **settings), updated
+
+            block = nnx.merge(graphdef, layer["layers"])
+            return block(x, cos, sin, attend, layer.get("key")), None
+
+        keys_values = None if cache is None else (cache["k"], cache["v"])
+        (x, keys_values), _ = jax.lax.scan(with_remat(body, remat), (x, keys_values), per_layer)
+        if cache is not None:
+            cache = {**cache, "k": keys_values[0], "v": keys_values[1], "length": cache["length"] + T}
+        return self.norm(x), cache
+
+    def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
+        """Logits (B, T, V) in float32, with the final soft cap."""
+        logits = (self.lm_head or self.embed_tokens).unembed(hidden_BTD)
+        if self.spec.final_soft_cap is not None:
+            logits = self.spec.final_soft_cap * jnp.tanh(logits / self.spec.final_soft_cap)
+        return constrain(logits, "batch", "length", "vocab")
+
+    def init_cache(self, batch: int, length: int, dtype: Any = "bfloat16") -> Cache:
+        """An empty cache of `length` slots per row.
+
+        k, v (L, B, S, K, H); positions (B, S) int32, -1 where nothing is stored; length () int32, the next slot to
+        write, or (B,) for a slot per row. Order of slots does not matter: who sees whom goes by stored positions.
+        """
+        spec = self.spec
+        shape = (spec.num_layers, batch, length, spec.num_kv_heads, spec.head_width)
+        return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype),
+                "positions": jnp.full((batch, length), -1, jnp.int32), "length": jnp.zeros((), jnp.int32)}
+
+
+def _write(stored: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
+    """Writes (B, T, …) into (B, S, …) from one slot, or from one slot per row."""
+    if slot.ndim == 0:
+        return jax.lax.dynamic_update_slice_in_dim(stored, new.astype(stored.dtype), slot, axis=1)
+    return jax.vmap(lambda s, n, i: jax.lax.dynamic_update_slice_in_dim(s, n, i, axis=0))(
+        stored, new.astype(stored.dtype), slot)
+
+
+def _update_cache(keys_values: tuple[jax.Array, jax.Array], k: jax.Array, v: jax.Array, layer: jax.Array,
+                  slot: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array]:
+    """Writes keys and values of one layer in place; returns the stacks and that layer's keys and values."""
+    stacks, read = [], []
+    for stack, new in zip(keys_values, (k, v), strict=True):
+        if slot.ndim == 0:
+            start = (layer, jnp.zeros_like(layer), slot.astype(layer.dtype), jnp.zeros_like(layer),
+                     jnp.zeros_like(layer))
+            stack = jax.lax.dynamic_update_slice(stack, new.astype(stack.dtype)[None], start)
+        else:
+            rows = jnp.arange(new.shape[0])[:, None]
+            slots = slot[:, None] + jnp.arange(new.shape[1])[None]
+            stack = stack.at[layer, rows, slots].set(new.astype(stack.dtype))
+        stacks.append(stack)
+        read.append(jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False).astype(new.dtype))
+    return (stacks[0], stacks[1]), read[0], read[1]
+
+
+def with_remat(body: Any, name: str) -> Any:
+    """The scan body under a rematerialisation policy; `offload` keeps the named tensors in host memory."""
+    policies = jax.checkpoint_policies
+    if name not in REMAT:
+        raise UserError(f"model.remat={name!r} is not one of {', '.join(REMAT)}{hint(name, REMAT)}")
+    if name == "none":
+        return body
+    policy = {
+        "full": policies.nothing_saveable,
+        "dots": policies.save_only_these_names(*NAMED),
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[], names_which_can_be_offloaded=list(NAMED), offload_src="device",
+            offload_dst="pinned_host"),
+    }[name]
+    return jax.checkpoint(body, policy=policy, prevent_cse=False)
