@@ -18,20 +18,23 @@ FAMILIES = {
 }
 ROPE_KINDS = ("default", "linear", "llama3")
 
-# Fields that transformers leaves out of config.json where they equal the class default.
+# What a field means where config.json leaves it out: transformers omits values equal to the class default in nested
+# configurations, and older files predate some fields.
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"tie_word_embeddings": False},
-    "mistral": {"tie_word_embeddings": False},
-    "gemma": {"tie_word_embeddings": True},
-    "gemma2": {"tie_word_embeddings": True},
+    "llama": {"tie_word_embeddings": False, "rope_theta": 10_000.0},
+    "mistral": {"tie_word_embeddings": False, "rope_theta": 10_000.0, "sliding_window": 4096},
+    "gemma": {"tie_word_embeddings": True, "rope_theta": 10_000.0},
+    "gemma2": {
+        "tie_word_embeddings": True, "rope_theta": 10_000.0, "query_pre_attn_scalar": 256, "sliding_window": 4096,
+        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     "gemma3_text": {
         "tie_word_embeddings": True, "vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216,
         "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
         "max_position_embeddings": 131_072, "rms_norm_eps": 1e-6, "query_pre_attn_scalar": 256, "sliding_window": 4096,
-        "hidden_activation": "gelu_pytorch_tanh", "rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0,
-        "sliding_window_pattern": 6},
-    "qwen2": {"tie_word_embeddings": False},
-    "qwen3": {"tie_word_embeddings": False, "head_dim": 128},
+        "rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0, "sliding_window_pattern": 6},
+    "qwen2": {"tie_word_embeddings": False, "rope_theta": 10_000.0, "sliding_window": 4096, "max_window_layers": 28},
+    "qwen3": {"tie_word_embeddings": False, "rope_theta": 10_000.0, "sliding_window": 4096, "max_window_layers": 28,
+              "head_dim": 128},
 }
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_tanh": "gelu_tanh"}
 
@@ -102,82 +105,79 @@ def spec_from_hf(config: dict[str, Any], place: str) -> ModelSpec:
                         "model.frozen_dtype to int8 or nf4")
     if model_type == "gemma3":
         config, model_type = _field(config, "text_config", place), "gemma3_text"
-    config = {**_DEFAULTS[model_type], **{k: v for k, v in config.items() if v is not None}}
-    for name in ("attention_bias", "mlp_bias"):
+    config = {**_DEFAULTS[model_type], **config}
+    for name in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
         if config.get(name):
             raise UserError(f"{place}: {name}=true is not supported for {model_type}; no supported checkpoint has it")
 
-    N, L = _field(config, "num_attention_heads", place), _field(config, "num_hidden_layers", place)
-    D, K = _field(config, "hidden_size", place), config.get("num_key_value_heads", N)
-    H = config.get("head_dim", D // N)
-    if N % K:
-        raise UserError(f"{place}: num_attention_heads={N} is not a multiple of num_key_value_heads={K}")
-    is_gemma = model_type.startswith("gemma")
+    N, L, D = (_field(config, name, place) for name in ("num_attention_heads", "num_hidden_layers", "hidden_size"))
+    K = config.get("num_key_value_heads") or N
+    H = config.get("head_dim") or D // N
+    if N % K or H % 2:
+        raise UserError(f"{place}: {N} attention heads of width {H} over {K} key/value heads; the heads must be a "
+                        "multiple of the key/value heads and their width even")
+    is_gemma, has_scalar = model_type.startswith("gemma"), model_type in ("gemma2", "gemma3_text")
     rope, local_rope = _read_rope(config, model_type, place)
     local_layers = _read_local_layers(config, model_type, L, place)
-    window = config.get("sliding_window") if any(local_layers) else None
-    scalar = config.get("query_pre_attn_scalar", H) if model_type in ("gemma2", "gemma3_text") else H
     return ModelSpec(
         model_type=model_type, vocab_size=_field(config, "vocab_size", place), width=D,
         ff_width=_field(config, "intermediate_size", place), num_layers=L, num_heads=N, num_kv_heads=K, head_width=H,
         max_length=_field(config, "max_position_embeddings", place), norm_eps=_field(config, "rms_norm_eps", place),
-        rope=rope, query_scale=scalar ** -0.5, tie_embeddings=bool(config["tie_word_embeddings"]),
-        activation=_read_activation(config, model_type, place), qkv_bias=model_type == "qwen2",
-        qk_norm=model_type in ("qwen3", "gemma3_text"), post_norms=model_type in ("gemma2", "gemma3_text"),
-        norm_offset=is_gemma, scale_embedding=is_gemma, attention_soft_cap=config.get("attn_logit_softcapping"),
-        final_soft_cap=config.get("final_logit_softcapping"), window=window,
-        local_layers=local_layers if window else (), local_rope=local_rope)
+        rope=rope, query_scale=(_field(config, "query_pre_attn_scalar", place) if has_scalar else H) ** -0.5,
+        tie_embeddings=bool(config["tie_word_embeddings"]), activation=_read_activation(config, model_type, place),
+        qkv_bias=model_type == "qwen2", qk_norm=model_type in ("qwen3", "gemma3_text"), post_norms=has_scalar,
+        norm_offset=is_gemma, scale_embedding=is_gemma,
+        attention_soft_cap=config["attn_logit_softcapping"] if model_type == "gemma2" else None,
+        final_soft_cap=config.get("final_logit_softcapping") if has_scalar else None,
+        window=_field(config, "sliding_window", place) if any(local_layers) else None,
+        local_layers=local_layers if any(local_layers) else (), local_rope=local_rope if any(local_layers) else None)
 
 
 def _field(config: dict[str, Any], name: str, place: str) -> Any:
-    if name not in config:
+    if config.get(name) is None:
         raise UserError(f"{place}: the field {name!r} is missing; take config.json from the model's own repository")
     return config[name]
 
 
 def _read_activation(config: dict[str, Any], model_type: str, place: str) -> str:
-    name = config.get("hidden_act", "silu")
+    name = config.get("hidden_act") or "silu"
     if model_type.startswith("gemma"):  # the first Gemma files say "gelu" in hidden_act and mean the tanh form
-        name = config.get("hidden_activation", "gelu_pytorch_tanh")
+        name = config.get("hidden_activation") or "gelu_pytorch_tanh"
     if name not in _ACTIVATIONS:
         raise UserError(f"{place}: activation {name!r} is not supported; supported: {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
 
 
 def _read_local_layers(config: dict[str, Any], model_type: str, L: int, place: str) -> tuple[bool, ...]:
-    if "layer_types" in config:
-        kinds = config["layer_types"]
-        unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
-        if unknown or len(kinds) != L:
-            raise UserError(f"{place}: layer_types has {len(kinds)} entries of kinds {sorted(set(kinds))}; it takes "
-                            f"num_hidden_layers={L} entries of full_attention or sliding_attention")
-        return tuple(kind == "sliding_attention" for kind in kinds)
     if model_type == "mistral":
-        return (config.get("sliding_window") is not None,) * L
+        return (config["sliding_window"] is not None,) * L
+    if model_type in ("llama", "gemma"):
+        return (False,) * L
+    kinds = config.get("layer_types")
+    if kinds is not None:
+        unknown = set(kinds) - {"full_attention", "sliding_attention"}
+        if unknown or len(kinds) != L:
+            raise UserError(f"{place}: layer_types has {len(kinds)} entries of kinds {', '.join(sorted(set(kinds)))}; "
+                            f"it takes num_hidden_layers={L} entries of full_attention or sliding_attention")
+        return tuple(kind == "sliding_attention" for kind in kinds)
     if model_type == "gemma2":
         return tuple(i % 2 == 0 for i in range(L))
     if model_type == "gemma3_text":
         return tuple((i + 1) % config["sliding_window_pattern"] != 0 for i in range(L))
-    if config.get("use_sliding_window"):
-        first = _field(config, "max_window_layers", place)
-        return tuple(i >= first for i in range(L))
-    return (False,) * L
+    first = config["max_window_layers"] if config.get("use_sliding_window") and config["sliding_window"] else L
+    return tuple(i >= first for i in range(L))
 
 
 def _read_rope(config: dict[str, Any], model_type: str, place: str) -> tuple[Rope, Rope | None]:
     """The rope of global layers, and of local layers where theirs differs."""
-    if "rope_parameters" in config:  # transformers 5
-        values = config["rope_parameters"]
-        if "full_attention" in values:
-            full = _parse_rope(values["full_attention"], config, place)
-            local = _parse_rope(values.get("sliding_attention", values["full_attention"]), config, place)
-            return full, local if local != full else None
-        full = _parse_rope(values, config, place)
-    else:
+    values = config.get("rope_parameters")  # transformers 5; before: rope_theta and rope_scaling
+    if values is None:
         full = _parse_rope(config.get("rope_scaling") or {}, config, place)
-    if model_type == "gemma3_text":
-        return full, Rope(theta=float(config["rope_local_base_freq"]))
-    return full, None
+        return full, Rope(float(config["rope_local_base_freq"])) if model_type == "gemma3_text" else None
+    if "full_attention" in values:
+        full = _parse_rope(values["full_attention"], config, place)
+        return full, _parse_rope(_field(values, "sliding_attention", f"{place}, rope_parameters"), config, place)
+    return _parse_rope(values, config, place), None
 
 
 def _parse_rope(values: dict[str, Any], config: dict[str, Any], place: str) -> Rope:
@@ -185,10 +185,10 @@ def _parse_rope(values: dict[str, Any], config: dict[str, Any], place: str) -> R
     if kind not in ROPE_KINDS:
         raise UserError(f"{place}: rope type {kind!r} is not supported{hint(kind, ROPE_KINDS)}; "
                         f"supported: {', '.join(ROPE_KINDS)}")
-    partial = values.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    partial = values.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1.0
     if partial != 1.0:
         raise UserError(f"{place}: partial_rotary_factor={partial} is not supported; supported: 1.0")
-    theta = float(values.get("rope_theta", config.get("rope_theta", 10_000.0)))
+    theta = float(values.get("rope_theta") or config["rope_theta"])
     if kind == "default":
         return Rope(theta)
     factor = float(_field(values, "factor", f"{place}, rope"))
@@ -203,32 +203,31 @@ def spec_to_hf(spec: ModelSpec) -> dict[str, Any]:
     """The config.json of a model of this shape, in the layout that transformers 4 and 5 both read."""
     classes = {"llama": "Llama", "mistral": "Mistral", "gemma": "Gemma", "gemma2": "Gemma2", "gemma3_text": "Gemma3",
                "qwen2": "Qwen2", "qwen3": "Qwen3"}
+    L = spec.num_layers
     config: dict[str, Any] = {
         "architectures": [classes[spec.model_type] + "ForCausalLM"], "model_type": spec.model_type,
         "vocab_size": spec.vocab_size, "hidden_size": spec.width, "intermediate_size": spec.ff_width,
-        "num_hidden_layers": spec.num_layers, "num_attention_heads": spec.num_heads,
+        "num_hidden_layers": L, "num_attention_heads": spec.num_heads,
         "num_key_value_heads": spec.num_kv_heads, "head_dim": spec.head_width,
         "max_position_embeddings": spec.max_length, "rms_norm_eps": spec.norm_eps,
         "tie_word_embeddings": spec.tie_embeddings, "attention_bias": False, "attention_dropout": 0.0,
         "rope_theta": spec.rope.theta, "rope_scaling": _rope_to_hf(spec.rope), "use_cache": True}
     activation = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}[spec.activation]
     config["hidden_act"] = activation
-    kinds = ["sliding_attention" if local else "full_attention" for local in spec.local_layers]
+    kinds = ["sliding_attention" if local else "full_attention" for local in spec.local_layers or (False,) * L]
     if spec.model_type.startswith("gemma"):
         config["hidden_activation"] = activation
     if spec.model_type in ("gemma2", "gemma3_text"):
-        config |= {"query_pre_attn_scalar": _whole(spec.query_scale ** -2), "sliding_window": spec.window,
+        config |= {"query_pre_attn_scalar": _whole(spec.query_scale ** -2), "sliding_window": spec.window or 4096,
                    "layer_types": kinds, "attn_logit_softcapping": spec.attention_soft_cap,
                    "final_logit_softcapping": spec.final_soft_cap}
-    if spec.model_type == "gemma3_text":
-        config["rope_local_base_freq"] = (spec.local_rope or spec.rope).theta
+    if spec.local_rope is not None:
+        config["rope_local_base_freq"] = spec.local_rope.theta
     if spec.model_type == "mistral":
         config["sliding_window"] = spec.window
     if spec.model_type in ("qwen2", "qwen3"):
-        config |= {"use_sliding_window": spec.window is not None, "sliding_window": spec.window,
-                   "max_window_layers": spec.local_layers.index(True) if spec.window else spec.num_layers}
-    if spec.model_type in ("qwen2", "llama"):
-        config["mlp_bias"] = False
+        config |= {"use_sliding_window": spec.window is not None, "sliding_window": spec.window or 4096,
+                   "max_window_layers": kinds.index("sliding_attention") if spec.window else L, "layer_types": kinds}
     return config
 
 
