@@ -1,21 +1,261 @@
-"""Files and Hub data sets become parallel records: one row id, one text per language."""
+"""Files and Hub data sets become parallel records: one row id, one text per language.
 
-from dataclasses import dataclass
+The text of every row lies in an Arrow file: in memory for small sources, memory-mapped from a cache folder for large
+ones. What stays in memory per text is its key, its language and its place, about 20 bytes.
+"""
+
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crossin_jax.config import Source, UserError, hint
+from crossin_jax.data.readers import File, find_files
+from crossin_jax.data.texts import FAULTS, Record, Text, TextReader, as_row, digest, hash_key
+from crossin_jax.languages import LANGUAGES
+
+CACHE_BYTES = 64 << 20  # sources larger than this go to the cache folder
+BATCH_ROWS = 2048
+FORMAT = 1  # raised when the cached layout changes
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
-    """One language's version of a record; `messages` is the whole chat as (role, text) where the source has several turns."""
+def _count_earlier(keys: np.ndarray, languages: np.ndarray) -> np.ndarray:
+    """How often the same (key, language) occurred before, for each row."""
+    order = np.lexsort((np.arange(len(keys)), languages, keys))
+    same = np.zeros(len(keys), bool)
+    same[1:] = (np.diff(keys[order]) == 0) & (np.diff(languages[order]) == 0)
+    starts = np.where(same, 0, np.arange(len(keys)))
+    counts = np.zeros(len(keys), np.int32)
+    counts[order] = np.arange(len(keys)) - np.maximum.accumulate(starts)
+    return counts
 
-    instruction: str
-    input: str
-    output: str
-    messages: tuple[tuple[str, str], ...] | None = None
+
+class Corpus(Sequence):
+    """Parallel records by index, here from a list; `keys` (N,) uint64 hash the row ids, `has[code]` (N,) bool.
+
+    `dropped` counts the texts that a documented policy removed (with their whole record), `dropped_rows` names some.
+    """
+
+    def __init__(self, name: str, records: Sequence[Record], *, place: str = ""):
+        self.name, self.place = name, place or name
+        self._records = records
+        self.keys = np.array([hash_key(record.id) for record in records], np.uint64)
+        self.languages = tuple(dict.fromkeys(code for record in records for code in record.texts))
+        self.has = {code: np.array([code in record.texts for record in records], bool) for code in self.languages}
+        self.dropped: Counter[str] = Counter()
+        self.dropped_rows: dict[str, list[str]] = {}
+        digests = (digest(json.dumps([r.id, c, *as_row(t)])) for r in records for c, t in r.texts.items())
+        self.fingerprint = f"{sum(int.from_bytes(digest, 'little') for digest in digests) % 2**128:032x}"
+        if len(np.unique(self.keys)) < len(self.keys):
+            twice = Counter(record.id for record in records).most_common(1)[0][0]
+            raise UserError(f"{self.place}: id {twice!r} is used more than once; ids must be unique")
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, i: int) -> Record:
+        return self._records[i]
+
+    def ids(self) -> Iterator[str]:
+        """The row ids in order."""
+        return (record.id for record in self._records)
+
+    def find_place(self, i: int) -> str:
+        """Where a row came from, for messages."""
+        return f"{self.place}, row {i + 1}"
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One row: `texts` maps a language code to that language's version."""
+class ArrowCorpus(Corpus):
+    """Records joined from one Arrow file that holds a row per (record, language); `path` None keeps it in memory."""
 
-    id: str
-    texts: dict[str, Text]
+    def __init__(self, name: str, path: str | None, buffer: Any, meta: dict[str, Any]):
+        self.name, self.place, self._path, self._buffer, self._meta = name, meta["place"], path, buffer, meta
+        self._codes = tuple(meta["codes"])
+        self.fingerprint = meta["fingerprint"]
+        self._open()
+        self._join()
+
+    def _open(self) -> None:
+        import pyarrow as pa
+        source = pa.memory_map(self._path) if self._path else self._buffer
+        with pa.ipc.open_file(source) as reader:
+            self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+
+    def _column(self, name: str, dtype: Any) -> np.ndarray:
+        parts = [batch.column(name).to_numpy() for batch in self._batches]
+        return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
+
+    def _join(self) -> None:
+        """Groups the texts by key; records keep the order in which their key first appeared."""
+        keys, languages = self._column("key", np.uint64), self._column("language", np.uint8)
+        twice = _count_earlier(keys, languages)
+        if twice.any() and not self._meta["named_by_content"]:
+            b = int(np.argmax(twice > 0))
+            a = int(np.argmax((keys == keys[b]) & (languages == languages[b])))
+            raise UserError(f"{self._text_place(b)}: id {self._cell(a, 'id')!r} was already used in "
+                            f"{self._text_place(a)}; ids must be unique ({int((twice > 0).sum())} repeated)")
+        keys = keys + twice.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # rows that are alike stay apart
+        unique, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+        order = np.argsort(first, kind="stable")
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order))
+        record = rank[inverse]
+        self.keys, self._twice = unique[order], twice[first[order]]
+        self._rows = np.full((len(unique), len(self._codes)), -1, np.int32)
+        self._rows[record, languages] = np.arange(len(keys))
+        self._drop(record, self._column("fault", np.uint8))
+        self._index()
+
+    def _drop(self, record: np.ndarray, faults: np.ndarray) -> None:
+        """Removes records with a faulty text in any language; counts and the first places stay."""
+        self.dropped, self.dropped_rows = Counter(), {}
+        for row in np.flatnonzero(faults):
+            reason = FAULTS[faults[row]]
+            self.dropped[reason] += 1
+            if self.dropped[reason] <= 5:
+                code = self._codes[self._cell(int(row), "language")]
+                self.dropped_rows.setdefault(reason, []).append(f"{self._text_place(int(row))} ({code})")
+        keep = np.ones(len(self.keys), bool)
+        keep[record[faults > 0]] = False
+        self.keys, self._rows, self._twice = self.keys[keep], self._rows[keep], self._twice[keep]
+
+    def _index(self) -> None:
+        self.has = {code: self._rows[:, j] >= 0 for j, code in enumerate(self._codes)}
+        self.has = {code: mask for code, mask in self.has.items() if mask.any()}
+        self.languages = tuple(self.has)
+
+    def take(self, rows: np.ndarray) -> "ArrowCorpus":
+        """Keeps these records, in place."""
+        self.keys, self._rows, self._twice = self.keys[rows], self._rows[rows], self._twice[rows]
+        self._index()
+        self.fingerprint = digest(f"{self.fingerprint} first {len(rows)}").hex()
+        return self
+
+    def _cell(self, row: int, column: str) -> Any:
+        return self._batches[row // BATCH_ROWS].column(column)[row % BATCH_ROWS].as_py()
+
+    def _text_place(self, row: int) -> str:
+        return f"{self._meta['files'][self._cell(row, 'file')]}, row {self._cell(row, 'number')}"
+
+    def __getitem__(self, i: int) -> Record:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"record {i} of {len(self)}")
+        rows = {code: int(self._rows[i, j]) for j, code in enumerate(self._codes) if self._rows[i, j] >= 0}
+        texts = {}
+        for code, row in rows.items():
+            messages = self._cell(row, "messages")
+            texts[code] = Text(self._cell(row, "instruction"), self._cell(row, "input"), self._cell(row, "output"),
+                               tuple(tuple(turn) for turn in json.loads(messages)) if messages else None)
+        return Record(self._id(i), texts)
+
+    def _id(self, i: int) -> str:
+        row_id = self._cell(int(self._rows[i][self._rows[i] >= 0][0]), "id")
+        return f"{row_id}-{self._twice[i] + 1}" if self._twice[i] else row_id
+
+    def ids(self) -> Iterator[str]:
+        return (self._id(i) for i in range(len(self)))
+
+    def find_place(self, i: int) -> str:
+        return self._text_place(int(self._rows[i][self._rows[i] >= 0][0]))
+
+    def __getstate__(self) -> dict[str, Any]:  # workers open the file anew
+        return {k: v for k, v in self.__dict__.items() if k != "_batches"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+
+def load_corpus(source: Source, languages: Sequence[str], *, seed: int = 0, cache: str | None = None) -> Corpus:
+    """Reads a source; rows with an empty output, a NUL or over a million characters are dropped and counted.
+
+    Raises `UserError` with file, row and remedy for what cannot be read. `cache` is the folder of memory-mapped copies
+    of large sources (default: $CROSSIN_CACHE, else ~/.cache/crossin_jax/corpora).
+    """
+    codes = tuple(source.languages or languages)
+    for code in codes:
+        if code not in LANGUAGES:
+            raise UserError(f"data source {source.name!r}: {code!r} is not a known language{hint(code, LANGUAGES)}")
+    if source.kind == "world":
+        from crossin_jax.data.world import world_corpus
+        records = world_corpus(source.split, codes, seed)
+        return _limit(Corpus(source.name, records, place=f"the embedded world ({source.split})"), source.limit)
+    files = find_files(source, codes)
+    size = sum(os.path.getsize(file.path) for file in files if file.layout != "hub")
+    if size <= CACHE_BYTES and not any(file.layout == "hub" for file in files):
+        import pyarrow as pa
+        sink = pa.BufferOutputStream()
+        meta = _write_texts(source, codes, files, sink)
+        return _limit(ArrowCorpus(source.name, None, sink.getvalue(), meta), source.limit)
+    folder = Path(cache or os.environ.get("CROSSIN_CACHE", "~/.cache/crossin_jax/corpora")).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    stamp = [(f, os.stat(f.path).st_size, os.stat(f.path).st_mtime_ns) if f.layout != "hub" else f for f in files]
+    settings = {k: v for k, v in asdict(source).items() if k not in ("name", "limit")}
+    path = folder / f"{digest(json.dumps([FORMAT, settings, codes, stamp])).hex()}.arrow"
+    if not path.with_suffix(".json").exists():
+        meta = _write_cached(source, codes, files, path)
+    meta = json.loads(path.with_suffix(".json").read_text())
+    return _limit(ArrowCorpus(source.name, str(path), None, meta), source.limit)
+
+
+def _limit(corpus: Corpus, limit: int | None) -> Corpus:
+    """The first rows by hash order of the row id, whatever their order in the files."""
+    if limit is None or limit >= len(corpus):
+        return corpus
+    rows = np.sort(np.argsort(corpus.keys, kind="stable")[:limit])
+    if isinstance(corpus, ArrowCorpus):
+        return corpus.take(rows)
+    return Corpus(corpus.name, [corpus[int(i)] for i in rows], place=corpus.place)
+
+
+def _write_cached(source: Source, codes: Sequence[str], files: list[File], path: Path) -> dict[str, Any]:
+    import pyarrow as pa
+    handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    os.close(handle)
+    try:
+        with pa.OSFile(part, "wb") as sink:
+            meta = _write_texts(source, codes, files, sink)
+        os.replace(part, path)
+        Path(part).write_text(json.dumps(meta))
+        os.replace(part, path.with_suffix(".json"))  # last: the pair is whole once this exists
+    finally:
+        Path(part).unlink(missing_ok=True)
+    return meta
+
+
+def _write_texts(source: Source, codes: Sequence[str], files: list[File], sink: Any) -> dict[str, Any]:
+    """Streams every text of the source into one Arrow file; returns what the file itself cannot say."""
+    import pyarrow as pa
+    from tqdm import tqdm
+    numbers = {"key": pa.uint64(), "language": pa.uint8(), "file": pa.uint16(), "number": pa.uint32(),
+               "fault": pa.uint8()}
+    schema = pa.schema(numbers | dict.fromkeys(("id", "instruction", "input", "output", "messages"), pa.string()))
+    reader = TextReader(source, codes, files)
+    columns: list[list] = [[] for _ in schema]
+    fingerprint = 0
+    with pa.ipc.new_file(sink, schema) as writer:
+        def flush() -> None:
+            writer.write_batch(pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)],
+                                               schema=schema))
+            for column in columns:
+                column.clear()
+
+        for row in tqdm(reader, desc=f"read {source.name}", unit=" texts", delay=2, leave=False):
+            fingerprint += int.from_bytes(digest(json.dumps([codes[row[1]], *row[5:]])), "little")
+            for column, value in zip(columns, row, strict=True):
+                column.append(value)
+            if len(columns[0]) == BATCH_ROWS:
+                flush()
+        if columns[0]:
+            flush()
+    return {"place": source.path, "codes": list(codes), "files": [file.path for file in files],
+            "named_by_content": bool(reader.named_by_content), "fingerprint": f"{fingerprint % 2**128:032x}"}
+
+
+__all__ = ["ArrowCorpus", "Corpus", "Record", "Text", "hash_key", "load_corpus"]
