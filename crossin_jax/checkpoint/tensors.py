@@ -1,0 +1,219 @@
+"""The safetensors format: checked headers, exact byte ranges, streamed writing; never a whole file in RAM."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import ml_dtypes
+import numpy as np
+
+from crossin_jax.config import UserError
+
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+CHUNK = 4 << 20  # bytes per read: small enough for the cache, where the NaN check and the cast are free beside the read
+MAX_HEADER = 100_000_000  # bytes; the limit of the format's own reader
+# the largest finite bit pattern is below infinity; a pattern above it is a NaN, of either sign
+_INFINITY = {2: {"F16": 0x7C00, "BF16": 0x7F80}, 4: {"F32": 0x7F800000}}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tensor:
+    """Where one tensor lies: `nbytes` of `dtype` from byte `start` of `file`."""
+
+    name: str
+    file: str
+    code: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        return DTYPES[self.code]
+
+    def reshape(self, shape: Sequence[int]) -> "Tensor":
+        assert math.prod(shape) == math.prod(self.shape), f"{self.name}: {self.shape} cannot be read as {shape}"
+        return dataclasses.replace(self, shape=tuple(shape))
+
+
+def read_header(path: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name; `UserError` where the file is cut, padded or not safetensors."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(8)
+            if len(start) < 8:
+                raise UserError(f"{path}: {size} bytes is too short for a safetensors file; download it again")
+            (length,) = struct.unpack("<Q", start)
+            if length > min(MAX_HEADER, size - 8):
+                raise UserError(f"{path}: its header claims {length} bytes but {size - 8} follow; it is cut or not "
+                                "safetensors: download it again")
+            text = file.read(length)
+    except OSError as error:
+        raise UserError(f"{path}: {os.strerror(error.errno or 0)}") from error
+    try:
+        header = json.loads(text)
+        if not isinstance(header, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise UserError(f"{path}: its header is not JSON ({error}); the length in its first 8 bytes is wrong "
+                        "or this is not a safetensors file") from error
+    header.pop("__metadata__", None)
+    tensors, faults = {}, []
+    for name, entry in header.items():
+        try:
+            code, shape, (begin, end) = entry["dtype"], tuple(map(int, entry["shape"])), entry["data_offsets"]
+        except (KeyError, TypeError, ValueError):
+            faults.append(f"{name}: malformed entry {entry!r}")
+            continue
+        if code not in DTYPES:
+            faults.append(f"{name}: dtype {code}; this reads {', '.join(DTYPES)}")
+        elif end - begin != math.prod(shape) * DTYPES[code].itemsize or begin < 0:
+            faults.append(f"{name}: {end - begin} bytes cannot hold {code} {shape}")
+        elif 8 + length + end > size:
+            faults.append(f"{name}: ends at byte {8 + length + end} of a file of {size}; it is cut, download it again")
+        else:
+            tensors[name] = Tensor(name, path, code, shape, 8 + length + begin, end - begin)
+    last = max((t.start + t.nbytes for t in tensors.values()), default=8 + length)
+    if not faults and last != size:
+        faults.append(f"{size - last} bytes after the last tensor; the header's length or offsets are wrong")
+    if faults:
+        raise UserError(f"{path}: {'; '.join(faults[:5])}" + (f"; and {len(faults) - 5} more" if faults[5:] else ""))
+    return tensors
+
+
+Box = tuple[tuple[int, int], ...]  # (start, stop) of every dimension
+Part = tuple[Box, np.ndarray]  # a box of a tensor and the array of its shape that receives it
+
+
+def volume(box: Box) -> int:
+    """Numbers in a box."""
+    return math.prod(stop - start for start, stop in box)
+
+
+class Reader:
+    """Reads boxes of tensors into given arrays with a cast to their dtype; its reads may run in several threads.
+
+    `with_nan` collects the names of tensors that hold a NaN.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[str, int] = {}
+        self.with_nan: set[str] = set()
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def plan(self, tensor: Tensor, parts: Sequence[Part]) -> Iterator[Callable[[], int]]:
+        """Yields independent reads that fill `parts` and together touch each byte once; each returns its bytes.
+
+        Boxes that tile one larger box (the shards of one host) are read as that box, so that a shard along the
+        innermost dimension does not cost one read per row.
+        """
+        if tensor.file not in self._files:
+            self._files[tensor.file] = os.open(tensor.file, os.O_RDONLY)
+        parts = [(box, out) for box, out in parts if out.size]
+        if not parts:
+            return
+        if not tensor.shape:
+            tensor, parts = tensor.reshape((1,)), [(((0, 1),), out.reshape(1)) for _, out in parts]
+        hull = tuple((min(box[d][0] for box, _ in parts), max(box[d][1] for box, _ in parts))
+                     for d in range(len(tensor.shape)))
+        if len(parts) > 1 and sum(out.size for _, out in parts) != volume(hull):
+            for part in parts:
+                yield from self.plan(tensor, [part])
+            return
+        step = max(1, CHUNK // (volume(hull[1:]) * tensor.dtype.itemsize))
+        for start in range(*hull[0], step):
+            rows = ((start, min(start + step, hull[0][1])), *hull[1:])
+            yield functools.partial(self._read, tensor, rows, parts)
+
+    def _read(self, tensor: Tensor, rows: Box, parts: Sequence[Part]) -> int:
+        targets = []  # (where in the chunk, where it goes)
+        for box, out in parts:
+            low, high = max(rows[0][0], box[0][0]), min(rows[0][1], box[0][1])
+            if low < high:
+                inside = (slice(low - rows[0][0], high - rows[0][0]),
+                          *(slice(b[0] - r[0], b[1] - r[0]) for b, r in zip(box[1:], rows[1:], strict=True)))
+                targets.append((inside, out[low - box[0][0]:high - box[0][0]]))
+        shape = tuple(stop - start for start, stop in rows)
+        direct = (len(targets) == 1 and targets[0][1].shape == shape and targets[0][1].dtype == tensor.dtype
+                  and targets[0][1].flags.c_contiguous)
+        chunk = targets[0][1] if direct else np.empty(shape, tensor.dtype)
+        self._fill(tensor, rows, chunk)
+        if has_nan(chunk, tensor.code):
+            self.with_nan.add(tensor.name)
+        if not direct:
+            for inside, out in targets:
+                out[...] = chunk[inside]
+        return chunk.nbytes
+
+    def _fill(self, tensor: Tensor, box: Box, chunk: np.ndarray) -> None:
+        """Reads a box into a contiguous chunk, one read per contiguous run of the file."""
+        shape, item = tensor.shape, tensor.dtype.itemsize
+        inner = len(shape) - 1  # dimensions from `inner` on lie in one run
+        while inner > 0 and box[inner] == (0, shape[inner]):
+            inner -= 1
+        strides = [math.prod(shape[d + 1:]) * item for d in range(len(shape))]
+        first = tensor.start + sum(start * stride for (start, _), stride in zip(box, strides, strict=True))
+        run = (box[inner][1] - box[inner][0]) * strides[inner]
+        buffer = memoryview(chunk.reshape(-1).view(np.uint8))
+        for i, index in enumerate(np.ndindex(*(stop - start for start, stop in box[:inner]))):
+            offset = first + sum(n * stride for n, stride in zip(index, strides, strict=False))
+            self._pread(tensor, buffer[i * run:(i + 1) * run], offset)
+
+    def _pread(self, tensor: Tensor, buffer: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self._files[tensor.file], [buffer[done:]], offset + done)
+            if not count:
+                raise UserError(f"{tensor.file}: ends inside {tensor.name}; it changed while it was read")
+            done += count
+
+
+def has_nan(array: np.ndarray, code: str) -> bool:
+    """Whether a contiguous array of safetensors type `code` holds a NaN; two integer maxima, no temporary."""
+    flat, size = array.reshape(-1), array.itemsize
+    limit, sign = _INFINITY[size][code], 1 << (8 * size - 1)
+    return bool(flat.view(f"i{size}").max() > limit or flat.view(f"u{size}").max() > (limit | sign))
+
+
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal bit by bit."""
+    if (a.code, a.shape) != (b.code, b.shape):
+        return False
+    with open(a.file, "rb") as left, open(b.file, "rb") as right:
+        left.seek(a.start)
+        right.seek(b.start)
+        sizes = [CHUNK] * (a.nbytes // CHUNK) + [a.nbytes % CHUNK]
+        return all(left.read(size) == right.read(size) for size in sizes)
+
+
+def write_tensors(path: str, entries: Iterable[tuple[str, str, tuple[int, ...], Callable[[], np.ndarray]]],
+                  progress: Callable[[int], object] = lambda count: None) -> None:
+    """Writes a safetensors file from (name, type code, shape, function that yields the array), one tensor at a time."""
+    entries, header, end = list(entries), {"__metadata__": {"format": "pt"}}, 0
+    for name, code, shape, _ in entries:
+        begin, end = end, end + math.prod(shape) * DTYPES[code].itemsize
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, code, shape, fetch in entries:
+            array = np.ascontiguousarray(fetch())
+            assert (array.dtype, array.size) == (DTYPES[code], math.prod(shape)), f"{name}: {array.dtype} {array.shape}"
+            file.write(memoryview(array.reshape(-1).view(np.uint8)))
+            progress(array.nbytes)
+        file.flush()
+        os.fsync(file.fileno())
