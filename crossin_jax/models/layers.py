@@ -172,7 +172,8 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 def rope_frequencies(rope: Rope, head_width: int) -> np.ndarray:
     """Radians per position of each rotated pair, (H/2,) float32 (Su et al. 2021; llama3: Llama 3.1 model card)."""
     exponents = np.arange(0, head_width, 2, dtype=np.float32) / np.float32(head_width)
-    frequencies = (1.0 / np.float32(rope.theta) ** exponents).astype(np.float32)
+    # each step rounded to float32 as in torch: one ulp here is 1e-3 radians at position 9000
+    frequencies = np.float32(1) / (rope.theta ** exponents.astype(np.float64)).astype(np.float32)
     if rope.kind == "linear":
         return frequencies / np.float32(rope.factor)
     if rope.kind == "llama3":
