@@ -50,8 +50,8 @@ class Corpus(Sequence):
         self.has = {code: np.array([code in record.texts for record in records], bool) for code in self.languages}
         self.dropped: Counter[str] = Counter()
         self.dropped_rows: dict[str, list[str]] = {}
-        digests = (digest(json.dumps([r.id, c, *as_row(t)])) for r in records for c, t in r.texts.items())
-        self.fingerprint = f"{sum(int.from_bytes(digest, 'little') for digest in digests) % 2**128:032x}"
+        rows = (json.dumps([r.id, code, *as_row(text)]) for r in records for code, text in r.texts.items())
+        self.fingerprint = f"{sum(int.from_bytes(digest(row), 'little') for row in rows) % 2**128:032x}"
         if len(np.unique(self.keys)) < len(self.keys):
             twice = Counter(record.id for record in records).most_common(1)[0][0]
             raise UserError(f"{self.place}: id {twice!r} is used more than once; ids must be unique")

@@ -76,7 +76,7 @@ def read_rows(file: File, split: str = "train") -> Iterator[tuple[int, dict[str,
     rows = _read_hub(file.path, split) if file.layout == "hub" else readers[file.layout](file.path)
     for number, row in rows:
         if not isinstance(row, dict):
-            raise UserError(f"{file.path}, row {number}: a row is an object with named fields, got {type(row).__name__}")
+            raise UserError(f"{file.path}, row {number}: rows are objects with named fields, not {type(row).__name__}")
         yield number, row
 
 
@@ -163,8 +163,8 @@ def _read_csv(path: str) -> Iterator[tuple[int, Any]]:
             for number, row in enumerate(reader, 1):
                 if None in row or None in row.values():
                     more = "more" if None in row else "fewer"
-                    raise UserError(f"{path}, row {number}: {more} cells than the header's {len(reader.fieldnames or ())}; "
-                                    f"quote cells that hold {delimiter!r} or line breaks")
+                    raise UserError(f"{path}, row {number}: {more} cells than the {len(reader.fieldnames or ())} "
+                                    f"of the header; quote cells that hold {delimiter!r} or line breaks")
                 yield number, row
         except csv.Error as error:
             raise UserError(f"{path}, line {reader.line_num}: {error}; quote cells that hold {delimiter!r}") from None

@@ -1,0 +1,282 @@
+"""The mixture: stream position → example, a pure function of (configuration, corpora, seed).
+
+Every draw is a hash of (seed, component, row id), so that 3,000 examples are a subset of 6,000, and neither the order
+of files nor the number of workers or hosts changes anything.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from crossin_jax import __version__
+from crossin_jax.config import Component, Data, UserError
+from crossin_jax.data.corpus import Corpus, hash_key, load_corpus
+from crossin_jax.data.crosslingual import Example, make_example
+
+FORMAT = 1  # raised when the same settings would draw other examples
+CHUNK = 1 << 16
+
+
+def mix_bits(words: np.ndarray | int, key: int = 0) -> np.ndarray:
+    """SplitMix64 of uint64 words under a key: uniform, and the same on every machine."""
+    z = np.atleast_1d(np.asarray(words, np.uint64)) ^ np.uint64(key)
+    z = z + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def _pick(words: np.ndarray, weights_NC: np.ndarray) -> np.ndarray:
+    """One column per row, with probability proportional to its weight."""
+    cumulative = np.cumsum(weights_NC, axis=1)
+    level = (words >> np.uint64(11)) * 2.0**-53 * cumulative[:, -1]
+    return (level[:, None] >= cumulative).sum(axis=1)
+
+
+class Recent:
+    """The last two permutations: one epoch and the next."""
+
+    def __init__(self):
+        self.orders: dict[int, np.ndarray] = {}
+
+    def get(self, number: int, make: Callable[[], np.ndarray]) -> np.ndarray:
+        if number not in self.orders:
+            while len(self.orders) > 1:
+                self.orders.pop(next(iter(self.orders)))
+            self.orders[number] = make()
+        return self.orders[number]
+
+    def __getstate__(self) -> dict[str, Any]:  # workers make their own
+        return {"orders": {}}
+
+
+class Pool:
+    """One component's units in drawing order: rows of its corpus, or numbered draws where rows are drawn again."""
+
+    def __init__(self, component: Component, corpus: Corpus, data: Data, seed: int, number: int, place: str):
+        self.component, self.corpus, self.place, self._orders = component, corpus, place, Recent()
+        self.languages = tuple(data.languages)
+        self.pivot = self.languages.index(data.pivot)
+        suffix = f"#{number}" if number else ""
+        self.key = hash_key(f"{seed}/{component.kind}/{component.source}{suffix}")
+        self.draw_key = self.key
+        self.fixed = component.count is not None
+        self.weights = self._weigh_languages()
+        self.has_NC = None
+        if component.kind == "text":
+            self.has_NC = np.stack([corpus.has.get(code, np.zeros(len(corpus), bool)) for code in self.languages], 1)
+            rows = np.flatnonzero((self.has_NC * self.weights).any(1))
+        else:
+            self._refuse_gaps()
+            rows = np.arange(len(corpus))
+        if not len(rows):
+            raise UserError(f"{place}: source {component.source!r} has no rows in {', '.join(self.languages)}")
+        if component.with_replacement:
+            # as released: the modes share draws, so a row and its language are the same in each of them
+            self.draw_key = hash_key(f"{seed}/again/{component.source}{suffix}")
+            units = mix_bits(np.arange(component.count or len(rows), dtype=np.uint64), self.draw_key)
+            self.rows, self.units = rows[np.argsort(corpus.keys[rows])][units % np.uint64(len(rows))], units
+            return
+        if self.fixed and component.count > len(rows):
+            raise UserError(f"{place}.count={component.count} is above the {len(rows)} rows of {component.source!r}; "
+                            f"lower it, or set with_replacement=True")
+        order = np.lexsort((corpus.keys[rows], mix_bits(corpus.keys[rows], self.key)))[:component.count]
+        self.rows, self.units = rows[order], corpus.keys[rows[order]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _weigh_languages(self) -> np.ndarray:
+        """Weight per language; the pivot takes part in x2x and text, and elsewhere only if it is named."""
+        named, kind = self.component.languages, self.component.kind
+        weights = np.array([named.get(code, 0.0) if named else 1.0 for code in self.languages])
+        if not named and kind not in ("x2x", "text", "base") or kind in ("en2x", "x2en", "trans"):
+            weights[self.pivot] = 0.0
+        if (weights < 0).any():
+            raise UserError(f"{self.place}.languages={named}: weights are not negative")
+        if kind != "base" and np.count_nonzero(weights) < (2 if kind == "x2x" and not self.component.allow_same else 1):
+            least = "two languages" if kind == "x2x" else f"a language besides {self.languages[self.pivot]!r}"
+            raise UserError(f"{self.place}: {kind} needs {least} of positive weight; "
+                            f"languages={named or self.languages}")
+        return weights
+
+    def _refuse_gaps(self) -> None:
+        kind = self.component.kind
+        needed = set(np.flatnonzero(self.weights)) if kind != "base" else set()
+        if kind in ("base", "en2x", "x2en", "trans"):
+            needed.add(self.pivot)
+        for code in (self.languages[j] for j in sorted(needed)):
+            has = self.corpus.has.get(code)
+            if has is None:
+                raise UserError(f"{self.place}: {kind} needs {code!r}, but {self.component.source!r} has only "
+                                f"{', '.join(self.corpus.languages)}; take {code!r} out, or add its texts: "
+                                f"python -m crossin_jax.prepare translate")
+            if not has.all():
+                gaps = np.flatnonzero(~has)
+                raise UserError(f"{self.corpus.find_place(int(gaps[0]))}: no {code!r} version (nor in "
+                                f"{len(gaps) - 1} other rows), but {self.place} ({kind}) needs it; take {code!r} out, "
+                                f"or add its texts: python -m crossin_jax.prepare translate")
+
+    def draw_pairs(self, units: np.ndarray, rows: np.ndarray, visits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of prompt and answer language for units at their visits; a counted set never changes its pairs."""
+        kind, n = self.component.kind, len(units)
+        if kind == "base":
+            return np.full(n, self.pivot), np.full(n, self.pivot)
+        words = mix_bits(units, self.draw_key) ^ mix_bits(np.zeros_like(visits) if self.fixed else visits, 1)
+        weights = np.broadcast_to(self.weights, (n, len(self.languages)))
+        if kind == "text":
+            weights = weights * self.has_NC[rows]
+        first = _pick(mix_bits(words, 2), weights)
+        pivot = np.full(n, self.pivot)
+        if kind in ("same", "text"):
+            return first, first
+        if kind == "x2x":
+            others = weights.copy()
+            if not self.component.allow_same:
+                others[np.arange(n), first] = 0
+            return first, _pick(mix_bits(words, 3), others)
+        if kind == "trans" and self.component.translate == "both":
+            to_pivot = (mix_bits(words, 4) & np.uint64(1)).astype(bool)
+            return np.where(to_pivot, first, pivot), np.where(to_pivot, pivot, first)
+        if kind == "en2x" or kind == "trans" and self.component.translate == "en2x":
+            return pivot, first
+        return first, pivot
+
+    def _order(self, visit: int) -> np.ndarray:
+        return self._orders.get(visit, lambda: np.lexsort((self.units, mix_bits(
+            self.units, self.key ^ hash_key(f"pass {visit}")))))
+
+    def find_units(self, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(units, rows, visits) of the component's draws 0, 1, 2, …: each pass over the pool has its own order."""
+        visits, spots = np.divmod(draws, len(self))
+        index = np.empty(len(draws), np.int64)
+        for visit in np.unique(visits):
+            here = visits == visit
+            index[here] = self._order(int(visit))[spots[here]]
+        return self.units[index], self.rows[index], visits.astype(np.uint64)
+
+
+class Mixture(Sequence):
+    """Examples by stream position; positions beyond `len` are further epochs, each shuffled anew.
+
+    An epoch has as many examples as the components have rows (or `count`). Without shares each component gives all of
+    its own once per epoch; with shares they divide the epoch, and a component goes on through its rows where the last
+    epoch left it. A component with `count` is a fixed set of examples; one without redraws its language pairs at each
+    pass. Raises `UserError` where a component asks for what its corpus lacks.
+    """
+
+    def __init__(self, data: Data, corpora: dict[str, Corpus], seed: int):
+        if not data.components:
+            raise UserError("data.components is empty: name at least one component and its source")
+        self.data, self.corpora, self.seed = data, corpora, seed
+        names = [f"{c.kind}/{c.source}" for c in data.components]
+        self.pools = [Pool(component, corpora[component.source], data, seed, names[:i].count(names[i]),
+                           f"data.components[{i}]") for i, component in enumerate(data.components)]
+        kinds = Counter(component.kind for component in data.components)
+        self.labels = [c.kind if kinds[c.kind] == 1 else f"{c.kind}:{c.source}" +
+                       (f"#{names[:i].count(names[i]) + 1}" if names.count(names[i]) > 1 else "")
+                       for i, c in enumerate(data.components)]
+        self.sizes = self._divide([component.share for component in data.components])
+        self._starts = np.concatenate([[0], np.cumsum(self.sizes)])
+        self._orders = Recent()
+
+    def _divide(self, shares: list[float | None]) -> np.ndarray:
+        """Examples of each component per epoch: largest remainders, and at least one."""
+        lengths = np.array([len(pool) for pool in self.pools])
+        if shares[0] is None:
+            return lengths
+        exact = np.array(shares, float) * lengths.sum()
+        sizes = np.floor(exact).astype(np.int64)
+        sizes[np.argsort(sizes - exact, kind="stable")[:lengths.sum() - sizes.sum()]] += 1
+        return np.maximum(sizes, 1)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[i] for i in range(len(self)))
+
+    @property
+    def groups(self) -> list[tuple[str, str]]:
+        """(component, answer language) of every kind of example that can occur."""
+        return [(label, code) for label in self.labels for code in self.data.languages]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return self._orders.get(epoch, lambda: np.argsort(np.concatenate([
+            mix_bits(np.arange(size, dtype=np.uint64), pool.key ^ hash_key(f"epoch {epoch}"))
+            for pool, size in zip(self.pools, self.sizes, strict=True)]), kind="stable"))
+
+    def __getitem__(self, i: int) -> Example:
+        return self.take(np.array([i]))[0]
+
+    def take(self, positions: np.ndarray) -> list[Example]:
+        """The examples at these stream positions, in their order."""
+        if (positions < 0).any():
+            raise IndexError(f"stream position {positions.min()} is negative")
+        epochs, spots = np.divmod(np.asarray(positions, np.int64), len(self))
+        entries = np.empty(len(spots), np.int64)
+        for epoch in np.unique(epochs):
+            entries[epochs == epoch] = self._order(int(epoch))[spots[epochs == epoch]]
+        owners = np.searchsorted(self._starts, entries, side="right") - 1
+        examples: list[Any] = [None] * len(spots)
+        for c in np.unique(owners):
+            here = np.flatnonzero(owners == c)
+            draws = epochs[here] * self.sizes[c] + entries[here] - self._starts[c]
+            pool, codes = self.pools[c], self.data.languages
+            units, rows, visits = pool.find_units(draws)
+            prompts, answers = pool.draw_pairs(units, rows, visits)
+            for i, row, prompt, answer in zip(here, rows, prompts, answers, strict=True):
+                examples[i] = make_example(pool.corpus[int(row)], pool.component.kind, codes[prompt], codes[answer],
+                                           tag=self.data.tag, component=self.labels[c],
+                                           translate_what=pool.component.translate_what)
+        return examples
+
+    def count_pairs(self, c: int) -> Counter[tuple[str, str]]:
+        """How often each (prompt language, answer language) occurs in component c's part of the first epoch."""
+        counts: Counter[tuple[str, str]] = Counter()
+        codes = self.data.languages
+        for start in range(0, int(self.sizes[c]), CHUNK):
+            units = self.pools[c].find_units(np.arange(start, min(start + CHUNK, int(self.sizes[c]))))
+            prompt, answer = self.pools[c].draw_pairs(*units)
+            pairs, numbers = np.unique(prompt * len(codes) + answer, return_counts=True)
+            counts.update({(codes[p // len(codes)], codes[p % len(codes)]): int(n)
+                           for p, n in zip(pairs, numbers, strict=True)})
+        return counts
+
+    def manifest(self) -> dict[str, Any]:
+        """What the mixture is made of: sources with fingerprints, counts per component and language pair, seed, hash.
+
+        The hash covers everything that decides the stream, and neither paths nor the version of the code.
+        """
+        sources = {source.name: source for source in self.data.sources}
+        used = dict.fromkeys(component.source for component in self.data.components)
+        components = [{"name": label, **dataclasses.asdict(pool.component), "rows": len(pool), "examples": int(size),
+                       "pairs": {f"{a}>{b}": n for (a, b), n in sorted(self.count_pairs(c).items())}}
+                      for c, (label, pool, size) in enumerate(zip(self.labels, self.pools, self.sizes, strict=True))]
+        decides = {
+            "format": FORMAT, "seed": self.seed, "languages": list(self.data.languages), "pivot": self.data.pivot,
+            "tag": self.data.tag, "components": components,
+            "sources": [{"name": name, "fingerprint": self.corpora[name].fingerprint, "rows": len(self.corpora[name]),
+                         "dropped": dict(self.corpora[name].dropped)} for name in used]}
+        digest = hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=16).hexdigest()
+        paths = {name: {"path": sources[name].path, "split": sources[name].split} for name in used if name in sources}
+        return {"hash": digest, "version": __version__, "examples": len(self), **decides, "paths": paths}
+
+
+def load_corpora(data: Data, seed: int) -> dict[str, Corpus]:
+    """The corpora of all sources in use, by name; the embedded world is halved by the seed."""
+    used = {component.source for component in data.components}
+    return {source.name: load_corpus(source, data.languages, seed=seed)
+            for source in (*data.sources, *data.eval_sources) if source.name in used}
+
+
+def held_out(data: Data) -> Data:
+    """The settings that read every held-out record once in each language, for the loss per language."""
+    components = tuple(Component(kind="same", source=source.name, languages={code: 1.0})
+                       for source in data.eval_sources for code in source.languages or data.languages)
+    return dataclasses.replace(data, sources=data.eval_sources, components=components)
