@@ -1,0 +1,332 @@
+"""Examples become token ids and a mask of what is learned: the one source of every prompt.
+
+Training, scoring and generation call the same `Renderer`, so a model never meets a prompt that it was not trained on.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crossin_jax.config import UserError, hint
+from crossin_jax.data.crosslingual import Example
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """Text around a prompt; {instruction}, {input}, {system} are filled in, every other brace stays.
+
+    Trailing spaces of a prompt are tokenized with the answer, as is `answer_prefix`: a tokenizer then sees " Paris",
+    the form the word has inside a text. `system_form` surrounds the system prompt. `end` ends an answer where it is
+    one token of the tokenizer; elsewhere, and by default, EOS does.
+    """
+
+    prompt_input: str
+    prompt_no_input: str
+    answer_prefix: str = ""
+    system_form: str = ""
+    system: str | None = None
+    end: str | None = None
+
+    def fill(self, instruction: str, input: str, system: str | None) -> str:
+        """The whole prompt as text; the form without input is taken where the input is empty."""
+        system = system if system is not None else self.system
+        values = {"instruction": instruction, "input": input, "output_lang": "",
+                  "system": self.system_form.replace("{system}", system) if system else ""}
+        return re.sub(r"\{(instruction|input|system|output_lang)\}", lambda match: values[match[1]],
+                      self.prompt_input if input else self.prompt_no_input)
+
+
+_TASK = "Below is an instruction that describes a task"
+_RESPOND = "Write a response that appropriately completes the request."
+_FIELDS = "\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n "
+_NO_INPUT = _FIELDS.replace("### Input:\n{input}\n\n", "")
+_MANY = " in one or more languages"
+
+TEMPLATES: dict[str, Template] = {
+    # the wording of Alpaca and of the CrossIn release, which checkpoints in use were trained with
+    "alpaca": Template(f"{_TASK}, paired with an input that provides further context. {_RESPOND}{_FIELDS}",
+                       f"{_TASK}. {_RESPOND}{_NO_INPUT}"),
+    "cl_boost": Template(f"{_TASK}{_MANY}, paired with an input in one or more language that provides further context. "
+                         f"{_RESPOND}{_FIELDS}", f"{_TASK}{_MANY}. {_RESPOND}{_NO_INPUT}"),
+    "llama": Template("[INST] {system}{instruction}\n{input}[/INST]", "[INST] {system}{instruction}[/INST]", " ",
+                      "<<SYS>>\n{system}\n<</SYS>>\n\n", "You are a helpful assistant."),
+    "gemma": Template("{instruction}\n{input}\n", "{instruction}\n"),
+    "chatml": Template("{system}<|im_start|>user\n{instruction}\n{input}<|im_end|>\n<|im_start|>assistant\n",
+                       "{system}<|im_start|>user\n{instruction}<|im_end|>\n<|im_start|>assistant\n", "",
+                       "<|im_start|>system\n{system}<|im_end|>\n", None, "<|im_end|>"),
+}
+
+
+def load_template(name: str) -> Template | None:
+    """A built-in template, or a JSON file with its fields, as the release's template files are; None for "chat"."""
+    if name == "chat":
+        return None
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise UserError(f"data.template={name!r} is no file and none of {', '.join((*TEMPLATES, 'chat'))}"
+                        f"{hint(name, (*TEMPLATES, 'chat'))}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"data.template={name}: not JSON ({error})") from None
+    known = set(Template.__dataclass_fields__)
+    values.pop("description", None)
+    for key in values:
+        if key not in known:
+            raise UserError(f"{name}: template has no {key!r}{hint(key, known)}; fields: {', '.join(sorted(known))}")
+    for key in ("prompt_input", "prompt_no_input"):
+        if "{instruction}" not in values.get(key, ""):
+            raise UserError(f"{name}: {key} lacks {{instruction}}")
+    return Template(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """Token ids (T,) int32 with BOS and EOS; learned (T,) bool: token t is a target (answer and EOS)."""
+
+    ids: np.ndarray
+    learned: np.ndarray
+
+
+class RowFault(UserError):
+    """One example that cannot be learned from; `reason` is the same for all of its kind."""
+
+    def __init__(self, reason: str, example_id: str):
+        super().__init__(f"row {example_id!r}: {reason}")
+        self.reason, self.example_id = reason, example_id
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> Any:
+    """A fast tokenizer from a folder or the Hub; raises `UserError` where there is none."""
+    import transformers
+    folder = Path(path).expanduser()
+    name = str(folder) if folder.exists() else path
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
+    except Exception as error:  # the library raises many kinds; all of them mean: no tokenizer under this name
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"model.tokenizer={path!r}: no tokenizer can be read there ({reason}); "
+                        f"give a folder with tokenizer.json or tokenizer.model, or a Hub id") from None
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"model.tokenizer={path!r}: {type(tokenizer).__name__} has no fast version, "
+                        f"which masks and previews need; convert it to tokenizer.json")
+    return tokenizer
+
+
+class Renderer:
+    """Renders examples and prompts under one template and one tokenizer; `hash` names the combination."""
+
+    def __init__(self, tokenizer: Any, template: str, *, system: str | None = None, tokenization: str = "joint"):
+        from tokenizers import Tokenizer
+        self.template_name, self.template = template, load_template(template)
+        self.system, self.apart = system, tokenization == "apart"
+        self._tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # our own: settings do not leak
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._chat = tokenizer if self.template is None else None  # only chat templates need the whole of transformers
+        self.vocab_size = len(tokenizer)
+        self.special_ids = frozenset(tokenizer.all_special_ids) | {
+            i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        first = tokenizer("a").input_ids[:1]
+        self.bos_id = tokenizer.bos_token_id if first == [tokenizer.bos_token_id] else None
+        if tokenizer.eos_token_id is None:
+            raise UserError("model.tokenizer has no EOS token: an answer could not end; set eos_token in "
+                            "tokenizer_config.json")
+        self.end_id = self._find_end(tokenizer)
+        self.eos_ids = tuple(dict.fromkeys((self.end_id, tokenizer.eos_token_id)))
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        names = [self._tokenizer.id_to_token(i) for i in sorted(self.special_ids)]
+        self._specials = re.compile("|".join(map(re.escape, names)))
+        self._is_special = np.isin(np.arange(max(self.vocab_size, *self.special_ids) + 1), list(self.special_ids))
+        # In a template without special tokens "</s>" in a row is text; in one with them such a row would forge a turn.
+        around = "" if self.template is None else "".join(map(str, asdict(self.template).values()))
+        self._forgeable = self.template is None or bool(self._specials.search(around))
+        self._tokenizer.encode_special_tokens = not self._forgeable
+        if system and self.template and "{system}" not in self.template.prompt_no_input:
+            raise UserError(f"data.system is set, but template {template!r} has no place for it; "
+                            f"use llama, chatml or chat")
+        parts = [self._tokenizer.to_str(), asdict(self.template) if self.template else tokenizer.chat_template, system,
+                 tokenization, self.bos_id, self.end_id]
+        self.hash = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    def _find_end(self, tokenizer: Any) -> int:
+        if self.template is None:
+            if not tokenizer.chat_template:
+                raise UserError("data.template='chat', but the tokenizer has no chat template; use another template, "
+                                f"e.g. {', '.join(TEMPLATES)}")
+            start, text = self._chat_texts((("user", "a"), ("assistant", "b")))[0]
+            ids = [i for i in self._tokenizer.encode(text[start:], add_special_tokens=False).ids if i in self.special_ids]
+            return ids[-1] if ids else tokenizer.eos_token_id
+        end = self._tokenizer.token_to_id(self.template.end) if self.template.end else None
+        return end if end is not None else tokenizer.eos_token_id
+
+    # ---- What others call
+
+    def render(self, example: Example) -> Rendered:
+        """Ids and mask of one example; raises `RowFault` for one that cannot be learned from."""
+        result = self.render_many([example])[0]
+        if isinstance(result, RowFault):
+            raise result
+        return result
+
+    def render_answer(self, instruction: str, input: str, output: str) -> Rendered:
+        """Prompt, answer and EOS: the tokens that training would see, for scoring an answer."""
+        return self.render(Example("", "", "", "", instruction, input, output))
+
+    def render_prompt(self, instruction: str, input: str = "") -> np.ndarray:
+        """Ids (T,) int32 up to where the answer begins."""
+        if self.template is None:
+            messages = self._to_messages(instruction, input)
+            return self._open(self._encode(self._chat_text(messages, True)).ids)
+        text = self.template.fill(instruction, input, self.system)
+        return self._open(self._encode(text if self.apart else text.rstrip(" ")).ids)
+
+    def render_many(self, examples: Sequence[Example]) -> list[Rendered | RowFault]:
+        """Renders at once, on all cores that TOKENIZERS_PARALLELISM allows; faults stand in their places."""
+        jobs = [self._plan(example) for example in examples]
+        texts = [text for job in jobs for text, _ in job]
+        encodings = iter(self._tokenizer.encode_batch(texts, add_special_tokens=False))
+        results: list[Rendered | RowFault] = []
+        for example, job in zip(examples, jobs, strict=True):
+            ids, learned = [], []
+            for text, spans in job:
+                encoding = next(encodings)
+                ids.append(np.array(encoding.ids, np.int32))
+                learned.append(_mark(encoding, text, spans))
+            results.append(self._close(example, ids, learned))
+        return results
+
+    # ---- Text and spans
+
+    def _plan(self, example: Example) -> list[tuple[str, list[tuple[int, int]]]]:
+        """Texts to tokenize, each with the character spans that are learned."""
+        if not (example.instruction or example.input or example.messages):  # kind "text"
+            return [(example.output, [(0, len(example.output))])]
+        if self.template is None:
+            messages = example.messages or (*self._to_messages(example.instruction, example.input),
+                                            ("assistant", example.output))
+            spans = self._chat_texts(messages)
+            text = spans[-1][1]
+            starts = [start for start, _ in spans]
+            ends = [len(whole) for _, whole in spans]
+            return [(text, list(zip(starts, ends, strict=True)))]
+        turns = _pair_turns(example.messages or ()) or [(example.instruction, example.input, example.output)]
+        plan = []
+        for instruction, input, output in turns:
+            prompt = self.template.fill(instruction, input, self.system)
+            if self.apart:
+                plan += [(prompt, []), (output, [(0, len(output))])]
+                continue
+            body = prompt.rstrip(" ")
+            text = body + (prompt[len(body):] or self.template.answer_prefix) + output
+            plan.append((text, [(len(body), len(text))]))
+        return plan
+
+    def _to_messages(self, instruction: str, input: str) -> tuple[tuple[str, str], ...]:
+        user = ("user", f"{instruction}\n{input}" if input else instruction)
+        return (("system", self.system), user) if self.system else (user,)
+
+    def _chat_text(self, messages: Sequence[tuple[str, str]], generation: bool) -> str:
+        try:
+            return self._chat.apply_chat_template([{"role": role, "content": text} for role, text in messages],
+                                                  tokenize=False, add_generation_prompt=generation)
+        except Exception as error:  # a Jinja template may raise anything; it refuses these messages
+            roles = ", ".join(role for role, _ in messages)
+            raise UserError(f"the tokenizer's chat template refuses the turns {roles}: {error}") from None
+
+    def _chat_texts(self, messages: Sequence[tuple[str, str]]) -> list[tuple[int, str]]:
+        """For each assistant turn: where it starts, and the whole text up to its end."""
+        spans = []
+        if self.system and messages[0][0] != "system":
+            messages = (("system", self.system), *messages)
+        for k, (role, _) in enumerate(messages):
+            if role == "assistant":
+                before, after = self._chat_text(messages[:k], True), self._chat_text(messages[:k + 1], False)
+                if not after.startswith(before) or spans and not after.startswith(spans[-1][1]):
+                    raise UserError("the tokenizer's chat template rewrites earlier turns, so it cannot be told which "
+                                    "tokens are learned; use single turns, or a template file")
+                spans.append((len(before), after))
+        return spans
+
+    # ---- Ids
+
+    def _encode(self, text: str) -> Any:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def _open(self, ids: Sequence[int]) -> np.ndarray:
+        """Puts BOS first unless the text brought it."""
+        bos = [self.bos_id] if self.bos_id is not None and (not len(ids) or ids[0] != self.bos_id) else []
+        return np.array([*bos, *ids], np.int32)
+
+    def _close(self, example: Example, ids: list[np.ndarray], learned: list[np.ndarray]) -> Rendered | RowFault:
+        """Joins the parts of an example, ends every answer, and refuses what cannot be learned."""
+        if self.template is None:
+            ids_T, learned_T = self._end_chat(ids[0], learned[0])
+        else:
+            step = 2 if self.apart and len(ids) > 1 else 1
+            end, last = [np.array([self.end_id], np.int32)], [np.ones(1, bool)]
+            ids_T = np.concatenate(sum((ids[k:k + step] + end for k in range(0, len(ids), step)), []))
+            learned_T = np.concatenate(sum((learned[k:k + step] + last for k in range(0, len(ids), step)), []))
+        opened = self._open(ids_T)
+        learned_T = np.concatenate([np.zeros(len(opened) - len(ids_T), bool), learned_T])
+        if self._forgeable and self._has_special(example):
+            return RowFault("the text holds a special token of the tokenizer", example.id)
+        if self._is_special[opened[learned_T]].all():
+            return RowFault("nothing to learn: the answer has no tokens", example.id)
+        turns = sum(role == "user" for role, _ in example.messages or ()) if self.template is None else 1
+        if self.bos_id not in (None, self.end_id) and (opened == self.bos_id).sum() > max(turns, 1):
+            return RowFault("double BOS: the template or the text brings its own", example.id)
+        return Rendered(opened, learned_T)
+
+    def _end_chat(self, ids_T: np.ndarray, learned_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Each learned stretch ends with its end token; what the template writes after the last one is cut."""
+        learned_T = learned_T.copy()
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], learned_T.view(np.int8), [0]])))
+        for start, stop in edges.reshape(-1, 2):
+            ends = np.flatnonzero(ids_T[start:stop] == self.end_id)
+            if len(ends):
+                learned_T[start + ends[-1] + 1:stop] = False
+        last = int(np.flatnonzero(learned_T)[-1]) if learned_T.any() else len(ids_T) - 1
+        ids_T, learned_T = ids_T[:last + 1], learned_T[:last + 1]
+        if not len(ids_T) or ids_T[-1] != self.end_id:
+            ids_T, learned_T = np.append(ids_T, np.int32(self.end_id)), np.append(learned_T, True)
+        return ids_T, learned_T
+
+    def _has_special(self, example: Example) -> bool:
+        texts = [text for _, text in example.messages or ()] or [example.instruction, example.input, example.output]
+        return any(self._specials.search(text) for text in texts)
+
+
+def _mark(encoding: Any, text: str, spans: list[tuple[int, int]]) -> np.ndarray:
+    """Tokens that hold a character of a span; one that also holds the prompt's last character belongs to the answer."""
+    learned = np.zeros(len(encoding), bool)
+    for start, end in spans:
+        first = next((t for c in range(start, end) if (t := encoding.char_to_token(c)) is not None), None)
+        if first is None:
+            continue
+        if end >= len(text):
+            learned[first:] = True
+            continue
+        after = next((t for c in range(end, len(text)) if (t := encoding.char_to_token(c)) is not None), len(learned))
+        learned[first:after] = True
+    return learned
+
+
+def _pair_turns(messages: tuple[tuple[str, str], ...]) -> list[tuple[str, str, str]]:
+    """(instruction, "", answer) per exchange; a system message goes before the first instruction."""
+    turns, pending = [], ""
+    for role, text in messages:
+        if role == "assistant":
+            turns.append((pending, "", text))
+            pending = ""
+        else:
+            pending = f"{pending}\n\n{text}" if pending else text
+    return turns
