@@ -73,6 +73,13 @@ def torch_model(config: dict[str, Any], seed: int = 0, *, peaked: bool = False) 
     return model
 
 
+def cast(model: Any, dtype: torch.dtype) -> Any:
+    """The model with parameters of that precision; `model.to` would round the rope frequencies too."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
 def our_model(config: dict[str, Any], weights: dict[str, torch.Tensor], *, dtype: str = "float32",
               **options: Any) -> Transformer:
     """Our model with the weights of a `transformers` state dict; layers stacked, heads split out."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from flax import nnx
 
-from tests.parity.families import FAMILIES, our_model, tiny_config, torch_model
+from tests.parity.families import FAMILIES, cast, our_model, tiny_config, torch_model
 
 LENGTH = 512
 DOCUMENTS = (210, 37, 253)  # 12 tokens of padding complete the row
@@ -64,12 +64,14 @@ def test_float32_logits_agree_over_512_tokens_packed_padded_and_at_far_positions
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_argmax_agrees_on_99_percent_and_error_is_no_larger(family):
     config = tiny_config(family)
+    if family == "gemma2":
+        config["final_logit_softcapping"] = 30.0  # as published; 3.0 saturates with these logits
     tokens = np.random.default_rng(1).integers(3, config["vocab_size"], (2, LENGTH), dtype=np.int32)
-    reference = torch_model(config, peaked=True).to(torch.bfloat16)
+    reference = cast(torch_model(config, peaked=True), torch.bfloat16)
     theirs, weights = torch_logits(reference, tokens), reference.state_dict()
-    exact = torch_logits(reference.float(), tokens)
+    exact = torch_logits(cast(reference, torch.float32), tokens)
     ours = forward(our_model(config, weights, dtype="bfloat16"))(tokens)
     assert ours.dtype == jnp.float32
     assert (ours.argmax(-1) == theirs.argmax(-1)).mean() >= 0.99
     assert len(np.unique(exact.argmax(-1))) > 20
-    assert np.abs(ours - exact).mean() <= 1.05 * np.abs(theirs - exact).mean()
+    assert np.abs(ours - exact).mean() <= np.abs(theirs - exact).mean()
