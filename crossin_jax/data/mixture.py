@@ -183,7 +183,7 @@ class Mixture(Sequence):
                        for i, c in enumerate(data.components)]
         self.sizes = self._divide([component.share for component in data.components])
         self._starts = np.concatenate([[0], np.cumsum(self.sizes)])
-        self._orders = Recent()
+        self._orders, self._manifest = Recent(), None
 
     def _divide(self, shares: list[float | None]) -> np.ndarray:
         """Examples of each component per epoch: largest remainders, and at least one."""
@@ -253,6 +253,8 @@ class Mixture(Sequence):
 
         The hash covers everything that decides the stream, and neither paths nor the version of the code.
         """
+        if self._manifest is not None:
+            return self._manifest
         sources = {source.name: source for source in self.data.sources}
         used = dict.fromkeys(component.source for component in self.data.components)
         components = [{"name": label, **dataclasses.asdict(pool.component), "rows": len(pool), "examples": int(size),
@@ -265,7 +267,8 @@ class Mixture(Sequence):
                          "dropped": dict(self.corpora[name].dropped)} for name in used]}
         digest = hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=16).hexdigest()
         paths = {name: {"path": sources[name].path, "split": sources[name].split} for name in used if name in sources}
-        return {"hash": digest, "version": __version__, "examples": len(self), **decides, "paths": paths}
+        self._manifest = {"hash": digest, "version": __version__, "examples": len(self), **decides, "paths": paths}
+        return self._manifest
 
 
 def load_corpora(data: Data, seed: int) -> dict[str, Corpus]:

@@ -163,7 +163,7 @@ class Renderer:
                 raise UserError("data.template='chat', but the tokenizer has no chat template; use another template, "
                                 f"e.g. {', '.join(TEMPLATES)}")
             start, text = self._chat_texts((("user", "a"), ("assistant", "b")))[0]
-            ids = [i for i in self._tokenizer.encode(text[start:], add_special_tokens=False).ids if i in self.special_ids]
+            ids = [i for i in self._encode(text[start:]).ids if i in self.special_ids]
             return ids[-1] if ids else tokenizer.eos_token_id
         end = self._tokenizer.token_to_id(self.template.end) if self.template.end else None
         return end if end is not None else tokenizer.eos_token_id

@@ -1,0 +1,140 @@
+"""Batches for the training mesh: Grain makes windows of rows in workers; the position is two integers.
+
+Every host makes the same rows and keeps its own, so the stream does not depend on how many hosts or workers there are.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from crossin_jax.config import Data, UserError
+from crossin_jax.data.mixture import Mixture
+from crossin_jax.data.packing import BUCKETS, Windows, count_dropped
+from crossin_jax.data.prompts import Renderer
+
+FIELDS = ("tokens", "targets", "segment_ids", "positions", "learned", "group")
+
+
+class Loader:
+    """Iterates this host's rows: tokens_BT, targets_BT, segment_ids_BT, positions_BT, group_BT int32, learned_BT bool.
+
+    segment_ids_BT is 0 on padding; positions_BT restart with every segment; group_BT indexes `groups`. Rows are
+    `length` long when packed, else a quarter, half or all of it. Without epochs the stream has no end; with them the
+    last batch is filled with empty rows. `dropped` counts, over the batches so far, examples that no row could hold.
+    """
+
+    def __init__(self, windows: Windows, *, batch_size: int, process_index: int, process_count: int, workers: int):
+        self._windows, self._batch_size, self._workers = windows, batch_size, workers
+        share = batch_size // process_count
+        self._mine = slice(process_index * share, (process_index + 1) * share)
+        self.groups = windows.groups
+        self.dropped: Counter[str] = Counter()
+        self._window, self._row = 0, 0  # the next row to give
+        self._source: Iterator[dict[str, np.ndarray]] | None = None
+        self._rows: dict[str, np.ndarray] | None = None  # the window that the next row lies in
+        self._told = False
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Batches per pass over the mixture: exact for up to four windows, else by what four of them hold."""
+        count = min(self._windows._per_epoch, 4, len(self._windows))
+        rows = sum(len(self._windows[g]["tokens"]) for g in range(count))
+        covered = self._windows.find_positions(count - 1).stop
+        return rows / covered * len(self._windows.mixture) / self._batch_size
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        parts, missing = [], self._batch_size
+        while missing:
+            if self._rows is None and not self._open_window():
+                break
+            stop = min(self._row + missing, len(self._rows["tokens"]))
+            parts.append({name: self._rows[name][self._row:stop] for name in FIELDS})
+            missing -= stop - self._row
+            self._row = stop
+            if stop == len(self._rows["tokens"]):
+                self._window, self._row, self._rows = self._window + 1, 0, None
+        if not parts:
+            raise StopIteration
+        batch = {name: np.concatenate([part[name] for part in parts]) for name in FIELDS}
+        if missing:  # the end of the last epoch
+            batch = {name: np.concatenate([rows, np.zeros((missing, rows.shape[1]), rows.dtype)])
+                     for name, rows in batch.items()}
+        width = self._windows.length
+        if not self._windows.packing:
+            longest = int((batch["segment_ids"] > 0).sum(1).max())
+            width = min(-(-width // bucket) for bucket in BUCKETS if longest <= -(-width // bucket))
+        return {f"{name}_BT": np.ascontiguousarray(rows[self._mine, :width]) for name, rows in batch.items()}
+
+    def _open_window(self) -> bool:
+        """Fetches the window of the next row; False after the last one."""
+        if self._source is None:
+            self._source = self._start()
+        rows = next(self._source, None)
+        if rows is None:
+            return False
+        self._rows = rows
+        self.dropped.update(count_dropped(rows["dropped"], self.groups))
+        if self.dropped and not self._told:
+            self._told = True
+            logging.warning("data: some examples cannot be used as they are (%s); `prepare audit` counts all of them",
+                            ", ".join(f"{n} {name}" for name, n in self.dropped.most_common(4)))
+        if not len(rows["tokens"]):
+            self._window, self._row, self._rows = self._window + 1, 0, None
+            return self._open_window()
+        return True
+
+    def _start(self) -> Iterator[dict[str, np.ndarray]]:
+        """Grain's iterator over the windows from the current one on."""
+        threads = 0 if self._workers else 1  # tokenizers release the interpreter lock, so one window is made ahead
+        ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+        windows = grain.MapDataset.range(self._window, len(self._windows)).map(self._windows.__getitem__)
+        windows = windows.to_iter_dataset(ahead)
+        if self._workers:
+            if not flags.FLAGS.is_parsed():  # outside of our programs nobody did; Grain's workers ask
+                flags.FLAGS.mark_as_parsed()
+            windows = windows.mp_prefetch(grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=1))
+        return iter(windows)
+
+    def close(self) -> None:
+        """Ends the workers."""
+        if self._source is not None:
+            self._source.close()
+        self._source = self._rows = None
+
+    def get_state(self) -> dict[str, Any]:
+        """The position of the next batch, for a checkpoint (JSON types)."""
+        return {"window": self._window, "row": self._row, **self._windows.describe()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a saved position at once; raises `UserError` where the data are no longer those of the checkpoint."""
+        mine = self._windows.describe()
+        for name, value in mine.items():
+            if state.get(name) != value:
+                raise UserError(f"the data changed since the checkpoint: {name} was {state.get(name)!r}, is {value!r}; "
+                                f"restore the settings, or start anew with another output_dir or train.resume=False")
+        self.close()
+        self._window, self._row = int(state["window"]), int(state["row"])
+
+
+def make_loader(mixture: Mixture, renderer: Renderer, data: Data, *, batch_size: int, seed: int, process_index: int = 0,
+                process_count: int = 1, num_epochs: int | None = None) -> Loader:
+    """Batches of `batch_size` rows over all hosts; this host gets its part of each. `num_epochs` None never ends.
+
+    Raises `UserError` where rows do not divide over the hosts or nothing in the mixture can be learned from.
+    """
+    if batch_size % process_count:
+        raise UserError(f"train.batch_size={batch_size} does not divide over {process_count} processes; "
+                        f"use {batch_size // process_count * process_count or process_count} "
+                        f"or {(batch_size // process_count + 1) * process_count}")
+    windows = Windows(mixture, renderer, length=data.length, packing=data.packing, over_long=data.over_long,
+                      batch_size=batch_size, seed=seed, num_epochs=num_epochs)
+    return Loader(windows, batch_size=batch_size, process_index=process_index, process_count=process_count,
+                  workers=data.workers)

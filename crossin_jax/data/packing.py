@@ -1,0 +1,167 @@
+"""Examples become rows of a batch: best-fit packing, or rows of like length."""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from crossin_jax.config import UserError
+from crossin_jax.data.crosslingual import Example
+from crossin_jax.data.mixture import Mixture, mix_bits
+from crossin_jax.data.prompts import Rendered, Renderer, RowFault
+
+# What may happen to an example on its way into a row; all but the second drop it
+REASONS = ("over-long", "input shortened", "nothing to learn", "special token in the text", "double BOS")
+BUCKETS = (4, 2, 1)  # rows of an unpacked batch are padded to a quarter, half or all of the length
+
+
+def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Best-fit decreasing: indices of the examples that share a row, each row in stream order."""
+    rows: list[list[int]] = []
+    open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by free space
+    spaces = 0  # bit s is set where a row with s free positions exists
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fits = spaces >> lengths[i]
+        if fits:
+            space = lengths[i] + (fits & -fits).bit_length() - 1
+            row = open_rows[space].pop()
+            if not open_rows[space]:
+                spaces &= ~(1 << space)
+        else:
+            space, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(i)
+        open_rows[space - lengths[i]].append(row)
+        spaces |= 1 << (space - lengths[i])
+    return [sorted(row) for row in rows]
+
+
+def shorten_input(example: Example, renderer: Renderer, length: int) -> Rendered | None:
+    """Cuts the input's end, but neither its language tag nor the answer, until a row holds it; None: it cannot."""
+    tag = f"\n[{example.answer_language}]"
+    body, tag = (example.input[:-len(tag)], tag) if example.input.endswith(tag) else (example.input, "")
+    rendered = renderer.render(example)
+    while (excess := len(rendered.ids) - 1 - length) > 0:
+        if not body or example.messages:
+            return None
+        body = body[:-max(1, math.ceil(excess * len(body) / len(rendered.ids)))]
+        rendered = renderer.render(dataclasses.replace(example, input=body.rstrip() + tag))
+    return rendered
+
+
+class Windows:
+    """A list-like source of windows: each packs a stretch of the stream by itself, so any of them can be made alone.
+
+    A window ends with an epoch, or holds several whole epochs of a small mixture. `self[g]` is a dict of arrays
+    tokens, targets, segment_ids, positions, group (R, T) int32, learned (R, T) bool, and dropped (reasons, groups).
+    """
+
+    def __init__(self, mixture: Mixture, renderer: Renderer, *, length: int, packing: bool, over_long: str,
+                 batch_size: int, seed: int, num_epochs: int | None):
+        self.mixture, self.renderer, self.length, self.packing = mixture, renderer, length, packing
+        self.shortens, self.batch_size, self.seed = over_long == "shorten_input", batch_size, seed
+        self.groups = mixture.groups
+        self._group = {group: i for i, group in enumerate(self.groups)}
+        mean = self._survey()
+        rows = max(128, 65536 // length)
+        size = math.ceil(rows * length / mean) if packing else max(1, rows // batch_size) * batch_size
+        per_epoch = len(mixture)
+        self._per_epoch = max(1, round(per_epoch / size))  # windows in an epoch
+        self._epochs = max(1, math.ceil(size / per_epoch)) if self._per_epoch == 1 else 1  # or epochs in a window
+        if num_epochs is not None:
+            self._epochs = min(self._epochs, num_epochs)
+        self._end = None if num_epochs is None else num_epochs * per_epoch
+
+    def __len__(self) -> int:
+        if self._end is None:
+            return 1 << 40
+        return self._per_epoch * math.ceil(self._end / len(self.mixture) / self._epochs)
+
+    def find_positions(self, g: int) -> range:
+        """The stream positions of window g."""
+        epoch, k = divmod(g, self._per_epoch)
+        n, start = len(self.mixture), epoch * self._epochs * len(self.mixture)
+        stop = start + n * self._epochs * (k + 1) // self._per_epoch
+        return range(start + n * self._epochs * k // self._per_epoch, min(stop, self._end or stop))
+
+    def render(self, positions: Sequence[int]) -> tuple[list[tuple[Rendered, int]], np.ndarray]:
+        """(ids and mask, group) of the examples that fit a row, and what happened to the others by reason and group."""
+        examples = self.mixture.take(np.asarray(positions))
+        kept, dropped = [], np.zeros((len(REASONS), len(self.groups)), np.int32)
+        for example, rendered in zip(examples, self.renderer.render_many(examples), strict=True):
+            group = self._group[example.component, example.answer_language]
+            if isinstance(rendered, RowFault):
+                reason = next((i for i, name in enumerate(REASONS) if rendered.reason.startswith(name)), 2)
+                dropped[reason, group] += 1
+                continue
+            if len(rendered.ids) - 1 > self.length:
+                rendered = shorten_input(example, self.renderer, self.length) if self.shortens else None
+                dropped[1 if rendered else 0, group] += 1
+            if rendered:
+                kept.append((rendered, group))
+        return kept, dropped
+
+    def _survey(self) -> float:
+        """Mean positions per example, from the first of the stream; refuses a run that could not learn anything."""
+        count = min(len(self.mixture), 512)
+        kept, dropped = self.render(range(count))
+        if not kept:
+            reasons = ", ".join(f"{n} {name}" for name, n in zip(REASONS, dropped.sum(1), strict=True) if n)
+            raise UserError(f"none of the first {count} examples can be learned from ({reasons}); "
+                            f"first row: {self.mixture[0].id!r}; data.length={self.length}, "
+                            f"data.template={self.renderer.template_name!r}")
+        return float(np.mean([len(rendered.ids) - 1 for rendered, _ in kept]))
+
+    def __getitem__(self, g: int) -> dict[str, np.ndarray]:
+        kept, dropped = self.render(self.find_positions(g))
+        lengths = [len(rendered.ids) - 1 for rendered, _ in kept]
+        rows = pack_rows(lengths, self.length) if self.packing else self._sort_rows(lengths, g)
+        if self.packing:
+            rows = [rows[i] for i in self._shuffle(len(rows), g)]
+        return self._fill(rows, kept) | {"dropped": dropped}
+
+    def _shuffle(self, count: int, g: int) -> np.ndarray:
+        return np.argsort(mix_bits(np.arange(count, dtype=np.uint64), mix_bits(g, self.seed)[0]), kind="stable")
+
+    def _sort_rows(self, lengths: list[int], g: int) -> list[list[int]]:
+        """One example per row; batches of like length in shuffled order, the last one filled with empty rows."""
+        order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+        batches = [order[i:i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        rows = [[i] for b in self._shuffle(len(batches), g) for i in batches[b]]
+        if len(order) % self.batch_size:  # the short batch goes last, so that batches stay batches
+            short = set(batches[-1])
+            rows = [row for row in rows if row[0] not in short] + [[i] for i in batches[-1]]
+            rows += [[]] * (-len(rows) % self.batch_size)
+        return rows
+
+    def _fill(self, rows: list[list[int]], kept: list[tuple[Rendered, int]]) -> dict[str, np.ndarray]:
+        shape = len(rows), self.length
+        tokens, targets = (np.full(shape, self.renderer.pad_id, np.int32) for _ in range(2))
+        segments, positions, groups = (np.zeros(shape, np.int32) for _ in range(3))
+        learned, count = np.zeros(shape, bool), np.arange(self.length, dtype=np.int32)
+        for r, row in enumerate(rows):
+            start = 0
+            for s, i in enumerate(row, 1):
+                rendered, group = kept[i]
+                here = slice(start, start + len(rendered.ids) - 1)
+                tokens[r, here], targets[r, here] = rendered.ids[:-1], rendered.ids[1:]
+                learned[r, here] = rendered.learned[1:]
+                segments[r, here], positions[r, here], groups[r, here] = s, count[:here.stop - start], group
+                start = here.stop
+        return {"tokens": tokens, "targets": targets, "segment_ids": segments, "positions": positions,
+                "learned": learned, "group": groups}
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the rows besides their examples."""
+        return {"mixture": self.mixture.manifest()["hash"], "template": self.renderer.hash, "length": self.length,
+                "packing": self.packing, "shortens": self.shortens, "seed": self.seed,
+                "batch_size": None if self.packing else self.batch_size}
+
+
+def count_dropped(dropped: np.ndarray, groups: Sequence[tuple[str, str]]) -> Counter[str]:
+    """"over-long x2x/zh": 3 and so on, from a (reasons, groups) array."""
+    return Counter({f"{REASONS[i]} {groups[j][0]}/{groups[j][1]}": int(dropped[i, j])
+                    for i, j in zip(*np.nonzero(dropped), strict=True)})
