@@ -7,7 +7,7 @@ on. Importing the package imports nothing heavy.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from crossin_jax.checkpoint.hf import load_model
+    from crossin_jax.checkpoint.load import load_model
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load_model"]
@@ -15,7 +15,7 @@ __all__ = ["__version__", "load_model"]
 
 def __getattr__(name: str) -> Any:
     if name == "load_model":
-        from crossin_jax.checkpoint.hf import load_model
+        from crossin_jax.checkpoint.load import load_model
 
         return load_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

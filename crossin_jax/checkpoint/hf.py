@@ -11,8 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
-from jax.sharding import Mesh
 from tqdm import tqdm
 
 from crossin_jax.checkpoint.hf_map import ADAPTERS, Key, canonical_name, summarize, weight_keys
@@ -20,8 +18,6 @@ from crossin_jax.checkpoint.stream import load_arrays
 from crossin_jax.checkpoint.tensors import CODES, Tensor, read_header, same_bytes, write_tensors
 from crossin_jax.config import UserError
 from crossin_jax.models.spec import ModelSpec, spec_from_hf, spec_to_hf
-from crossin_jax.models.transformer import Transformer
-from crossin_jax.parallel.mesh import shardings
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt")
@@ -203,46 +199,6 @@ def fill(state: Any, matched: dict[str, list[Tensor]], place: str, *, progress: 
     return jax.tree.unflatten(structure, [arrays.get(i, leaf) for i, (_, leaf) in enumerate(leaves)])
 
 
-class LoadedModel:
-    """A model ready to call: `model(tokens_BT) -> logits_BTV` in float32; has `spec`, `graphdef`, `state`, `mesh`."""
-
-    def __init__(self, spec: ModelSpec, graphdef: Any, state: Any, mesh: Mesh | None = None):
-        self.spec, self.graphdef, self.state, self.mesh = spec, graphdef, state, mesh
-        self._logits = jax.jit(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs))
-
-    def __call__(self, tokens_BT: Any, positions_BT: Any = None, segment_ids_BT: Any = None) -> jax.Array:
-        """Logits (B, T, V) for token ids (B, T); segment 0 is padding. Compiled once per shape."""
-        tokens_BT = np.asarray(tokens_BT, np.int32)
-        if tokens_BT.ndim != 2 or tokens_BT.size and not 0 <= tokens_BT.min() <= tokens_BT.max() < self.spec.vocab_size:
-            raise UserError(f"tokens of shape {tokens_BT.shape}: pass (rows, tokens) of ids from 0 to "
-                            f"{self.spec.vocab_size - 1}")
-        with jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext():
-            return self._logits(self.state, tokens_BT, positions_BT, segment_ids_BT)
-
-
-def abstract_transformer(spec: ModelSpec, mesh: Mesh | None, **settings: Any) -> tuple[Any, Any]:
-    """(graphdef, abstract state with shardings) of a Transformer with these settings; allocates nothing."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Transformer(spec, **settings, rngs=nnx.Rngs(0))))
-    if mesh is not None:
-        state = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-                             state, shardings(state, mesh))
-    return graphdef, state
-
-
-def load_model(path: str | os.PathLike, *, dtype: str = "float32", mesh: Mesh | None = None,
-               revision: str | None = None, progress: bool = True) -> LoadedModel:
-    """A model from a folder in Hugging Face layout or a Hub id, stored and computed in `dtype`.
-
-    Raises `UserError` for what cannot be loaded. Example: `load_model("Qwen/Qwen2.5-0.5B")([[1, 2, 3]]).shape`.
-    """
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"dtype={dtype!r}: models compute in float32 or bfloat16")
-    folder = resolve_folder(path, revision)
-    spec = read_spec(folder)
-    graphdef, state = abstract_transformer(spec, mesh, param_dtype=dtype, frozen_dtype=dtype, compute_dtype=dtype)
-    return LoadedModel(spec, graphdef, load_weights(folder, state, progress=progress), mesh)
-
-
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary sibling to write into, which takes the given name when the block ends well and vanishes when not."""
@@ -275,17 +231,17 @@ def _take_layer(stack: jax.Array, layer: jax.Array) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
 
 
-def fetch(leaf: jax.Array, layer: int | None, dtype: np.dtype) -> np.ndarray:
+def fetch(leaf: jax.Array | np.ndarray, layer: int | None, dtype: np.dtype) -> np.ndarray:
     """One tensor of a leaf on the host; every process takes part where the leaf is spread over several."""
-    if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1:
-        leaf, layer = leaf if layer is None else _take_layer(leaf, layer), None
+    if isinstance(leaf, jax.Array):
+        is_view = leaf.is_fully_replicated and next(iter(leaf.devices())).platform == "cpu"
+        if layer is not None and not is_view:
+            leaf, layer = _take_layer(leaf, layer), None
         if not leaf.is_fully_addressable:
             from jax.experimental import multihost_utils
 
             leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    elif layer is not None and all(device.platform != "cpu" for device in leaf.devices()):
-        leaf, layer = _take_layer(leaf, layer), None
-    array = np.asarray(leaf)  # on a CPU device: a view
+    array = np.asarray(leaf)  # of a CPU device: a view
     return (array if layer is None else array[layer]).astype(dtype, copy=False)
 
 

@@ -35,13 +35,13 @@ def load_arrays(wanted: Sequence[Wanted], place: str, *, progress: bool = True) 
     largest = max((t.nbytes for _, tensors in wanted for t in tensors), default=0)
     to_read = sum(volume(box) * tensors[0].dtype.itemsize
                   for (_, tensors), boxes in zip(wanted, plans, strict=True) for box in boxes)
-    _reset_peak()
+    reset_peak()
     if progress:
         resident = sum(volume(box) * abstract.dtype.itemsize
                        for (abstract, _), boxes in zip(wanted, plans, strict=True) if _is_host(boxes) for box in boxes)
         staging = 0 if all(map(_is_host, plans)) else largest
-        predicted = _resident_bytes() + resident + staging + WORKERS * CHUNK
-        print(f"{place}: reading {_gib(to_read)}; host memory will peak at about {_gib(predicted)}", file=sys.stderr)
+        predicted = resident_bytes() + resident + staging + WORKERS * CHUNK
+        print(f"{place}: reading {_size(to_read)}; host memory will peak at about {_size(predicted)}", file=sys.stderr)
     with (Reader() as reader, ThreadPoolExecutor(WORKERS) as pool,
           tqdm(total=to_read, unit="B", unit_scale=True, desc="weights", disable=not progress, leave=False) as bar):
 
@@ -55,7 +55,7 @@ def load_arrays(wanted: Sequence[Wanted], place: str, *, progress: bool = True) 
         warnings.warn(f"{place}: NaN in {', '.join(summarize(sorted(reader.with_nan)))}; the file is damaged or the "
                       "training that wrote it diverged", stacklevel=2)
     if progress:
-        print(f"{place}: host memory peaked at {_gib(peak_bytes())}", file=sys.stderr)
+        print(f"{place}: host memory peaked at {_size(peak_bytes())}", file=sys.stderr)
     return arrays
 
 
@@ -130,8 +130,8 @@ def _aligned_empty(box: Box, dtype: np.dtype) -> np.ndarray:
     return raw[offset:offset + count].view(dtype).reshape([stop - start for start, stop in box])
 
 
-def _gib(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB"
+def _size(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 def _status(field: str) -> int | None:
@@ -143,7 +143,8 @@ def _status(field: str) -> int | None:
         return None
 
 
-def _resident_bytes() -> int:
+def resident_bytes() -> int:
+    """This process's resident memory; 0 where the system does not say."""
     return _status("VmRSS") or 0
 
 
@@ -153,7 +154,8 @@ def peak_bytes() -> int:
     return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
+    """Makes `peak_bytes` count from now on, where the system can."""
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
