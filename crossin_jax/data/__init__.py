@@ -1,0 +1,1 @@
+"""Data: records, the mixture drawn from them, and how it becomes batches."""
