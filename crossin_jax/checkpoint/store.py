@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 
 from crossin_jax import config as settings
 from crossin_jax.config import Config, UserError
+from crossin_jax.parallel.mesh import leaf_name
 from crossin_jax.training.step import TrainState
 
 # fields that may differ between a checkpoint and the run that continues it
@@ -28,7 +29,7 @@ MAY_CHANGE = ("name", "output_dir", "mesh.", "train.log_every", "train.eval_ever
 def flatten(tree: Any) -> dict[str, Any]:
     """A tree as {"a/b/c": leaf}; the paths are the names inside a checkpoint."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    flat = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    flat = {leaf_name(path): leaf for path, leaf in leaves}
     assert len(flat) == len(leaves), "two leaves share a path"
     return flat
 
@@ -68,7 +69,10 @@ class Store:
         self._manager.wait_until_finished()
         self._manager.check_for_errors()
 
-    def close(self) -> None:
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
         """Finishes saves and releases the manager's threads."""
         self.wait()
         self._manager.close()

@@ -72,6 +72,13 @@ def parameter_spec(path: str, shape: tuple[int, ...], axes: tuple[str, ...], mes
     return PartitionSpec(*spec)
 
 
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """The name of a leaf from its tree path, e.g. "layers/q_proj/weight"."""
+    if path and getattr(path[-1], "name", None) == "value":
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """NamedShardings for a tree of arrays: by logical axes where a leaf is a parameter that has them, else replicated.
 
@@ -86,7 +93,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
         if axes is None or len(shape) != len(axes):
             spec = PartitionSpec()
         else:
-            spec = parameter_spec(jax.tree_util.keystr(path, simple=True, separator="/"), shape, axes, mesh)
+            spec = parameter_spec(leaf_name(path), shape, axes, mesh)
         return leaf.replace(NamedSharding(mesh, spec))
 
     return jax.tree_util.tree_map_with_path(assign, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))

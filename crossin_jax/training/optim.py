@@ -4,8 +4,10 @@ from typing import Any
 
 import jax
 import optax
+import optax.contrib
 
 from crossin_jax.config import Optim
+from crossin_jax.parallel.mesh import leaf_name
 
 
 def make_schedule(optim: Optim, num_steps: int) -> optax.Schedule:
@@ -27,8 +29,19 @@ def make_schedule(optim: Optim, num_steps: int) -> optax.Schedule:
 
 def decays(path: tuple[Any, ...]) -> bool:
     """Whether weight decay applies to the parameter at a tree path: not to norms, biases and DoRA magnitudes."""
-    names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    names = leaf_name(path).split("/")
     return names[-1] not in ("bias", "magnitude") and not any("norm" in name for name in names)
+
+
+def matrix_dimensions(path: tuple[Any, ...], leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+    """Which dimensions of a stacked projection are inputs and outputs; None for what Muon leaves to Adam."""
+    names = leaf_name(path).split("/")
+    if names[0] != "layers" or leaf.ndim < 3:
+        return None
+    middle, last = tuple(range(1, leaf.ndim - 1)), (leaf.ndim - 1,)
+    if names[1] == "o_proj" and names[-1] in ("weight", "lora_a"):  # D,N,H and R,N,H: heads are inputs
+        return optax.contrib.MuonDimensionNumbers(tuple(range(2, leaf.ndim)), (1,))
+    return optax.contrib.MuonDimensionNumbers(last, middle)
 
 
 def make_optimizer(optim: Optim, num_steps: int) -> optax.GradientTransformation:
@@ -45,5 +58,9 @@ def make_optimizer(optim: Optim, num_steps: int) -> optax.GradientTransformation
         "adafactor": lambda: optax.chain(
             optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0),
             optax.add_decayed_weights(optim.weight_decay, mask), optax.scale_by_learning_rate(schedule)),
+        "muon": lambda: optax.contrib.muon(
+            schedule, mu_dtype=optim.moments_dtype, weight_decay=optim.weight_decay, weight_decay_mask=mask,
+            adam_b1=optim.b1, adam_b2=optim.b2, consistent_rms=0.2,  # updates of AdamW's size: its learning rates fit
+            muon_weight_dimension_numbers=lambda params: jax.tree_util.tree_map_with_path(matrix_dimensions, params)),
     }[optim.name]()
     return optax.chain(optax.clip_by_global_norm(optim.clip_norm), rule) if optim.clip_norm else rule

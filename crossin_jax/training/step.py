@@ -1,8 +1,8 @@
 """State, loss, training step and evaluation step: pure functions, used by every program.
 
-Batches are dictionaries of global arrays: tokens, targets, segment_ids, positions, group (B, T) int32 and learned
-(B, T) bool. The loss is the sum over learned targets divided by their number in the whole global batch, so it does not
-depend on how the batch is split over micro-batches, devices or hosts.
+Batches are dictionaries of global arrays: tokens_BT, targets_BT, segment_ids_BT, positions_BT, group_BT int32 and
+learned_BT bool. The loss is the sum over learned targets divided by their number in the whole global batch, so it does
+not depend on how the batch is split over micro-batches, devices or hosts.
 """
 
 import dataclasses
@@ -66,18 +66,18 @@ def token_losses(model: Any, hidden_BTD: jax.Array, targets_BT: jax.Array, chunk
 
 def loss_sums(model: Any, batch: Batch, settings: StepSettings, dropout_key: jax.Array | None) -> dict[str, jax.Array]:
     """Sums over one batch: `loss` and `count` over learned targets, and both by group (G,)."""
-    hidden_BTD, _ = model.hidden(batch["tokens"], batch["positions"], batch["segment_ids"], dropout_key=dropout_key,
-                                 remat=settings.remat, attention=settings.attention)
-    losses_BT = token_losses(model, hidden_BTD, batch["targets"], settings.loss_chunk)
-    learned_BT = batch["learned"].astype(jnp.float32)
+    hidden_BTD, _ = model.hidden(batch["tokens_BT"], batch["positions_BT"], batch["segment_ids_BT"],
+                                 dropout_key=dropout_key, remat=settings.remat, attention=settings.attention)
+    losses_BT = token_losses(model, hidden_BTD, batch["targets_BT"], settings.loss_chunk)
+    learned_BT = batch["learned_BT"].astype(jnp.float32)
     # a target outside the answer may have an infinite loss; 0 * inf would poison the sum
-    losses_BT = jnp.where(batch["learned"], losses_BT, 0.0)
-    groups_BTG = jax.nn.one_hot(batch["group"], settings.num_groups, dtype=jnp.float32)
+    losses_BT = jnp.where(batch["learned_BT"], losses_BT, 0.0)
+    groups_BTG = jax.nn.one_hot(batch["group_BT"], settings.num_groups, dtype=jnp.float32)
     return {
         "loss": losses_BT.sum(), "count": learned_BT.sum(),
         "group_loss": jnp.einsum("BT,BTG->G", losses_BT, groups_BTG),
         "group_count": jnp.einsum("BT,BTG->G", learned_BT, groups_BTG),
-        "tokens": (batch["segment_ids"] > 0).sum().astype(jnp.float32),
+        "tokens": (batch["segment_ids_BT"] > 0).sum().astype(jnp.float32),
     }
 
 
@@ -112,7 +112,7 @@ def make_train_step(graphdef: Any, optimizer: optax.GradientTransformation,
         grads, sums = accumulate(state, batch, key)
         count = jnp.maximum(sums["count"], 1.0)
         grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, moments = optimizer.update(grads, state.optimizer, state.trainable)
         finite = state.finite & jnp.isfinite(sums["loss"]) & jnp.isfinite(norm)
 

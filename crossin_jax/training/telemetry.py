@@ -11,6 +11,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from crossin_jax.models.spec import ModelSpec
+from crossin_jax.parallel.mesh import leaf_name
+
 # dense bfloat16 peak per chip, FLOP/s, from the makers' data sheets; by the start of `device.device_kind`
 PEAK_FLOPS = {
     "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12,
@@ -25,72 +28,78 @@ def peak_flops(device: Any) -> float | None:
     return PEAK_FLOPS[max(kinds, key=len)] if kinds else None
 
 
+def flops_per_token(spec: ModelSpec, model: Any, length: int) -> float:
+    """Model FLOPs per token of a training step: forward 2P, backward 2P and 2P more for what trains, and attention.
+
+    P counts the matrices that tokens pass through (an embedding look-up is none); attention adds 12·L·N·H·T as in PaLM
+    (arXiv 2204.02311, appendix B). What rematerialisation repeats is not counted.
+    """
+    def count(state: Any) -> int:
+        sizes = {leaf_name(path): leaf.size for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
+        return sum(size for name, size in sizes.items() if spec.tie_embeddings or not name.startswith("embed_tokens"))
+
+    trained, frozen = count(model.trainable), count(model.frozen)
+    return 6 * trained + 4 * frozen + 12 * spec.num_layers * spec.num_heads * spec.head_width * length
+
+
 class Telemetry:
     """Collects metrics on the device and reports them every `log_every` steps; only process 0 writes."""
 
-    def __init__(self, folder: Path, *, name: str, num_steps: int, groups: list[tuple[str, str]], log_every: int,
-                 flops_per_token: float, use_tensorboard: bool, use_wandb: bool, config: dict[str, Any]):
+    def __init__(self, folder: Path, *, name: str, start: int, num_steps: int, log_every: int,
+                 groups: list[tuple[str, str]], flops_per_token: float, use_tensorboard: bool, use_wandb: bool,
+                 config: dict[str, Any]):
         self._active = jax.process_index() == 0
         self._groups, self._log_every, self._num_steps = groups, log_every, num_steps
         self._flops_per_token = flops_per_token
         peak = peak_flops(jax.devices()[0])
         self._peak = peak * jax.device_count() if peak else None
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
-        self._time: float | None = None
-        self._bar = self._lines = self._board = self._wandb = None
+        self._time: float | None = None  # of the last report; None until the first step, which compiles, is over
         if not self._active:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        self._bar = tqdm(total=num_steps, desc=name, unit="step", file=sys.stderr, mininterval=0.5, dynamic_ncols=True)
         self._lines = (folder / "metrics.jsonl").open("a")
+        self._bar = tqdm(initial=start, total=num_steps, desc=name, unit="step", file=sys.stderr, mininterval=0.5,
+                         dynamic_ncols=True)
+        self._board = self._wandb = None
         if use_tensorboard:
             from tensorboardX import SummaryWriter
             self._board = SummaryWriter(str(folder / "tensorboard"))
         if use_wandb:
             self._wandb = _start_wandb(name, folder, config)
 
-    def resume_at(self, step: int) -> None:
-        """Moves the progress bar to the step that a restored run continues from."""
-        if self._bar:
-            self._bar.n = self._bar.initial = step
-            self._bar.refresh()
-
     def add(self, step: int, metrics: dict[str, jax.Array], learning_rate: float) -> None:
-        """Takes the metrics of a finished step; raises `FloatingPointError` at a report that holds a non-finite loss."""
-        if self._time is None:
-            self._time = time.perf_counter()  # the first step compiles; it is no part of the throughput
-            skip_rate = True
-        else:
-            skip_rate = False
+        """Takes the metrics of a step; raises `FloatingPointError(step)` at a report that holds a non-finite one."""
         self._pending.append((step, metrics))
-        if self._bar:
+        if self._active:
             self._bar.update(step - self._bar.n)
-        if step % self._log_every == 0 or step == self._num_steps or skip_rate:
-            self._report(learning_rate, skip_rate)
+        if self._time is None or step % self._log_every == 0 or step == self._num_steps:
+            self.report(learning_rate)
 
-    def _report(self, learning_rate: float, skip_rate: bool) -> None:
+    def report(self, learning_rate: float) -> None:
+        """Fetches what has gathered since the last report and writes one record."""
+        if not self._pending:
+            return
         steps, metrics = zip(*jax.device_get(self._pending), strict=True)
         self._pending = []
-        now = time.perf_counter()
-        seconds, self._time = now - self._time, now
+        now, before = time.perf_counter(), self._time
+        self._time = now
         bad = [step for step, m in zip(steps, metrics, strict=True)
                if not (np.isfinite(m["loss"]) and np.isfinite(m["grad_norm"]))]
         if bad:
             raise FloatingPointError(bad[0])
+        count, tokens = (float(sum(m[name] for m in metrics)) for name in ("count", "tokens"))
         record: dict[str, Any] = {"step": int(steps[-1])}
-        count = sum(m["count"] for m in metrics)
-        record["loss"] = float(sum(m["loss"] * m["count"] for m in metrics) / count)
+        record["loss"] = float(sum(m["loss"] * m["count"] for m in metrics)) / max(count, 1.0)
+        record["losses"] = [float(m["loss"]) for m in metrics]  # one a step, for comparing runs
         record["grad_norm"] = float(metrics[-1]["grad_norm"])
         record["learning_rate"] = float(learning_rate)
-        record["losses"] = [float(m["loss"]) for m in metrics]  # one a step, for comparing runs
         record |= group_metrics(self._groups, sum(m["group_loss"] for m in metrics),
                                 sum(m["group_count"] for m in metrics))
-        if not skip_rate:
-            tokens = float(sum(m["tokens"] for m in metrics))
-            record["tokens_per_second"] = tokens / seconds
-            record["learned_tokens_per_second"] = float(count) / seconds
+        if before is not None:
+            record["tokens_per_second"] = tokens / (now - before)
+            record["learned_tokens_per_second"] = count / (now - before)
             if self._peak:
-                record["mfu"] = tokens * self._flops_per_token / seconds / self._peak
+                record["mfu"] = record["tokens_per_second"] * self._flops_per_token / self._peak
         memory = jax.local_devices()[0].memory_stats()
         if memory and "peak_bytes_in_use" in memory:
             record["peak_memory_gib"] = memory["peak_bytes_in_use"] / 2**30
@@ -119,8 +128,10 @@ class Telemetry:
 
     def close(self) -> None:
         """Flushes and closes every sink."""
+        if not self._active:
+            return
         for sink in (self._bar, self._lines, self._board):
-            if sink:
+            if sink is not None:  # a progress bar without a total counts as false
                 sink.close()
         if self._wandb:
             self._wandb.finish()

@@ -1,0 +1,162 @@
+"""Fine-tune a model on a cross-lingual mixture, or train a small one from random weights.
+
+  python -m crossin_jax.train --config configs/xquad_llama.py --config.optim.learning_rate=1e-4
+
+The run in reading order: mesh, data, model, steps, resume, loop. The same command continues an interrupted run; a run
+told to stop by SIGTERM saves and exits with 75.
+"""
+
+import json
+import logging
+import math
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from crossin_jax import config as settings
+from crossin_jax import program, provenance
+from crossin_jax.checkpoint.store import Store
+from crossin_jax.config import Config, UserError
+from crossin_jax.data.loader import make_loader
+from crossin_jax.data.pipeline import open_pipeline
+from crossin_jax.parallel import hosts
+from crossin_jax.parallel.mesh import check_batch, make_mesh
+from crossin_jax.training.optim import make_optimizer, make_schedule
+from crossin_jax.training.state import abstract_model, abstract_state, load_base, model_spec, start_state, to_mesh
+from crossin_jax.training.step import StepSettings, make_eval_step, make_train_step
+from crossin_jax.training.telemetry import Telemetry, flops_per_token, group_metrics
+
+
+def train(config: Config) -> Path:
+    """Runs one experiment to its last step and returns its folder; raises `SystemExit(75)` when told to stop."""
+    output_dir = prepare_folder(config)
+
+    # ---- Mesh
+    mesh = make_mesh(config.mesh)
+    check_batch(config.train.batch_size, config.train.accumulation, mesh)
+
+    # ---- Data
+    data = open_pipeline(config)
+    batches_of = partial(make_loader, renderer=data.renderer, data=config.data, batch_size=config.train.batch_size,
+                         seed=config.seed, process_index=jax.process_index(), process_count=jax.process_count())
+    loader = batches_of(data.mixture)
+    num_steps = config.train.steps or math.ceil(config.train.epochs * loader.steps_per_epoch)
+
+    # ---- Model
+    spec = model_spec(config, len(data.tokenizer))
+    model = abstract_model(config, spec, mesh)
+    optimizer, schedule = make_optimizer(config.optim, num_steps), make_schedule(config.optim, num_steps)
+    abstract = abstract_state(model, optimizer, mesh)
+
+    # ---- Steps
+    static = StepSettings(config.train.accumulation, config.train.loss_chunk, config.model.remat,
+                          config.model.attention, config.seed, len(loader.groups))
+    train_step = jax.jit(make_train_step(model.graphdef, optimizer, static), donate_argnums=0)
+    source = provenance.describe(settings.to_dict(config), manifest=data.mixture.manifest()["hash"],
+                                 template=data.renderer.hash, base=config.model.path)
+
+    with jax.set_mesh(mesh), hosts.Preemption() as preemption, Store(output_dir, config=config) as store:
+        # ---- Resume
+        restored = store.restore_newest(abstract, config) if config.train.resume else None
+        if restored:
+            state, position = restored
+            state.frozen = load_base(config, model.frozen)[0] if config.model.path else model.frozen
+            loader.set_state(position)
+        else:
+            state = start_state(config, model, abstract, optimizer)
+        start = int(state.step)
+
+        # ---- Loop
+        telemetry = Telemetry(output_dir, name=config.name, start=start, num_steps=num_steps, groups=loader.groups,
+                              log_every=config.train.log_every, use_wandb=config.train.wandb,
+                              flops_per_token=flops_per_token(spec, model, config.data.length),
+                              use_tensorboard=config.train.tensorboard, config=settings.to_dict(config))
+        held_out_losses = HeldOut(batches_of, data.held_out, model, static, mesh)
+        try:
+            for step in range(start + 1, num_steps + 1):
+                state, metrics = train_step(state, to_mesh(next(loader), mesh))
+                telemetry.add(step, metrics, schedule(step - 1))
+                if data.held_out and (due(step, config.train.eval_every) or step == num_steps):
+                    telemetry.write({"step": step} | held_out_losses(state))
+                stop = preemption.reached(step)
+                if stop or step == num_steps or due(step, config.train.checkpoint_every):
+                    telemetry.report(schedule(step - 1))  # raises before a checkpoint could hide a non-finite loss
+                    store.save(state, loader.get_state(), source)
+                if stop and step < num_steps:
+                    logging.warning("told to stop: step %d is saved; the same command continues", step)
+                    raise SystemExit(program.EXIT_PREEMPTED)
+        except FloatingPointError as fault:
+            newest = max(store.steps(), default=None)
+            good = f"checkpoint {newest} is the last good state" if newest else "there is no checkpoint yet"
+            raise UserError(f"{output_dir}: the loss or gradient of step {fault.args[0]} is not finite; {good}\n"
+                            "lower optim.learning_rate, set optim.clip_norm, or look for broken rows with "
+                            "`prepare preview`") from None
+        finally:
+            telemetry.close()
+            loader.close()
+    return output_dir
+
+
+def prepare_folder(config: Config) -> Path:
+    """Makes `output_dir` with the resolved configuration in it, and sets the compilation cache."""
+    folder = Path(config.output_dir).expanduser()
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / "config.json.part"
+        part.write_text(json.dumps(settings.to_dict(config), indent=2, ensure_ascii=False))
+        os.replace(part, folder / "config.json")
+    if config.train.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.train.compilation_cache).expanduser()))
+    return folder
+
+
+def due(step: int, every: int | None) -> bool:
+    """Whether a periodic action falls on this step."""
+    return every is not None and step % every == 0
+
+
+class HeldOut:
+    """The loss of held-out records, overall and by language; its program is compiled once."""
+
+    def __init__(self, batches_of: Any, mixture: Any, model: Any, static: StepSettings, mesh: Any):
+        self._batches_of, self._mixture, self._mesh = batches_of, mixture, mesh
+        if mixture is not None:
+            self._groups = batches_of(mixture).groups
+            static = StepSettings(1, static.loss_chunk, static.remat, static.attention, 0, len(self._groups))
+            self._step = jax.jit(make_eval_step(model.graphdef, static))
+
+    def __call__(self, state: Any) -> dict[str, float]:
+        """{"held_out/loss": …, "held_out/loss/SOURCE/LANGUAGE": …}."""
+        loader = self._batches_of(self._mixture, num_epochs=1)
+        sums = [self._step(state.trainable, state.frozen, to_mesh(batch, self._mesh)) for batch in loader]
+        loader.close()
+        total = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *jax.device_get(sums))
+        losses = {"held_out/loss": float(total["loss"] / total["count"])}
+        by_group = group_metrics(self._groups, total["group_loss"], total["group_count"])
+        return losses | {f"held_out/{name}": value for name, value in by_group.items() if name.startswith("loss")}
+
+
+def define_flags() -> None:
+    """Flags beside the configuration."""
+    flags.DEFINE_string("coordinator", None, "host:port of process 0, where the cluster does not tell")
+    flags.DEFINE_integer("num_processes", None, "processes of the run, with --coordinator")
+    flags.DEFINE_integer("process_id", None, "number of this process, with --coordinator")
+    flags.DEFINE_integer("start_timeout", 300, "seconds to wait for all processes")
+
+
+def main(config: Config, arguments: Any) -> None:
+    """Joins the hosts and trains."""
+    hosts.start(arguments.coordinator, arguments.num_processes, arguments.process_id,
+                timeout_seconds=arguments.start_timeout)
+    folder = train(config)
+    if jax.process_index() == 0:
+        print(f"trained: {folder}; next: python -m crossin_jax.evaluate --checkpoint {folder}")
+
+
+if __name__ == "__main__":
+    program.run(main, define=define_flags)

@@ -1,0 +1,172 @@
+"""The training step: exact under accumulation, sharding and chunking; stops at the first non-finite loss."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from crossin_jax.config import Lora, Mesh, Optim
+from crossin_jax.models.lora import is_trainable, resolve
+from crossin_jax.models.spec import spec_from_architecture
+from crossin_jax.models.transformer import Transformer
+from crossin_jax.parallel.mesh import batch_sharding, leaf_name, make_mesh, shardings
+from crossin_jax.training.optim import decays, make_optimizer, make_schedule
+from crossin_jax.training.step import StepSettings, init_state, make_eval_step, make_train_step
+from tests.helpers import small_architecture
+
+SETTINGS = StepSettings(accumulation=1, loss_chunk=8, remat="none", attention="reference", seed=1, num_groups=3)
+SPEC = spec_from_architecture(small_architecture(), 96)
+
+
+def make_batch(seed: int, rows: int = 8, length: int = 32) -> dict[str, np.ndarray]:
+    """Random rows of two segments and some padding; uneven numbers of learned tokens per row."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(3, 96, (rows, length + 1)).astype(np.int32)
+    segments = np.where(np.arange(length) < 14, 1, 2)[None].repeat(rows, 0).astype(np.int32)
+    segments[:, length - 3:] = 0
+    positions = np.where(segments == 1, np.arange(length)[None], np.arange(length)[None] - 14).astype(np.int32)
+    learned = (rng.random((rows, length)) < rng.uniform(0.1, 0.9, (rows, 1))) & (segments > 0)
+    return {"tokens_BT": tokens[:, :-1], "targets_BT": tokens[:, 1:], "segment_ids_BT": segments,
+            "positions_BT": np.maximum(positions, 0), "learned_BT": learned,
+            "group_BT": rng.integers(0, 3, (rows, length)).astype(np.int32)}
+
+
+def make_state(lora: Lora | None = None, optim: Optim | None = None):
+    """(graphdef, state, optimizer) of a small float32 model."""
+    model = Transformer(SPEC, lora=lora, param_dtype="float32", frozen_dtype="float32", compute_dtype="float32",
+                        rngs=nnx.Rngs(0))
+    graphdef, trainable, frozen = nnx.split(model, lambda p, v: is_trainable(p, v, resolve(lora)), ...)
+    optimizer = make_optimizer(optim or Optim(learning_rate=1e-2, warmup_share=0.0), 10)
+    return graphdef, init_state(trainable, frozen, optimizer), optimizer
+
+
+def run_steps(settings=SETTINGS, mesh=None, lora=None, steps=3, batches=None):
+    """Losses and final trained parameters after a few steps."""
+    graphdef, state, optimizer = make_state(lora)
+    step = jax.jit(make_train_step(graphdef, optimizer, settings))
+    losses = []
+    with jax.set_mesh(mesh) if mesh else jax.default_device(jax.devices()[0]):
+        if mesh:
+            state = jax.device_put(state, shardings(state, mesh))
+        for i in range(steps):
+            batch = batches[i] if batches else make_batch(i)
+            batch = jax.device_put(batch, batch_sharding(mesh)) if mesh else jax.tree.map(jnp.asarray, batch)
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["loss"]))
+    assert step._cache_size() == 1 if not mesh else True
+    return np.array(losses), state
+
+
+def test_loss_is_the_mean_over_learned_targets():
+    graphdef, state, _ = make_state()
+    batch = make_batch(0)
+    sums = jax.jit(make_eval_step(graphdef, SETTINGS))(state.trainable, state.frozen, batch)
+    model = nnx.merge(graphdef, state.trainable, state.frozen)
+    logits = np.asarray(model(batch["tokens_BT"], batch["positions_BT"], batch["segment_ids_BT"]), np.float64)
+    logits -= logits.max(-1, keepdims=True)
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    losses = -np.take_along_axis(log_probs, batch["targets_BT"][..., None], -1)[..., 0]
+    assert float(sums["count"]) == batch["learned_BT"].sum()
+    np.testing.assert_allclose(float(sums["loss"]), losses[batch["learned_BT"]].sum(), rtol=1e-5)
+    for group in range(3):
+        chosen = batch["learned_BT"] & (batch["group_BT"] == group)
+        np.testing.assert_allclose(float(sums["group_loss"][group]), losses[chosen].sum(), rtol=1e-5)
+        assert float(sums["group_count"][group]) == chosen.sum()
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Three steps on one device with everything off."""
+    return run_steps()
+
+
+@pytest.mark.parametrize("change", [{"accumulation": 4, "remat": "full"}, {"loss_chunk": 32}, {"loss_chunk": 1}])
+def test_result_does_not_depend_on_how_it_is_computed(plain, change):
+    expected, state = plain
+    losses, other = run_steps(dataclasses.replace(SETTINGS, **change))
+    np.testing.assert_allclose(losses, expected, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(state.trainable), jax.tree.leaves(other.trainable), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize(("axes", "lora"), [
+    ({"data": 8}, None), ({"fsdp": 8}, None), ({"data": 2, "fsdp": 2, "tensor": 2}, Lora(rank=4, dropout=0.1))])
+def test_eight_devices_equal_one(plain, axes, lora):
+    expected, _ = run_steps(lora=lora) if lora else plain
+    losses, state = run_steps(mesh=make_mesh(Mesh(**axes)), lora=lora)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    if axes.get("fsdp"):
+        moments = state.optimizer[1][0].mu
+        for tree in (state.trainable, moments):  # moments are sharded like their parameters
+            leaf = tree["embed_tokens"]["weight"].get_raw_value()
+            assert leaf.sharding.shard_shape(leaf.shape) == (96 // axes.get("tensor", 1), 32 // axes["fsdp"])
+
+
+def test_frozen_weights_stay_and_have_no_moments():
+    _, state = run_steps(lora=Lora(rank=4, dropout=0.0, modules_to_save=()))
+    _, start, _ = make_state(Lora(rank=4, dropout=0.0, modules_to_save=()))
+    for a, b in zip(jax.tree.leaves(state.frozen), jax.tree.leaves(start.frozen), strict=True):
+        np.testing.assert_array_equal(a, b)
+    changed = [not np.array_equal(a, b) for a, b in
+               zip(jax.tree.leaves(state.trainable), jax.tree.leaves(start.trainable), strict=True)]
+    assert all(changed)
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim)
+    assert numbers == 2 * sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
+
+
+def test_dropout_follows_seed_and_step():
+    lora = Lora(rank=4, dropout=0.5)
+    first, _ = run_steps(lora=lora)
+    again, _ = run_steps(lora=lora)
+    other, _ = run_steps(dataclasses.replace(SETTINGS, seed=2), lora=lora)
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first[1:], other[1:])
+
+
+def test_a_non_finite_gradient_changes_nothing_from_then_on():
+    graphdef, state, optimizer = make_state()
+    step = jax.jit(make_train_step(graphdef, optimizer, SETTINGS))
+    state, _ = step(state, make_batch(0))
+    bad = jax.tree.map(lambda x: x, make_batch(1))
+    bad["tokens_BT"][2, 5] = 10_000  # outside the vocabulary: the embedding is NaN
+    after, metrics = step(state, bad)
+    assert not np.isfinite(metrics["loss"]) and not after.finite and int(after.step) == 1
+    after, metrics = step(after, make_batch(2))
+    assert np.isfinite(metrics["loss"]) and int(after.step) == 1
+    for a, b in zip(jax.tree.leaves((state.trainable, state.optimizer)),
+                    jax.tree.leaves((after.trainable, after.optimizer)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_decay_spares_norms_and_biases():
+    graphdef, state, _ = make_state()
+    decayed = {leaf_name(path): decays(path)
+               for path, _ in jax.tree_util.tree_flatten_with_path(state.trainable)[0]}
+    assert not any(value for name, value in decayed.items() if "norm" in name)
+    assert decayed["layers/q_proj/weight"] and decayed["embed_tokens/weight"]
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon"])
+def test_every_optimizer_lowers_the_loss(name):
+    graphdef, state, _ = make_state()
+    rate = {"adamw": 1e-2, "adafactor": 1e-2, "lion": 3e-3, "muon": 1e-2}[name]
+    optimizer = make_optimizer(Optim(name=name, learning_rate=rate, warmup_share=0.0), 20)
+    state = init_state(state.trainable, state.frozen, optimizer)
+    step = jax.jit(make_train_step(graphdef, optimizer, SETTINGS))
+    batch = make_batch(0)
+    losses = []
+    for _ in range(8):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_schedule_warms_up_and_decays():
+    rates = [float(make_schedule(Optim(learning_rate=1.0, warmup_share=0.1, final_share=0.1), 100)(i)) for i in range(101)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0) and rates[100] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert partial(make_schedule, Optim(learning_rate=2.0, schedule="constant", warmup_share=0.0))(10)(7) == 2.0
