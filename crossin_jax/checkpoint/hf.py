@@ -283,12 +283,13 @@ def write_leaves(folder: Path, leaves: dict[str, jax.Array], keys: dict[str, Key
 
 def save_model(folder: str | os.PathLike, spec: ModelSpec, state: Any, *, dtype: Any = None,
                source: str | os.PathLike | None = None, tokenizer: str | os.PathLike | None = None,
-               card: str | None = None, shard_bytes: int = SHARD_BYTES, progress: bool = True) -> None:
+               token_ids: dict[str, Any] | None = None, card: str | None = None, shard_bytes: int = SHARD_BYTES,
+               progress: bool = True) -> None:
     """Writes a folder that `transformers` loads; it appears whole or not at all.
 
     `state` (one or several) holds the weights without adapters; `dtype` None keeps theirs. From `source`, the folder of
     the base model, come token ids and generation settings, from `tokenizer` (None: `source`) the tokenizer's files.
-    `card` becomes README.md.
+    `token_ids` ("eos_token_id" …) goes before those of `source`. `card` becomes README.md.
     """
     with atomic_folder(folder) if jax.process_index() == 0 else contextlib.nullcontext(Path(folder)) as target:
         leaves = state_leaves(state)
@@ -298,7 +299,7 @@ def save_model(folder: str | os.PathLike, spec: ModelSpec, state: Any, *, dtype:
             return
         old = read_json(Path(source) / "config.json") if source else {}
         old = {**old, **old.get("text_config", {})}
-        kept = {name: old[name] for name in _KEPT_FIELDS if old.get(name) is not None}
+        kept = {name: old[name] for name in _KEPT_FIELDS if old.get(name) is not None} | (token_ids or {})
         stored = np.dtype(dtype or leaves["embed_tokens/weight"].dtype).name
         write_json(target / "config.json", {**spec_to_hf(spec), **kept, "torch_dtype": stored})
         if source and (Path(source) / "generation_config.json").is_file():
