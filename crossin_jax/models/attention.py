@@ -1,32 +1,162 @@
-"""Causal grouped-query attention: one mask rule, kernels by name and backend."""
+"""Causal grouped-query attention: one rule of who sees whom, one kernel per backend.
+
+Queries arrive scaled. A token sees the tokens of its own segment that are not later and, in a local layer, fewer than
+`window` positions back. The fused kernels go by place in the row, so there positions must rise within each segment.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
+from crossin_jax.config import UserError, hint
 from crossin_jax.models.layers import precision
+from crossin_jax.models.spec import ModelSpec
+from crossin_jax.parallel.mesh import activation_spec
 
+KERNELS = ("auto", "reference", "splash", "cudnn")
+SAVED = "attention"  # checkpoint name of what a remat policy may keep instead of running a kernel twice
 MASKED = -1e30  # finite: a row with no key to see stays finite
+LANES = 128  # splash blocks are multiples of the TPU's vector width
+_PREFERRED = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A kernel with its tile; `interpret` runs splash without a TPU, for tests."""
+
+    name: str
+    block: int = 512
+    interpret: bool = False
+
+
+def choose_kernel(attention: str, spec: ModelSpec, length: int, compute_dtype: Any, platform: str) -> Kernel:
+    """The kernel for training rows of `length` on `platform` (tpu, gpu or cpu).
+
+    `auto` takes the platform's own kernel where it can do the work, else the reference; a kernel asked for by name that
+    cannot raises `UserError` with the reason.
+    """
+    if attention not in KERNELS:
+        raise UserError(f"model.attention={attention!r} is not one of {', '.join(KERNELS)}{hint(attention, KERNELS)}")
+    name = _PREFERRED.get(platform, "reference") if attention == "auto" else attention
+    obstacle = None
+    if name != "reference" and _PREFERRED.get(platform) != name:
+        obstacle = f"it runs on {'TPU' if name == 'splash' else 'NVIDIA GPUs'}, not on {platform}"
+    elif name == "splash" and length % LANES:
+        obstacle = f"rows of {length} tokens are not a multiple of {LANES}"
+    elif name == "cudnn" and spec.attention_soft_cap is not None:
+        obstacle = f"it has no soft cap, which {spec.model_type} needs"
+    elif name == "cudnn" and (spec.head_width % 8 or spec.head_width > 256 or length % 2):
+        obstacle = f"head width {spec.head_width} or row length {length} is outside its range (8 to 256 by 8; even)"
+    elif name == "cudnn" and jnp.dtype(compute_dtype) != jnp.bfloat16:
+        obstacle = "it takes bfloat16 only; set model.compute_dtype=bfloat16"
+    if obstacle is None:
+        return Kernel(name)
+    if attention == "auto":
+        return Kernel("reference")
+    raise UserError(f"model.attention={name}: {obstacle}; use auto or reference")
 
 
 def attention_mask(query_positions_BT: jax.Array, key_positions_BS: jax.Array, query_segments_BT: jax.Array,
                    key_segments_BS: jax.Array, window: jax.Array | int | None) -> jax.Array:
-    """Who sees whom, (B, T, S) bool: same segment, not later, and fewer than `window` positions back."""
+    """Who sees whom, (B, T, S) bool."""
     back = query_positions_BT[:, :, None] - key_positions_BS[:, None]
     mask = (back >= 0) & (query_segments_BT[:, :, None] == key_segments_BS[:, None])
     return mask if window is None else mask & (back < window)
 
 
 def attend_reference(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, *,
-                     scale: float, soft_cap: float | None) -> jax.Array:
+                     soft_cap: float | None) -> jax.Array:
     """Einsum attention with scores and softmax in float32; returns (B, T, N, H)."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, precision=precision(q_BTNH.dtype),
-                        preferred_element_type=jnp.float32) * scale
+                        preferred_element_type=jnp.float32)
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     probabilities = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], scores, MASKED), axis=-1)
     context = jnp.einsum("BKGTS,BSKH->BTKGH", probabilities.astype(v_BSKH.dtype), v_BSKH,
                          precision=precision(v_BSKH.dtype))
-    return context.reshape(B, T, N, H)
+    return checkpoint_name(context.reshape(B, T, N, H), SAVED)
+
+
+def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array,
+           *, kernel: Kernel, window: int | None, is_local: jax.Array | None, soft_cap: float | None) -> jax.Array:
+    """Attention within a row, (B, T, N, H).
+
+    `window` None: every layer is global. `is_local` None: every layer has the window; else a () bool says whether this
+    one has.
+    """
+    if kernel.name == "reference":
+        mask_BTT = attention_mask(positions_BT, positions_BT, segment_ids_BT, segment_ids_BT,
+                                  _window_here(window, is_local))
+        return attend_reference(q_BTNH, k_BTKH, v_BTKH, mask_BTT, soft_cap=soft_cap)
+    run = functools.partial({"splash": _splash, "cudnn": _cudnn}[kernel.name], kernel=kernel, soft_cap=soft_cap)
+    inputs = (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+    if window is None or is_local is None or window >= q_BTNH.shape[1]:
+        return run(*inputs, window=window)
+    # the window of these kernels is part of the program: both are compiled and the layer takes one
+    return jax.lax.cond(is_local, functools.partial(run, window=window), functools.partial(run, window=None), *inputs)
+
+
+def attend_cached(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, positions_BT: jax.Array,
+                  key_positions_BS: jax.Array, *, window: int | None, is_local: jax.Array | None,
+                  soft_cap: float | None) -> jax.Array:
+    """Attention to everything stored in the row of a cache, (B, T, N, H); slots of negative position are empty."""
+    stored_BS = (key_positions_BS >= 0).astype(jnp.int32)
+    mask_BTS = attention_mask(positions_BT, key_positions_BS, jnp.ones_like(positions_BT), stored_BS,
+                              _window_here(window, is_local))
+    return attend_reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, soft_cap=soft_cap)
+
+
+def _window_here(window: int | None, is_local: jax.Array | None) -> jax.Array | int | None:
+    """The window of this layer, where some layers are local and others are not."""
+    return window if is_local is None else jnp.where(is_local, window, jnp.iinfo(jnp.int32).max)
+
+
+def _splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array, *, kernel: Kernel,
+            window: int | None, soft_cap: float | None) -> jax.Array:
+    """The Pallas TPU kernel, on each device's share of rows and heads."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    T = q_BTNH.shape[1]
+    block = max(b for b in range(LANES, max(kernel.block, LANES) + 1, LANES) if T % b == 0)
+    blocks = splash.BlockSizes(block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block,
+                               block_kv_dq=block)
+    mask = splash.CausalMask((T, T)) if window is None else splash.LocalMask((T, T), (window - 1, 0), 0)
+
+    def on_device(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
+        run = splash.make_splash_mha(
+            splash.MultiHeadMask([mask] * q_BTNH.shape[2]), head_shards=1, q_seq_shards=1, block_sizes=blocks,
+            attn_logits_soft_cap=soft_cap, residual_checkpoint_name=SAVED, interpret=kernel.interpret)
+        heads_first = (x.swapaxes(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
+        context = jax.vmap(run)(*heads_first, splash.SegmentIds(segment_ids_BT, segment_ids_BT))
+        return context.swapaxes(1, 2)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return on_device(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+    # a Pallas call cannot be partitioned by the compiler: rows and heads are split by hand, by the same table
+    q_spec = activation_spec(q_BTNH.shape, ("batch", "length", "heads", "head"), mesh)
+    k_spec = activation_spec(k_BTKH.shape, ("batch", "length", "kv_heads", "head"), mesh)
+    if q_spec[2] != k_spec[2]:  # fewer key/value heads than shards: every device repeats those its queries need
+        k_BTKH, v_BTKH = (jnp.repeat(x, q_BTNH.shape[2] // x.shape[2], axis=2) for x in (k_BTKH, v_BTKH))
+        k_spec = q_spec
+    return jax.shard_map(on_device, mesh=mesh, in_specs=(q_spec, k_spec, k_spec, PartitionSpec(*q_spec[:2])),
+                         out_specs=q_spec, check_vma=False)(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+
+
+def _cudnn(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array, *, kernel: Kernel,
+           window: int | None, soft_cap: float | None) -> jax.Array:
+    """cuDNN's flash attention; segments enter as a mask, causality and window as options that skip blocks."""
+    assert soft_cap is None
+    same_segment = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None]
+    context = jax.nn.dot_product_attention(
+        q_BTNH, k_BTKH, v_BTKH, mask=same_segment, scale=1.0, is_causal=True, implementation="cudnn",
+        local_window_size=None if window is None else (window - 1, 0))
+    return checkpoint_name(context, SAVED)

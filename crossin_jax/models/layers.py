@@ -190,8 +190,8 @@ def rope_tables(positions_BT: jax.Array, frequencies: np.ndarray) -> tuple[jax.A
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Applies rotary positions to the two halves of H, in float32."""
+def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array, scale: float = 1.0) -> jax.Array:
+    """Applies rotary positions to the two halves of H, and a scale, in float32: one rounding for both."""
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
+    cos, sin = scale * cos[:, :, None], scale * sin[:, :, None]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)

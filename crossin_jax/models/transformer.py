@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,14 +11,14 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from crossin_jax.config import Lora, UserError, hint
-from crossin_jax.models.attention import attend_reference, attention_mask
+from crossin_jax.models.attention import SAVED, Kernel, attend, attend_cached, choose_kernel
+from crossin_jax.models.cache import Cache, init_cache, load, note_positions, stacks, store
 from crossin_jax.models.layers import Build, Embedding, Linear, Norm, dropout, rope_frequencies, rope_tables, rotate
 from crossin_jax.models.lora import resolve
 from crossin_jax.models.spec import ModelSpec
 from crossin_jax.parallel.mesh import constrain
 
-Cache = dict[str, jax.Array]
-NAMED = ("q", "k", "v", "attention", "gate", "up")  # tensors a remat policy may keep, by checkpoint_name
+NAMED = ("q", "k", "v", SAVED, "gate", "up")  # tensors a remat policy may keep, by checkpoint_name
 REMAT = ("none", "full", "dots", "offload")
 
 
@@ -49,12 +50,12 @@ class Block(nnx.Module):
 
     def queries_keys_values(self, x: jax.Array, cos: jax.Array, sin: jax.Array,
                             key: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Rotated queries (B, T, N, H) and keys, and values (B, T, K, H)."""
+        """Rotated and scaled queries (B, T, N, H), rotated keys and values (B, T, K, H)."""
         dropped = dropout(x, self.rate, key)
         q, k, v = self.q_proj(x, dropped), self.k_proj(x, dropped), self.v_proj(x, dropped)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q = constrain(rotate(q, cos, sin), "batch", "length", "heads", "head")
+        q = constrain(rotate(q, cos, sin, self.spec.query_scale), "batch", "length", "heads", "head")
         k = constrain(rotate(k, cos, sin), "batch", "length", "kv_heads", "head")
         v = constrain(v, "batch", "length", "kv_heads", "head")
         return checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
@@ -69,20 +70,20 @@ class Block(nnx.Module):
         inner = constrain(act * up, "batch", "length", "mlp")
         return self.down_proj(inner, dropout(inner, self.rate, keys[1]))
 
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Any, key: jax.Array | None) -> Any:
-        """One layer; `attend` maps (q, k, v) to (context, whatever the cache became)."""
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, attend: Callable[..., jax.Array],
+                 key: jax.Array | None) -> jax.Array:
+        """One layer, (B, T, D); `attend` maps q, k, v to the context (B, T, N, H)."""
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
-        q, k, v = self.queries_keys_values(self.input_layernorm(x), cos, sin, keys[0])
-        context, cache = attend(q, k, v)
-        context = checkpoint_name(constrain(context, "batch", "length", "heads", "head"), "attention")
+        context = attend(*self.queries_keys_values(self.input_layernorm(x), cos, sin, keys[0]))
+        context = constrain(context, "batch", "length", "heads", "head")
         y = self.o_proj(context, dropout(context, self.rate, keys[1]))
         if self.spec.post_norms:
             x = constrain(x + self.post_attention_layernorm(y), "batch", "length", "embed")
-            y = self.feed_forward(self.pre_feedforward_layernorm(x), keys[2])
-            return constrain(x + self.post_feedforward_layernorm(y), "batch", "length", "embed"), cache
-        x = constrain(x + y, "batch", "length", "embed")
-        return constrain(x + self.feed_forward(self.post_attention_layernorm(x), keys[2]),
-                         "batch", "length", "embed"), cache
+            y = self.post_feedforward_layernorm(self.feed_forward(self.pre_feedforward_layernorm(x), keys[2]))
+        else:
+            x = constrain(x + y, "batch", "length", "embed")
+            y = self.feed_forward(self.post_attention_layernorm(x), keys[2])
+        return constrain(x + y, "batch", "length", "embed")
 
 
 class Transformer(nnx.Module):
@@ -110,14 +111,15 @@ class Transformer(nnx.Module):
         return self.unembed(self.hidden(tokens_BT, positions_BT, segment_ids_BT, **options)[0])
 
     def hidden(self, tokens_BT: jax.Array, positions_BT: jax.Array | None = None,
-               segment_ids_BT: jax.Array | None = None, *, cache: Cache | None = None,
+               segment_ids_BT: jax.Array | None = None, *, cache: Cache | None = None, fresh: bool = False,
                dropout_key: jax.Array | None = None, remat: str = "none",
-               attention: str = "reference") -> tuple[jax.Array, Cache | None]:
+               attention: str | Kernel = "reference") -> tuple[jax.Array, Cache | None]:
         """Final hidden states (B, T, D), ready for `unembed`, and the cache with these tokens written.
 
-        Positions count within a segment and default to 0, 1, … (after what the cache holds). Segment 0 is padding: with
-        a cache its tokens are never seen again. Without a cache tokens see only their own segment. Dropout acts only
-        where `dropout_key` is given. `remat`: none, full, dots or offload.
+        Positions count within a segment and default to 0, 1, … (after what the cache holds). Tokens see only their own
+        segment; segment 0 is padding. With a cache they also see what it holds, padding excepted, whatever the
+        segment; `fresh` promises an empty cache, so that only the new tokens are looked at and a kernel can serve.
+        Dropout acts only where `dropout_key` is given. `remat`: none, full, dots or offload.
         """
         spec, (B, T) = self.spec, tokens_BT.shape
         if segment_ids_BT is None:
@@ -125,6 +127,8 @@ class Transformer(nnx.Module):
         if positions_BT is None:
             start = jnp.zeros((1, 1), jnp.int32) if cache is None else cache["length"].reshape(-1, 1)
             positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None] + start, (B, T))
+        if isinstance(attention, str):
+            attention = choose_kernel(attention, spec, T, self.compute_dtype, jax.default_backend())
 
         x = self.embed_tokens.embed(tokens_BT)
         if spec.scale_embedding:  # rounded like the weights it meets, as in the published models
@@ -136,41 +140,40 @@ class Transformer(nnx.Module):
         if spec.local_rope is not None:
             local_tables = rope_tables(positions_BT, rope_frequencies(spec.local_rope, spec.head_width))
         if cache is not None:
-            stored = jnp.where(segment_ids_BT == 0, -1, positions_BT)
-            cache = {**cache, "positions": _write(cache["positions"], stored, cache["length"])}
+            cache = note_positions(cache, positions_BT, segment_ids_BT)
 
         graphdef, layers = nnx.split(self.layers)
         per_layer: dict[str, Any] = {"layers": layers, "index": jnp.arange(spec.num_layers)}
-        if spec.local_layers:
+        if spec.local_layers and not all(spec.local_layers):
             per_layer["is_local"] = jnp.asarray(spec.local_layers)
         if dropout_key is not None and self.layers.rate:
             per_layer["key"] = jax.random.split(dropout_key, spec.num_layers)
 
         def body(carry, layer):
-            x, keys_values = carry
+            x, stored = carry
             is_local = layer.get("is_local")
             cos, sin = tables
             if local_tables is not None:
-                cos, sin = (jnp.where(is_local, a, b) for a, b in zip(local_tables, tables, strict=True))
-            window = None if is_local is None else jnp.where(is_local, spec.window, jnp.iinfo(jnp.int32).max)
+                choose_local = True if is_local is None else is_local
+                cos, sin = (jnp.where(choose_local, a, b) for a, b in zip(local_tables, tables, strict=True))
 
-            def attend(q, k, v):
-                settings = {"scale": spec.query_scale, "soft_cap": spec.attention_soft_cap}
-                if cache is None:
-                    mask = attention_mask(positions_BT, positions_BT, segment_ids_BT, segment_ids_BT, window)
-                    return attend_reference(q, k, v, mask, **settings), None
-                updated, k, v = _update_cache(keys_values, k, v, layer["index"], cache["length"])
-                seen = (cache["positions"] >= 0).astype(jnp.int32)
-                mask = attention_mask(positions_BT, cache["positions"], jnp.ones_like(positions_BT), seen, window)
-                return attend_reference(q, k, v, mask, **settings), updated
+            def attend_here(q, k, v):
+                nonlocal stored
+                rules = {"window": spec.window, "is_local": is_local, "soft_cap": spec.attention_soft_cap}
+                if cache is not None:
+                    stored = store(stored, layer["index"], cache["length"], k, v)
+                if cache is None or fresh:
+                    return attend(q, k, v, positions_BT, segment_ids_BT, kernel=attention, **rules)
+                keys_values = load(stored, layer["index"], q.dtype)
+                return attend_cached(q, *keys_values, positions_BT, cache["positions"], **rules)
 
-            block = nnx.merge(graphdef, layer["layers"])
-            return block(x, cos, sin, attend, layer.get("key")), None
+            x = nnx.merge(graphdef, layer["layers"])(x, cos, sin, attend_here, layer.get("key"))
+            return (x, stored), None
 
-        keys_values = None if cache is None else (cache["k"], cache["v"])
-        (x, keys_values), _ = jax.lax.scan(with_remat(body, remat), (x, keys_values), per_layer)
+        carry = (x, None if cache is None else stacks(cache))
+        (x, stored), _ = jax.lax.scan(with_remat(body, remat), carry, per_layer)
         if cache is not None:
-            cache = {**cache, "k": keys_values[0], "v": keys_values[1], "length": cache["length"] + T}
+            cache = {**cache, **stored, "length": cache["length"] + T}
         return self.norm(x), cache
 
     def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
@@ -181,41 +184,8 @@ class Transformer(nnx.Module):
         return constrain(logits, "batch", "length", "vocab")
 
     def init_cache(self, batch: int, length: int, dtype: Any = "bfloat16") -> Cache:
-        """An empty cache of `length` slots per row.
-
-        k, v (L, B, S, K, H); positions (B, S) int32, -1 where nothing is stored; length () int32, the next slot to
-        write, or (B,) for a slot per row. Order of slots does not matter: who sees whom goes by stored positions.
-        """
-        spec = self.spec
-        shape = (spec.num_layers, batch, length, spec.num_kv_heads, spec.head_width)
-        return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype),
-                "positions": jnp.full((batch, length), -1, jnp.int32), "length": jnp.zeros((), jnp.int32)}
-
-
-def _write(stored: jax.Array, new: jax.Array, slot: jax.Array) -> jax.Array:
-    """Writes (B, T, …) into (B, S, …) from one slot, or from one slot per row."""
-    if slot.ndim == 0:
-        return jax.lax.dynamic_update_slice_in_dim(stored, new.astype(stored.dtype), slot, axis=1)
-    return jax.vmap(lambda s, n, i: jax.lax.dynamic_update_slice_in_dim(s, n, i, axis=0))(
-        stored, new.astype(stored.dtype), slot)
-
-
-def _update_cache(keys_values: tuple[jax.Array, jax.Array], k: jax.Array, v: jax.Array, layer: jax.Array,
-                  slot: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array]:
-    """Writes keys and values of one layer in place; returns the stacks and that layer's keys and values."""
-    stacks, read = [], []
-    for stack, new in zip(keys_values, (k, v), strict=True):
-        if slot.ndim == 0:
-            start = (layer, jnp.zeros_like(layer), slot.astype(layer.dtype), jnp.zeros_like(layer),
-                     jnp.zeros_like(layer))
-            stack = jax.lax.dynamic_update_slice(stack, new.astype(stack.dtype)[None], start)
-        else:
-            rows = jnp.arange(new.shape[0])[:, None]
-            slots = slot[:, None] + jnp.arange(new.shape[1])[None]
-            stack = stack.at[layer, rows, slots].set(new.astype(stack.dtype))
-        stacks.append(stack)
-        read.append(jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False).astype(new.dtype))
-    return (stacks[0], stacks[1]), read[0], read[1]
+        """An empty cache of `length` slots per row: see `cache.init_cache`."""
+        return init_cache(self.spec, batch, length, dtype)
 
 
 def with_remat(body: Any, name: str) -> Any:

@@ -1,5 +1,6 @@
 """The device mesh and the one table from logical axes to mesh axes."""
 
+import math
 from typing import Any
 
 import jax
@@ -104,15 +105,31 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
+def activation_spec(shape: tuple[int, ...], axes: tuple[str, ...], mesh: Any) -> PartitionSpec:
+    """The partition of an activation; a dimension that does not divide over its mesh axes stays whole."""
+    assert len(shape) == len(axes), f"activation of shape {shape} but logical axes {axes}"
+    spec = []
+    for dim, axis in zip(shape, axes, strict=True):
+        mesh_axes = RULES[axis][1] or ()
+        names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes
+        spec.append(None if dim % math.prod(mesh.shape[name] for name in names) else mesh_axes or None)
+    return PartitionSpec(*spec)
+
+
+def activation_spec(shape: tuple[int, ...], axes: tuple[str, ...], mesh: Any) -> PartitionSpec:
+    """The partition of an activation by its logical axes; a dimension that does not divide stays whole."""
+    assert len(shape) == len(axes), f"activation of shape {shape} but logical axes {axes}"
+    spec = [RULES[axis][1] for axis in axes]
+    for i, (dim, mesh_axis) in enumerate(zip(shape, spec, strict=True)):
+        size = np.prod([mesh.shape[name] for name in ((mesh_axis,) if isinstance(mesh_axis, str) else mesh_axis or ())])
+        if dim % int(size):
+            spec[i] = None
+    return PartitionSpec(*spec)
+
+
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
     """Pins an activation to the mesh by its logical axes; does nothing where no mesh is set."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    assert x.ndim == len(axes), f"activation of shape {x.shape} but logical axes {axes}"
-    spec = [RULES[axis][1] for axis in axes]
-    for i, (dim, mesh_axis) in enumerate(zip(x.shape, spec, strict=True)):
-        size = np.prod([mesh.shape[name] for name in ((mesh_axis,) if isinstance(mesh_axis, str) else mesh_axis or ())])
-        if dim % int(size):
-            spec[i] = None
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+    return jax.lax.with_sharding_constraint(x, activation_spec(x.shape, axes, mesh))
