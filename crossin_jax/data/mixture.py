@@ -177,10 +177,10 @@ class Mixture(Sequence):
         names = [f"{c.kind}/{c.source}" for c in data.components]
         self.pools = [Pool(component, corpora[component.source], data, seed, names[:i].count(names[i]),
                            f"data.components[{i}]") for i, component in enumerate(data.components)]
-        kinds = Counter(component.kind for component in data.components)
-        self.labels = [c.kind if kinds[c.kind] == 1 else f"{c.kind}:{c.source}" +
-                       (f"#{names[:i].count(names[i]) + 1}" if names.count(names[i]) > 1 else "")
-                       for i, c in enumerate(data.components)]
+        kinds = [component.kind for component in data.components]
+        suffixes = [f"#{names[:i].count(name) + 1}" if name in names[:i] else "" for i, name in enumerate(names)]
+        self.labels = [kind + (f":{component.source}{suffix}" if kinds.count(kind) > 1 else "")
+                       for kind, component, suffix in zip(kinds, data.components, suffixes, strict=True)]
         self.sizes = self._divide([component.share for component in data.components])
         self._starts = np.concatenate([[0], np.cumsum(self.sizes)])
         self._orders, self._manifest = Recent(), None

@@ -150,6 +150,9 @@ class Renderer:
         around = "" if self.template is None else "".join(map(str, asdict(self.template).values()))
         self._forgeable = self.template is None or bool(self._specials.search(around))
         self._tokenizer.encode_special_tokens = not self._forgeable
+        if self.apart and self.template is None:
+            raise UserError("data.tokenization='apart' is the release's form and has no meaning for template 'chat'; "
+                            "use joint")
         if system and self.template and "{system}" not in self.template.prompt_no_input:
             raise UserError(f"data.system is set, but template {template!r} has no place for it; "
                             f"use llama, chatml or chat")
@@ -185,7 +188,7 @@ class Renderer:
         """Ids (T,) int32 up to where the answer begins."""
         if self.template is None:
             messages = self._to_messages(instruction, input)
-            return self._open(self._encode(self._chat_text(messages, True)).ids)
+            return self._open(self._encode(self._chat_text(messages, True).rstrip(" ")).ids)
         text = self.template.fill(instruction, input, self.system)
         return self._open(self._encode(text if self.apart else text.rstrip(" ")).ids)
 
@@ -253,7 +256,7 @@ class Renderer:
                 if not after.startswith(before) or spans and not after.startswith(spans[-1][1]):
                     raise UserError("the tokenizer's chat template rewrites earlier turns, so it cannot be told which "
                                     "tokens are learned; use single turns, or a template file")
-                spans.append((len(before), after))
+                spans.append((len(before.rstrip(" ")), after))
         return spans
 
     # ---- Ids
@@ -278,8 +281,9 @@ class Renderer:
         opened = self._open(ids_T)
         learned_T = np.concatenate([np.zeros(len(opened) - len(ids_T), bool), learned_T])
         if self._forgeable and self._has_special(example):
-            return RowFault("the text holds a special token of the tokenizer", example.id)
-        if self._is_special[opened[learned_T]].all():
+            return RowFault("special token in the text: it would forge a turn", example.id)
+        answers = [text for role, text in example.messages or () if role == "assistant"] or [example.output]
+        if not any(text.strip() for text in answers) or self._is_special[opened[learned_T]].all():
             return RowFault("nothing to learn: the answer has no tokens", example.id)
         turns = sum(role == "user" for role, _ in example.messages or ()) if self.template is None else 1
         if self.bos_id not in (None, self.end_id) and (opened == self.bos_id).sum() > max(turns, 1):

@@ -80,7 +80,7 @@ class TextReader:
 
     def _identify(self, file: File, number: int, row: dict, texts: dict[str, Text]) -> str:
         row_id = self._find(row, "id")
-        by_content = row_id is None or row_id == ""
+        by_content = row_id is None or row_id == "" or isinstance(row_id, dict)  # a dict is the Indonesian version
         if by_content and len(self.files) > 1:
             raise UserError(f"{file.path}, row {number}: no id to join the languages by; "
                             f"set fields={{'id': COLUMN}}, or join='position' where the files are parallel")
@@ -112,8 +112,8 @@ class TextReader:
         for name in (code, LANGUAGES[code]):
             if isinstance(row.get(name), dict):
                 return row[name]
-            if isinstance(row.get(name), str):
-                return {"output": row[name]}
+            if isinstance(row.get(name), str) and (name != "id" or "id" in self.source.fields):
+                return {"output": row[name]}  # a column "id" of strings holds row ids, not Indonesian
         group = {}
         for field in ("instruction", "input", "output", "messages"):
             mapped = self.source.fields.get(field)

@@ -1,0 +1,235 @@
+"""One renderer: the text of every template, joint ids, the mask, BOS and EOS, and what is refused."""
+
+import copy
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crossin_jax.config import UserError
+from crossin_jax.data.crosslingual import Example
+from crossin_jax.data.prompts import TEMPLATES, Renderer, RowFault, load_template, load_tokenizer
+from tests.golden.make_templates import render
+
+CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+LLAMA2 = ("{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token }}[INST] {{ m['content'] }} [/INST]"
+          "{% elif m['role'] == 'assistant' %} {{ m['content'] }} {{ eos_token }}{% endif %}{% endfor %}")
+BARE = ("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}")
+CHATS = {"chatml": CHATML, "llama2": LLAMA2, "bare": BARE}
+
+
+def example(instruction="Name the river", input="in Paris\n[zh]", output="塞纳河", **changes) -> Example:
+    return Example("r1", "x2x", "en", "zh", instruction, input, output, **changes)
+
+
+def with_chat(tokenizer, chat_template):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizers(tokenizer, request) -> dict:
+    """The small tokenizer, and the real Llama-2 and Mistral ones where they are."""
+    found = {"small": tokenizer}
+    folder = Path(__file__).resolve().parents[3] / "shared" / "data" / "tokenizers"
+    for name in ("llama2", "mistral"):
+        if (folder / name).is_dir():
+            found[name] = load_tokenizer(str(folder / name))
+    return found
+
+
+def test_templates_are_pinned():
+    golden = json.loads((Path(__file__).parents[1] / "golden" / "templates.json").read_text(encoding="utf-8"))
+    assert render() == golden, "templates are part of checkpoints; change tests/golden only on purpose"
+
+
+@pytest.mark.parametrize("name", ["small", "llama2", "mistral"])
+@pytest.mark.parametrize("template", list(TEMPLATES))
+@pytest.mark.parametrize("tokenization", ["joint", "apart"])
+def test_prompt_answer_and_eos(tokenizers, name, template, tokenization):
+    if name not in tokenizers:
+        pytest.skip("real tokenizers in ../shared are not beside this checkout")
+    tokenizer = tokenizers[name]
+    renderer = Renderer(tokenizer, template, tokenization=tokenization)
+    for output in ("塞纳河", "Seine", "麤 is rare", "¿Qué?", "1", "  indented\n\ncode"):
+        for input in ("in Paris", ""):
+            rendered = renderer.render(example(input=input, output=output))
+            first = int(np.argmax(rendered.learned))
+            assert rendered.learned[first:].all() and rendered.ids[-1] == renderer.eos_ids[0]
+            assert rendered.ids[0] == tokenizer.bos_token_id and (rendered.ids == tokenizer.bos_token_id).sum() == 1
+            assert tokenizer.decode(rendered.ids[first:-1]).strip() == output.strip()
+            if not output.startswith(" "):
+                assert np.array_equal(renderer.render_prompt("Name the river", input), rendered.ids[:first])
+            again = renderer.render_answer("Name the river", input, output)
+            assert np.array_equal(again.ids, rendered.ids) and np.array_equal(again.learned, rendered.learned)
+
+
+@pytest.mark.parametrize("name", ["small", "llama2", "mistral"])
+def test_joint_ids_are_those_of_the_whole_text(tokenizers, name):
+    if name not in tokenizers:
+        pytest.skip("real tokenizers in ../shared are not beside this checkout")
+    tokenizer = tokenizers[name]
+    text = TEMPLATES["alpaca"].fill("Name the river", "in Paris\n[zh]", None) + "塞纳河"
+    rendered = Renderer(tokenizer, "alpaca").render(example())
+    assert rendered.ids.tolist() == [*tokenizer(text).input_ids, tokenizer.eos_token_id]
+
+
+def test_the_released_form_is_prompt_and_answer_tokenized_apart(tokenizers):
+    if "llama2" not in tokenizers:
+        pytest.skip("real tokenizers in ../shared are not beside this checkout")
+    tokenizer = tokenizers["llama2"]
+    prompt = tokenizer(TEMPLATES["alpaca"].fill("Name the river", "in Paris\n[zh]", None)).input_ids
+    answer = tokenizer("塞纳河</s>", add_special_tokens=False).input_ids
+    rendered = Renderer(tokenizer, "alpaca", tokenization="apart").render(example())
+    assert rendered.ids.tolist() == prompt + answer
+    assert rendered.learned.tolist() == [False] * len(prompt) + [True] * len(answer)
+
+
+@settings(max_examples=60, deadline=None)
+@given(instruction=st.text(min_size=1, max_size=30), input=st.text(max_size=30),
+       output=st.text(min_size=1, max_size=30), template=st.sampled_from(list(TEMPLATES)))
+def test_any_text_keeps_its_answer(tokenizer, instruction, input, output, template):
+    clean = [text.encode("utf-8", "ignore").decode() for text in (instruction, input, output)]
+    renderer = Renderer(tokenizer, template)
+    try:
+        rendered = renderer.render(example(*clean))
+    except RowFault as fault:
+        assert fault.reason.startswith(("nothing to learn", "special token"))
+        return
+    end = "<|im_end|>" if template == "chatml" else "</s>"
+    assert tokenizer.decode(rendered.ids[rendered.learned]).endswith(clean[2] + end)
+
+
+def test_a_token_across_the_border_belongs_to_the_answer(tokenizer):
+    template = {"prompt_input": "{instruction}{input} Pa", "prompt_no_input": "{instruction} Pa"}
+    renderer = Renderer(tokenizer, "gemma")
+    renderer.template = type(renderer.template)(**template)
+    rendered = renderer.render(example(instruction="q", input="", output="ris"))
+    whole = tokenizer("q Paris").input_ids
+    assert rendered.ids[:-1].tolist() == whole and tokenizer.convert_ids_to_tokens(whole)[-1] == "ĠParis"
+    assert rendered.learned.tolist() == [False] * (len(whole) - 1) + [True, True]
+
+
+def test_special_tokens_in_a_row_are_text_or_refused(tokenizer):
+    rendered = Renderer(tokenizer, "alpaca").render(example(instruction="write <s> and </s>", output="</s> it is"))
+    assert (rendered.ids == tokenizer.bos_token_id).sum() == 1
+    assert (rendered.ids == tokenizer.eos_token_id).sum() == 1
+    for template in ("chatml", "chat"):
+        renderer = Renderer(with_chat(tokenizer, CHATML), template)
+        with pytest.raises(RowFault, match="row 'r1': special token"):
+            renderer.render(example(instruction="now <|im_end|>"))
+
+
+def test_chatml_ends_with_its_own_token(tokenizer):
+    renderer = Renderer(tokenizer, "chatml", system="Be brief.")
+    text = tokenizer.decode(renderer.render(example(input="", output="Seine")).ids)
+    assert text == ("<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nName the river<|im_end|>\n"
+                    "<|im_start|>assistant\nSeine<|im_end|>")
+    assert renderer.eos_ids == (4, 2)
+
+
+@pytest.mark.parametrize("form", list(CHATS))
+def test_chat_templates_learn_every_assistant_turn(tokenizer, form):
+    tokenizer = with_chat(tokenizer, CHATS[form])
+    renderer = Renderer(tokenizer, "chat")
+    end = "<|im_end|>" if form == "chatml" else "</s>"
+    messages = (("user", "one"), ("assistant", "Seine"), ("user", "two"), ("assistant", "Sena"))
+    rendered = renderer.render(example(messages=messages))
+    learned = tokenizer.decode(rendered.ids[rendered.learned]).replace(" ", "")
+    assert learned == {"chatml": f"Seine{end}Sena{end}", "llama2": f"Seine{end}Sena{end}",
+                       "bare": f"Seine\nSena\n{end}"}[form]
+    assert rendered.ids[-1] == renderer.eos_ids[0] and not np.array_equal(rendered.ids[:1], rendered.ids[1:2])
+    single = renderer.render(example())
+    first = int(np.argmax(single.learned))
+    assert np.array_equal(renderer.render_prompt("Name the river", "in Paris\n[zh]"), single.ids[:first])
+
+
+def test_templates_without_turns_chain_exchanges(tokenizer):
+    messages = (("system", "S"), ("user", "one"), ("assistant", "Seine"), ("user", "two"), ("assistant", "Sena"))
+    renderer = Renderer(tokenizer, "gemma")
+    rendered = renderer.render(example(messages=messages))
+    assert tokenizer.decode(rendered.ids) == "<s>S\n\none\nSeine</s>two\nSena</s>"
+    assert tokenizer.decode(rendered.ids[rendered.learned]) == "Seine</s>Sena</s>"
+
+
+def test_text_learns_every_token(tokenizer):
+    rendered = Renderer(tokenizer, "alpaca").render(Example("t", "text", "en", "en", "", "", "Paris city"))
+    assert tokenizer.decode(rendered.ids) == "<s>Paris city</s>" and rendered.learned.tolist()[1:] == [True] * (
+        len(rendered.ids) - 1)
+
+
+def test_a_template_that_brings_its_own_bos_gets_no_second(tokenizer, tmp_path):
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({"prompt_input": "<s>{instruction} {input}\n", "prompt_no_input": "<s>{instruction}\n"}))
+    rendered = Renderer(tokenizer, str(path)).render(example())
+    assert (rendered.ids == 1).sum() == 1
+    path.write_text(path.read_text().replace("<s>", "<s><s>"))
+    with pytest.raises(RowFault, match="double BOS"):
+        Renderer(tokenizer, str(path)).render(example())
+
+
+def test_many_equal_one_by_one_and_faults_keep_their_place(tokenizer):
+    renderer = Renderer(tokenizer, "alpaca")
+    examples = [example(output=f"answer {i}") for i in range(5)]
+    examples.insert(2, example(output=""))
+    results = renderer.render_many(examples)
+    assert isinstance(results[2], RowFault) and results[2].reason.startswith("nothing to learn")
+    for one, result in zip(examples, results, strict=True):
+        if not isinstance(result, RowFault):
+            assert np.array_equal(renderer.render(one).ids, result.ids)
+
+
+def test_the_release_s_template_files_load_and_placeholders_in_rows_stay(tokenizer, tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"description": "mine", "prompt_input": "Q: {instruction} ({input})\nA: {output_lang}",
+                                "prompt_no_input": "Q: {instruction} {keep}\nA: {output_lang}"}))
+    assert load_template(str(path)).fill("say {input} and {instruction}", "x", None) == (
+        "Q: say {input} and {instruction} (x)\nA: ")
+    assert load_template(str(path)).fill("q", "", None) == "Q: q {keep}\nA: "
+    one, two = (Renderer(tokenizer, name).hash for name in (str(path), "alpaca"))
+    assert one != two == Renderer(tokenizer, "alpaca").hash != Renderer(tokenizer, "alpaca", tokenization="apart").hash
+
+
+def test_renderers_travel_to_workers_unchanged(tokenizer):
+    for name, renderer in {"alpaca": Renderer(tokenizer, "alpaca"),
+                           "chat": Renderer(with_chat(tokenizer, CHATML), "chat")}.items():
+        again = pickle.loads(pickle.dumps(renderer))
+        assert np.array_equal(again.render(example()).ids, renderer.render(example()).ids), name
+
+
+def test_settings_of_the_tokenizer_do_not_leak(tokenizer):
+    clipped = copy.deepcopy(tokenizer)
+    clipped.backend_tokenizer.enable_truncation(4)
+    clipped.backend_tokenizer.enable_padding(length=9)
+    assert np.array_equal(Renderer(clipped, "alpaca").render(example()).ids,
+                          Renderer(tokenizer, "alpaca").render(example()).ids)
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda t, d: Renderer(t, "alpacca"), "did you mean alpaca"),
+    (lambda t, d: Renderer(t, "chat"), "the tokenizer has no chat template"),
+    (lambda t, d: Renderer(t, "alpaca", system="S"), "template 'alpaca' has no place for it"),
+    (lambda t, d: Renderer(t, write(d, "{oops")), "not JSON"),
+    (lambda t, d: Renderer(t, write(d, '{"prompt_inptu": ""}')), "no 'prompt_inptu'; did you mean prompt_input"),
+    (lambda t, d: Renderer(t, write(d, '{"prompt_input": "{instruction}", "prompt_no_input": ""}')),
+     "prompt_no_input lacks {instruction}"),
+    (lambda t, d: Renderer(with_chat(t, CHATML), "chat", tokenization="apart"), "has no meaning for template 'chat'"),
+    (lambda t, d: load_tokenizer(str(d)), "no tokenizer can be read there"),
+    (lambda t, d: Renderer(with_chat(t, "{{ raise_exception('no') }}"), "chat"), "template refuses the turns user"),
+    (lambda t, d: Renderer(with_chat(t, "{{ messages | length }}"), "chat"), "rewrites earlier turns"),
+])
+def test_faults_of_templates_and_tokenizers(tokenizer, tmp_path, make, message):
+    with pytest.raises(UserError, match=message):
+        make(tokenizer, tmp_path)
+
+
+def write(folder, text) -> str:
+    (folder / "template.json").write_text(text)
+    return str(folder / "template.json")
