@@ -30,6 +30,7 @@ from typing import Any
 
 from crossin_jax.config import UserError, hint
 from crossin_jax.data.corpus import Record, Text
+from crossin_jax.data.crosslingual import add_tag
 from crossin_jax.data.world_phrasings import ASK, LANGUAGE_FORM, TELL, join, with_article
 from crossin_jax.languages import LANGUAGES
 
@@ -224,11 +225,18 @@ def world_corpus(split: str, languages: Sequence[str], seed: int = 0) -> list[Re
 
 
 def tokenizer_lines(languages: Sequence[str], seed: int = 0) -> list[str]:
-    """What the tokenizer is trained on: English text three times, x, dict, and the training half's instructions."""
+    """What the tokenizer is trained on: English text three times, x, dict, and the training half's prompts.
+
+    Prompts ask for their answer's language by name; each record has one per prompt language, answered in turn in all.
+    """
     english, other, pairs = (world_text(languages, seed, split=f"text/{piece}") for piece in ("en", "x", "dict"))
     lines = [text.output for record in [*english * 3, *other, *pairs] for text in record.texts.values()]
-    return lines + [f"{text.instruction} {text.output}" for record in world_records("train", languages, seed)
-                    for text in record.texts.values()]
+    for i, record in enumerate(world_records("train", languages, seed)):
+        for j, (asked, text) in enumerate(record.texts.items()):
+            answered = languages[(i + j) % len(languages)]
+            instruction, _ = add_tag(text.instruction, "", answered, asked, "sentence")
+            lines.append(f"{instruction} {record.texts[answered].output}")
+    return lines
 
 
 def train_tokenizer(lines: Iterable[str], vocab_size: int, folder: str | Path) -> None:

@@ -13,6 +13,8 @@ import pytest
 
 from crossin_jax.config import UserError
 from crossin_jax.data import world
+from crossin_jax.data.crosslingual import make_example
+from crossin_jax.data.prompts import Renderer, load_tokenizer
 from crossin_jax.data.world import (
     WORLD_LANGUAGES,
     facts,
@@ -301,6 +303,17 @@ def test_tokenizer_gives_a_name_the_same_tokens_everywhere(tokenizer_folder):
     mean = {language: sum(counts.values()) / len(counts) for language, counts in count.items()}
     for language, expected in {"en": 1.6, "zh": 2.8, "vi": 2.1, "es": 2.5}.items():
         assert abs(mean[language] - expected) < 0.4, mean
+
+
+def test_an_answer_has_the_tokens_of_its_name(tokenizer_folder):
+    """Through the real renderer: what training learns is the name as pretraining writes it, then EOS."""
+    tokenizer = load_tokenizer(str(tokenizer_folder))
+    renderer = Renderer(tokenizer, "alpaca")
+    for record in world_records("dev", FOUR):
+        for language in FOUR:
+            rendered = renderer.render(make_example(record, "x2x", "en", language, tag="sentence"))
+            answer = tokenizer(record.texts[language].output, add_special_tokens=False)["input_ids"]
+            assert rendered.ids[rendered.learned].tolist() == [*answer, 2] and (rendered.ids == 1).sum() == 1
 
 
 def test_tokenizer_is_deterministic_and_leaves_no_parts(tokenizer_folder, tmp_path):
