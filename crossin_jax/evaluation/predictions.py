@@ -1,0 +1,44 @@
+"""What a model answered to a parallel benchmark: the one type that metrics consume and reports show."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer to one item in one language.
+
+    `candidates` are the choice indices it may stand for: one is a certain choice, several are those among which SeaEval
+    tosses a coin. `reason` is "matched", "tie", "empty" or "unreadable"; `text` is what the model wrote, None where
+    choices were scored by likelihood, and `scores` are then the log-likelihoods of the choices.
+    """
+
+    candidates: tuple[int, ...]
+    reason: str = "matched"
+    text: str | None = None
+    scores: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ItemAnswers:
+    """All answers to one parallel item, by language code (or column name, for a log in other languages)."""
+
+    id: str
+    gold: dict[str, int]
+    num_choices: int
+    answers: dict[str, Answer]
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """Answers to a whole benchmark by one method under one prompt.
+
+    method: "generate", or for scored choices "sum", "mean" (per token), "byte" or "letter"; prompt: 1 to 5, or 0 where
+    the benchmark asks its questions bare.
+    """
+
+    benchmark: str
+    method: str
+    prompt: int
+    languages: tuple[str, ...]
+    items: tuple[ItemAnswers, ...] = field(repr=False)
