@@ -15,6 +15,7 @@ from crossin_jax.data.prompts import Rendered, Renderer, RowFault
 
 # What may happen to an example on its way into a row; all but the second drop it
 REASONS = ("over-long", "input shortened", "nothing to learn", "special token in the text", "double BOS")
+WINDOW_ROWS, WINDOW_TOKENS = 128, 65536  # the least a window holds: its last row is half empty on average
 BUCKETS = (4, 2, 1)  # rows of an unpacked batch are padded to a quarter, half or all of the length
 
 
@@ -66,7 +67,7 @@ class Windows:
         self.groups = mixture.groups
         self._group = {group: i for i, group in enumerate(self.groups)}
         mean = self._survey()
-        rows = max(128, 65536 // length)
+        rows = max(WINDOW_ROWS, WINDOW_TOKENS // length)
         size = math.ceil(rows * length / mean) if packing else max(1, rows // batch_size) * batch_size
         per_epoch = len(mixture)
         self._per_epoch = max(1, round(per_epoch / size))  # windows in an epoch
