@@ -4,6 +4,7 @@ Weights keep the orientation of the safetensors file with heads split out, so an
 has a leading L on every parameter; the transformer's scan hands each step one slice.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from crossin_jax.config import Lora
+from crossin_jax.models.quantize import KINDS, block_size, dequantize, kind_of
 from crossin_jax.models.spec import Rope
 
 
@@ -35,10 +37,15 @@ class Build:
     frozen_dtype: Any
     compute_dtype: Any
 
+    def trains(self, name: str) -> bool:
+        """Whether the weights of the module `name` train."""
+        return self.lora is None or name in self.lora.modules_to_save
+
     def dtype(self, name: str) -> Any:
-        """Storage precision of the module `name`: trained or frozen."""
-        trained = self.lora is None or name in self.lora.modules_to_save
-        return self.param_dtype if trained else self.frozen_dtype
+        """Storage precision of the module `name`; beside quantized projections other frozen weights are bfloat16."""
+        if self.trains(name):
+            return self.param_dtype
+        return "bfloat16" if self.frozen_dtype in KINDS else self.frozen_dtype
 
     def stack(self, shape: tuple[int, ...], axes: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[str, ...]]:
         """Shape and axes with the leading L of stacked layers."""
@@ -79,54 +86,117 @@ def along_last(vector: jax.Array, ndim: int) -> jax.Array:
 
 
 class Linear(nnx.Module):
-    """A projection given by its einsum, e.g. "BTD,NHD->BTNH"; the LoRA contractions follow from the same string."""
+    """A projection given by its einsum, e.g. "BTD,NHD->BTNH"; the LoRA contractions follow from the same string.
+
+    A frozen weight may be quantized: then `scale` lies beside it. With DoRA (arXiv 2402.09353) the weight and the
+    update together set the direction of each output, and `magnitude` its length.
+    """
 
     def __init__(self, name: str, equation: str, sizes: dict[str, int], axes: dict[str, str], build: Build, *,
                  bias: bool = False, std: float = 0.02, rngs: nnx.Rngs):
         inputs, weight, outputs = equation.replace("->", ",").split(",")
         added = "".join(c for c in weight if c in outputs)
         contracted = "".join(c for c in weight if c in inputs)
-        self.equation = equation
+        assert weight == added + contracted and outputs.endswith(added)
+        self.equation, self.letters = equation, (weight, added, contracted)
         self.compute_dtype = jnp.dtype(build.compute_dtype)
-        self.bias_ndim = len(outputs)
 
         def parameter(kind, letters, dtype, init):
             shape, names = build.stack(tuple(sizes[c] for c in letters), tuple(axes[c] for c in letters))
             return declare(kind, shape, names, dtype, init, rngs)
 
-        self.weight = parameter(Weight, weight, build.dtype(name), normal(std))
+        quantized = None if build.trains(name) or build.frozen_dtype not in KINDS else build.frozen_dtype
+        if quantized is None:
+            self.weight, self.scale = parameter(Weight, weight, build.dtype(name), normal(std)), None
+        else:  # empty: a quantized base is always loaded
+            self.weight = parameter(Weight, weight, KINDS[quantized], constant(0))
+            last = weight[-1]
+            sizes, axes = {**sizes, "b": sizes[last] // block_size(sizes[last])}, {**axes, "b": axes[last]}
+            self.scale = (parameter(Weight, added, jnp.float32, constant(1.0)) if quantized == "int8" else
+                          parameter(Weight, weight[:-1] + "b", jnp.bfloat16, constant(1.0)))
         self.bias = parameter(Weight, added, build.dtype(name), constant(0.0)) if bias else None
         lora = build.lora
         if lora is None or name not in lora.targets:
-            self.lora_a = self.lora_b = None
-        else:
-            sizes, axes = {**sizes, "R": lora.rank}, {**axes, "R": "rank"}
-            fan_in = math.prod(sizes[c] for c in contracted)
-            self.lora_a = parameter(Adapter, "R" + contracted, build.param_dtype, uniform(fan_in ** -0.5))
-            self.lora_b = parameter(Adapter, added + "R", build.param_dtype, constant(0.0))
-            self.down = f"{inputs},R{contracted}->BTR"
-            self.up = f"BTR,{added}R->{outputs}"
-            self.product = f"...{added}R,...R{contracted}->...{weight}"
-            self.scale = lora.alpha / (math.sqrt(lora.rank) if lora.use_rslora else lora.rank)
+            self.lora_a = self.lora_b = self.magnitude = None
+            return
+        sizes, axes = {**sizes, "R": lora.rank}, {**axes, "R": "rank"}
+        fan_in = math.prod(sizes[c] for c in contracted)
+        self.lora_a = parameter(Adapter, "R" + contracted, build.param_dtype, uniform(fan_in ** -0.5))
+        self.lora_b = parameter(Adapter, added + "R", build.param_dtype, constant(0.0))
+        self.magnitude = parameter(Adapter, added, build.param_dtype, constant(1.0)) if lora.use_dora else None
+        self.down, self.up = f"{inputs},R{contracted}->BTR", f"BTR,{added}R->{outputs}"
+        self.factor = lora.alpha / (math.sqrt(lora.rank) if lora.use_rslora else lora.rank)
 
     def __call__(self, x: jax.Array, adapter_input: jax.Array) -> jax.Array:
         """Projects x; the adapter reads `adapter_input`, which is x after dropout."""
-        y = self._einsum(self.equation, x, self.weight)
-        if self.bias is not None:
-            bias = self.bias.get_value().astype(self.compute_dtype)
-            y += bias.reshape((1,) * (self.bias_ndim - bias.ndim) + bias.shape)
+        dtype = self.compute_dtype
+        y = self._product(x)
         if self.lora_a is not None:
-            y += self.scale * self._einsum(self.up, self._einsum(self.down, adapter_input, self.lora_a), self.lora_b)
+            update = self._einsum(self.down, adapter_input, self.lora_a.get_value())
+            y += self.factor * self._einsum(self.up, update, self.lora_b.get_value())
+        if self.magnitude is not None:
+            # the length of the direction counts as a constant, as in the paper and in peft
+            stretch = self.magnitude.get_value().astype(jnp.float32) / jax.lax.stop_gradient(self.lengths())
+            y *= self._over_outputs(stretch, y).astype(dtype)
+        if self.bias is not None:
+            y += self._over_outputs(self.bias.get_value(), y).astype(dtype)
         return y
 
-    def delta(self) -> jax.Array:
-        """scale · BA in float32, shaped like the weight."""
-        b, a = (v.get_value().astype(jnp.float32) for v in (self.lora_b, self.lora_a))
-        return self.scale * jnp.einsum(self.product, b, a, precision=jax.lax.Precision.HIGHEST)
+    def _product(self, x: jax.Array) -> jax.Array:
+        """The product with the stored weight."""
+        dtype, weight = self.compute_dtype, self.weight.get_value()
+        scale = None if self.scale is None else self.scale.get_value()
 
-    def _einsum(self, equation: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
+        def product(x, weight, scale):
+            if kind_of(weight.dtype) == "int8":
+                y = jnp.einsum(self.equation, x.astype(dtype), weight.astype(dtype), precision=precision(dtype),
+                               preferred_element_type=jnp.float32)
+                return (y * self._over_outputs(scale, y)).astype(dtype)
+            return self._einsum(self.equation, x, weight if scale is None else dequantize(weight, scale, dtype))
+
+        if weight.dtype == dtype:
+            return product(x, weight, scale)
+        # the backward pass converts the weight again: kept, the copies of all layers would be a second model
+        return jax.checkpoint(product, prevent_cse=False)(x, weight, scale)
+
+    def _einsum(self, equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
         dtype = self.compute_dtype
-        return jnp.einsum(equation, x.astype(dtype), weight.get_value().astype(dtype), precision=precision(dtype))
+        return jnp.einsum(equation, x.astype(dtype), weight.astype(dtype), precision=precision(dtype))
+
+    def _over_outputs(self, vector: jax.Array, y: jax.Array) -> jax.Array:
+        """A value per output in the shape that broadcasts over rows and positions."""
+        return vector.reshape((1,) * (y.ndim - vector.ndim) + vector.shape)
+
+    def _adapter(self) -> tuple[jax.Array, jax.Array]:
+        """A and factor · B in float32."""
+        return self.lora_a.get_value().astype(jnp.float32), self.factor * self.lora_b.get_value().astype(jnp.float32)
+
+    def lengths(self) -> jax.Array:
+        """Euclidean length of each output's row of W + factor · BA in float32, without forming the sum."""
+        weight_letters, added, contracted = self.letters
+        einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+        weight, (a, b) = self._wide_weight(), self._adapter()
+        squares = einsum(f"{weight_letters},{weight_letters}->{added}", weight, weight)
+        cross = einsum(f"{added}R,{added}R->{added}", einsum(f"{weight_letters},R{contracted}->{added}R", weight, a), b)
+        gram = einsum(f"R{contracted},S{contracted}->RS", a, a)
+        update = einsum(f"{added}R,{added}R->{added}", einsum(f"{added}S,RS->{added}R", b, gram), b)
+        return jnp.sqrt(squares + 2 * cross + update)
+
+    def merged_weight(self) -> jax.Array:
+        """W + factor · BA in float32, with DoRA at the trained lengths; one layer, not a stack."""
+        weight_letters, added, contracted = self.letters
+        a, b = self._adapter()
+        merged = self._wide_weight() + jnp.einsum(f"{added}R,R{contracted}->{weight_letters}", b, a,
+                                                  precision=jax.lax.Precision.HIGHEST)
+        if self.magnitude is None:
+            return merged
+        stretch = self.magnitude.get_value().astype(jnp.float32) / self.lengths()
+        return merged * stretch.reshape(stretch.shape + (1,) * len(contracted))
+
+    def _wide_weight(self) -> jax.Array:
+        weight = self.weight.get_value()
+        return weight.astype(jnp.float32) if self.scale is None else dequantize(
+            weight, self.scale.get_value(), jnp.float32)
 
 
 class Norm(nnx.Module):

@@ -95,7 +95,7 @@ class Transformer(nnx.Module):
 
     def __init__(self, spec: ModelSpec, *, lora: Lora | None = None, param_dtype: Any = "float32",
                  frozen_dtype: Any = "bfloat16", compute_dtype: Any = "float32", rngs: nnx.Rngs):
-        lora = resolve(lora)
+        lora = resolve(lora, spec)
         build = Build(None, lora, param_dtype, frozen_dtype, compute_dtype)
         stacked = Build(spec.num_layers, lora, param_dtype, frozen_dtype, compute_dtype)
         self.spec, self.compute_dtype = spec, jnp.dtype(compute_dtype)
