@@ -1,6 +1,7 @@
 """How every program starts: flags, configuration, and errors that a user can act on."""
 
 import dataclasses
+import functools
 import importlib.util
 import os
 import sys
@@ -8,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 from crossin_jax.config import Config, UserError, check, hint, iterate_fields
@@ -81,7 +82,7 @@ def call_config_file(path: str, function: str) -> Any:
         raise UserError(f"--config={file}{line}: {type(error).__name__}: {error}") from error
 
 
-def define_config(argv: list[str]) -> Callable[[], Config]:
+def define_config(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> Callable[[], Config]:
     """Registers `--config` with its overrides; returns a function that yields the configuration after parsing.
 
     The file named by `--config` is loaded here, so that `--config.field=value` is typed by the field it overrides.
@@ -93,19 +94,27 @@ def define_config(argv: list[str]) -> Callable[[], Config]:
     if not isinstance(config, Config):
         raise UserError(f"--config={path}: get_config() returns {type(config).__name__}, not crossin_jax.config.Config")
     known = [name for name, _, _ in iterate_fields(config)]
-    overrides = []
+    switched_off = []
     for i, argument in enumerate(argv):
-        if argument.startswith("--config.") or argument.startswith("-config."):
-            name = argument.lstrip("-").split("=")[0].removeprefix("config.")
+        key, _, value = argument.partition("=")
+        if key.startswith(("--config.", "-config.")):
+            name = key.lstrip("-").removeprefix("config.")
             if name not in known and not _is_section(config, name):
                 raise UserError(f"--config.{name}: no such setting{hint(name, known)}")
-            overrides.append(argument)
-            if "," in argument and not any(bracket in argument for bracket in "([{"):
-                key, _, value = argument.partition("=")  # a,b,c reads as a tuple
+            if value.lower() == "none":
+                switched_off.append((name, argument))
+            elif "," in value and not any(bracket in value for bracket in "([{"):  # a,b,c reads as a tuple
                 argv[i] = f"{key}=({','.join(map(_literal, value.split(',')))},)"
-    argv[:] = [a for a in _without_flag(argv, "config")]
-    holder = config_flags.DEFINE_config_dataclass("config", config, sys_argv=argv)
-    return lambda: holder.value
+    argv[:] = [a for a in _without_flag(argv, "config") if a not in [argument for _, argument in switched_off]]
+    holder = config_flags.DEFINE_config_dataclass("config", config, sys_argv=argv, flag_values=flag_values)
+
+    def resolve() -> Config:
+        for name, _ in switched_off:
+            *parents, last = name.split(".")
+            setattr(functools.reduce(getattr, parents, holder.value), last, None)
+        return holder.value
+
+    return resolve
 
 
 def _literal(text: str) -> str:
@@ -154,6 +163,3 @@ def _help(takes_config: bool) -> str:
         for name, value, field in iterate_fields(Config()):
             lines.append(f"  --config.{name}  {field.metadata['doc']} (default: {value})")
     return "\n".join(lines)
-
-
-__all__ = ["EXIT_PREEMPTED", "app", "call_config_file", "define_config", "fail", "load_config_file", "run"]

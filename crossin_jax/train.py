@@ -27,7 +27,15 @@ from crossin_jax.data.pipeline import open_pipeline
 from crossin_jax.parallel import hosts
 from crossin_jax.parallel.mesh import check_batch, make_mesh
 from crossin_jax.training.optim import make_optimizer, make_schedule
-from crossin_jax.training.state import abstract_model, abstract_state, load_base, model_spec, start_state, to_mesh
+from crossin_jax.training.state import (
+    abstract_model,
+    abstract_state,
+    check_tokenizer,
+    load_base,
+    model_spec,
+    start_state,
+    to_mesh,
+)
 from crossin_jax.training.step import StepSettings, make_eval_step, make_train_step
 from crossin_jax.training.telemetry import Telemetry, flops_per_token, group_metrics
 
@@ -41,14 +49,15 @@ def train(config: Config) -> Path:
     check_batch(config.train.batch_size, config.train.accumulation, mesh)
 
     # ---- Data
+    spec = model_spec(config)  # first: a wrong model folder should not wait for the data
     data = open_pipeline(config)
+    check_tokenizer(config, data.tokenizer, spec)
     batches_of = partial(make_loader, renderer=data.renderer, data=config.data, batch_size=config.train.batch_size,
                          seed=config.seed, process_index=jax.process_index(), process_count=jax.process_count())
     loader = batches_of(data.mixture)
     num_steps = config.train.steps or math.ceil(config.train.epochs * loader.steps_per_epoch)
 
     # ---- Model
-    spec = model_spec(config, len(data.tokenizer))
     model = abstract_model(config, spec, mesh)
     optimizer, schedule = make_optimizer(config.optim, num_steps), make_schedule(config.optim, num_steps)
     abstract = abstract_state(model, optimizer, mesh)

@@ -199,12 +199,18 @@ def fill(state: Any, matched: dict[str, list[Tensor]], place: str, *, progress: 
     return jax.tree.unflatten(structure, [arrays.get(i, leaf) for i, (_, leaf) in enumerate(leaves)])
 
 
-@contextlib.contextmanager
-def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary sibling to write into, which takes the given name when the block ends well and vanishes when not."""
+def check_absent(path: str | os.PathLike) -> Path:
+    """The absolute path of a folder to be written; `UserError` where something is there already."""
     target = Path(path).expanduser().absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: exists already; delete it or choose another folder")
+    return target
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary sibling to write into, which takes the given name when the block ends well and vanishes when not."""
+    target = check_absent(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -46,8 +46,11 @@ class Store:
         self.folder = Path(output_dir).expanduser().resolve() / "checkpoints"
         self._config = config
         writes = {"max_to_keep": config.train.keep, "keep_period": config.train.keep_every} if config else {}
-        self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(
-            create=config is not None, cleanup_tmp_directories=config is not None, **writes))
+        json_items = {name: ocp.JsonCheckpointHandler() for name in ("data", "config", "provenance")}
+        self._manager = ocp.CheckpointManager(
+            self.folder, item_handlers={"state": ocp.StandardCheckpointHandler(), **json_items},
+            options=ocp.CheckpointManagerOptions(create=config is not None,
+                                                 cleanup_tmp_directories=config is not None, **writes))
 
     def steps(self) -> list[int]:
         """Steps with a whole checkpoint, oldest first."""

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from crossin_jax.checkpoint import hf
-from crossin_jax.config import Config
+from crossin_jax.config import Config, UserError
 from crossin_jax.models.layers import Adapter
 from crossin_jax.models.lora import is_trainable, resolve
 from crossin_jax.models.spec import ModelSpec, spec_from_architecture
@@ -31,11 +31,19 @@ class AbstractModel:
     frozen: nnx.State
 
 
-def model_spec(config: Config, vocab_size: int) -> ModelSpec:
-    """The spec of `model.path`, or of `model.architecture` with the tokenizer's vocabulary."""
+def model_spec(config: Config) -> ModelSpec:
+    """The spec of `model.path` or of `model.architecture`; reads no weight."""
     if config.model.architecture:
-        return spec_from_architecture(config.model.architecture, vocab_size)
+        return spec_from_architecture(config.model.architecture, config.model.architecture.vocab_size)
     return hf.read_spec(hf.resolve_folder(config.model.path, config.model.revision))
+
+
+def check_tokenizer(config: Config, tokenizer: Any, spec: ModelSpec) -> None:
+    """Refuses a tokenizer with ids that the model has no embedding for."""
+    if len(tokenizer) > spec.vocab_size:
+        name = config.model.tokenizer or config.model.path
+        raise UserError(f"model.tokenizer={name}: {len(tokenizer)} tokens, but the model's vocabulary has "
+                        f"{spec.vocab_size}; use the tokenizer that came with the weights")
 
 
 def build(config: Config, spec: ModelSpec, key: jax.Array) -> Transformer:
@@ -48,7 +56,7 @@ def build(config: Config, spec: ModelSpec, key: jax.Array) -> Transformer:
 def abstract_model(config: Config, spec: ModelSpec, mesh: Mesh) -> AbstractModel:
     """Structure and shardings of the model, split into what trains and what is frozen."""
     model = nnx.eval_shape(partial(build, config, spec), jax.random.key(0))
-    lora = resolve(config.lora)
+    lora = resolve(config.lora, spec)
     graphdef, trainable, frozen = nnx.split(model, lambda path, leaf: is_trainable(path, leaf, lora), ...)
     return AbstractModel(spec, graphdef, on_mesh(trainable, mesh), on_mesh(frozen, mesh))
 

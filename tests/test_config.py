@@ -1,0 +1,97 @@
+"""Settings: documented, checked, saved and restored; faults name the field, the value and the remedy."""
+
+import dataclasses
+import typing
+
+import pytest
+
+from crossin_jax.config import (
+    Architecture,
+    Component,
+    Config,
+    Data,
+    Evaluation,
+    Lora,
+    Mesh,
+    Model,
+    Optim,
+    Source,
+    Train,
+    UserError,
+    check,
+    from_dict,
+    iterate_fields,
+    to_dict,
+)
+
+SECTIONS = (Architecture, Component, Config, Data, Evaluation, Lora, Mesh, Model, Optim, Source, Train)
+
+
+def example() -> Config:
+    return Config(model=Model(path="weights"), lora=Lora(), data=Data(
+        sources=(Source(name="a", path="a.jsonl"), Source(name="b", kind="world")),
+        components=(Component(source="a", share=0.5),
+                    Component(kind="x2x", source="b", share=0.5, languages={"zh": 2.0}))))
+
+
+def test_there_are_under_a_hundred_settings_and_each_says_what_it_is():
+    leaves = [f for cls in SECTIONS for f in dataclasses.fields(cls)
+              if not any(s.__name__ in str(f.type) for s in SECTIONS)]
+    assert len(leaves) < 100
+    assert all(f.metadata.get("doc") for f in leaves)
+
+
+def test_a_saved_configuration_comes_back_equal():
+    assert from_dict(to_dict(example())) == example()
+
+
+def test_every_limit_is_enforced():
+    """Each number one step outside its range, and each choice misspelt, is refused with the field's name."""
+    broken = 0
+    for path, _, field in iterate_fields(example()):
+        rules = field.metadata
+        values = [rules[word] + sign for word, sign in (("at_least", -1), ("at_most", 1)) if word in rules]
+        values += [rules["above"]] if "above" in rules else []
+        values += ["no such thing"] if "choices" in rules else []
+        for value in values:
+            config = example()
+            *parents, name = path.replace("[", ".[").split(".")
+            target = config
+            for part in parents:
+                target = target[int(part[1:-1])] if part.startswith("[") else getattr(target, part)
+            setattr(target, name, float(value) if "float" in str(field.type) and not isinstance(value, str) else value)
+            with pytest.raises(UserError, match=name):
+                check(config)
+            broken += 1
+    assert broken > 40
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"model": Model()}, "set exactly one"),
+    ({"model": Model(path="x", architecture=Architecture())}, "set exactly one"),
+    ({"model": Model(architecture=Architecture()), "lora": Lora()}, "lora needs weights"),
+    ({"model": Model(path="x", frozen_dtype="int8"), "lora": None}, "needs frozen weights"),
+    ({"train": Train(batch_size=10, accumulation=4)}, "not divisible"),
+    ({"evaluation": Evaluation(prompts=(6,))}, "1 to 5"),
+    ({"data": Data(languages=("en", "zg"))}, "'zg' is not a known code"),
+    ({"data": Data(sources=(Source(name="facts"),), components=(Component(source="fact"),))}, "did you mean facts"),
+    ({"data": Data(sources=(Source(name="a"),), components=(Component(source="a", share=0.4),))}, "must sum to 1"),
+    ({"data": Data(sources=(Source(name="a"), Source(name="a")))}, "names must differ"),
+    ({"train": Train(steps=1.5)}, "train.steps=1.5 is a float"),
+    ({"mesh": Mesh(fsdp=True)}, "mesh.fsdp=True is a bool"),
+])
+def test_faults_say_what_and_why(change, words):
+    with pytest.raises(UserError, match=words):
+        check(dataclasses.replace(example(), **change))
+
+
+def test_unknown_fields_name_the_nearest():
+    values = to_dict(example())
+    values["optim"]["learning_rat"] = 1.0
+    with pytest.raises(UserError, match=r"optim.learning_rat is not a setting; did you mean optim.learning_rate\?"):
+        from_dict(values)
+
+
+def test_annotations_are_types():
+    for cls in SECTIONS:
+        assert all(not isinstance(hint, str) for hint in typing.get_type_hints(cls).values())

@@ -1,0 +1,79 @@
+"""Command lines: overrides are typed; a typo costs one line and exit code 2, never a traceback."""
+
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+
+from crossin_jax.config import UserError, check
+from crossin_jax.program import define_config, load_config_file
+
+QUICKSTART = "configs/quickstart.py:x2x"
+
+
+def run_program(*arguments: str, module: str = "crossin_jax.train") -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def parse():
+    """Parses a command line into a configuration, with flags of its own."""
+    def parse(*arguments: str):
+        values, argv = flags.FlagValues(), ["program", *arguments]
+        config = define_config(argv, values)
+        values(argv)
+        return check(config())
+
+    return parse
+
+
+def test_overrides_take_the_type_of_their_field(parse):
+    config = parse(f"--config={QUICKSTART}", "--config.optim.learning_rate=1e-4", "--config.train.steps=7",
+                   "--config.data.languages=en,zh", "--config.evaluation.prompts=1,3", "--config.train.resume=false",
+                   "--config.optim.clip_norm=none", "--config.lora.rank=8", "--config.model.path=some/where")
+    assert (config.optim.learning_rate, config.train.steps, config.lora.rank) == (1e-4, 7, 8)
+    assert (config.data.languages, config.evaluation.prompts) == (("en", "zh"), (1, 3))
+    assert (config.train.resume, config.optim.clip_norm, config.model.path) == (False, None, "some/where")
+
+
+@pytest.mark.parametrize(("argument", "words"), [
+    ("--config.optim.learning_rat=1", "did you mean optim.learning_rate?"),
+    ("--config.trian.steps=1", "did you mean train.steps?"),
+])
+def test_unknown_settings_name_the_nearest(parse, argument, words):
+    with pytest.raises(UserError, match=words.replace("?", r"\?")):
+        parse(f"--config={QUICKSTART}", argument)
+
+
+def test_a_configuration_that_fails_says_where(tmp_path):
+    file = tmp_path / "broken.py"
+    file.write_text("def get_config():\n    return 1 / 0\n")
+    with pytest.raises(UserError, match=r"broken.py:2: ZeroDivisionError"):
+        load_config_file(str(file))
+    file.write_text("x = 1\n")
+    with pytest.raises(UserError, match="defines no get_config"):
+        load_config_file(str(file))
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ((), "--config=FILE.py is missing"),
+    (("--config", "nowhere.py"), "nowhere.py: no such file"),
+    (("--config", "configs/quickstart.py:x2y"), "choose pretrain or one of base, x2x"),
+    (("--config", QUICKSTART, "--config.train.steps=many"), "train.steps=many"),
+    (("--config", QUICKSTART, "--confog.x=1"), "confog"),
+    (("--config", QUICKSTART, "extra"), "unexpected argument 'extra'"),
+    (("--config", QUICKSTART, "--config.output_dir=/proc/x"), "/proc/x"),
+    (("--config", QUICKSTART, "--config.model.path=/no/where"), "/no/where: no such folder"),
+])
+def test_user_errors_are_short_and_exit_with_2(arguments, words):
+    done = run_program(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr and "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.strip()]) <= 3
+
+
+def test_help_lists_every_setting():
+    done = run_program("--help")
+    assert done.returncode == 0
+    assert "--config.optim.learning_rate  peak learning rate (default: 0.0002)" in done.stdout
