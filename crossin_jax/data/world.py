@@ -12,7 +12,7 @@ are used. Left out: week start and script (most territories share one answer); c
 
 Splits: territories are parted by rank of a hash of (seed, territory): train 50 %, dev 10 %, test 40 %; "held_out" is
 dev and test. Relations in use are currency, language and continent; "train/time_zone" asks for another one by name.
-`continent` is the shared relation: told in every language for every territory, never tested.
+`continent` is the shared relation: told in every language, also of held-out territories, and never tested.
 """
 
 import datetime
