@@ -1,0 +1,1 @@
+"""Generation and scoring: token ids in and out, on any mesh."""

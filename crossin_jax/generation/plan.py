@@ -1,0 +1,81 @@
+"""Which prompts share a program and a prefix: fixed lengths, so that compilations are few, and common beginnings."""
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+LENGTH_BUCKETS = tuple(sorted(scale << k for scale in (2, 3) for k in range(3, 17)))  # 16, 24, 32, 48, 64, 96 …
+MIN_SHARED = 32  # tokens that a common prefix saves per prompt before it is worth its own pass
+MIN_SHARING = 4  # prompts
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Prompts, by index, that begin with the same tokens; each has at least one more."""
+
+    prefix: np.ndarray  # (P,) int32; empty where nothing is shared
+    members: tuple[int, ...]
+
+
+def bucket(size: int, buckets: Sequence[int]) -> int:
+    """The smallest bucket that holds `size`."""
+    i = bisect_left(buckets, size)
+    assert i < len(buckets), f"{size} is longer than every bucket of {buckets}"
+    return buckets[i]
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is not below `size`; 0 for 0."""
+    return 1 << (size - 1).bit_length() if size else 0
+
+
+def share_prefixes(prompts: Sequence[np.ndarray]) -> list[Group]:
+    """Groups that save the most tokens when each group's common prefix is read once; every prompt is in one group."""
+    order = sorted(range(len(prompts)), key=lambda i: prompts[i].astype(">i4").tobytes())
+    shared = [common_length(prompts[a], prompts[b]) for a, b in zip(order, order[1:], strict=False)]
+
+    def split(low: int, high: int, floor: int) -> Iterator[tuple[int, int]]:
+        """Ranges of order[low:high] whose neighbours share at least `floor` tokens."""
+        start = low
+        for i in range(low, high):
+            if i + 1 == high or shared[i] < floor:
+                yield start, i + 1
+                start = i + 1
+
+    def best(low: int, high: int) -> tuple[int, list[tuple[int, int, int]]]:
+        """Tokens saved by the best grouping of a range, and its (low, high, prefix length)."""
+        if high - low < MIN_SHARING:
+            return 0, []
+        length = min(shared[low:high - 1])
+        length = min(length, min(len(prompts[i]) for i in order[low:high]) - 1)
+        whole = length * (high - low - 1) if length >= MIN_SHARED else 0
+        parts = [best(*part) for part in split(low, high, length + MIN_SHARED)]
+        apart = sum(saved for saved, _ in parts)
+        if whole >= apart:
+            return whole, [(low, high, length)] if whole else []
+        return apart, [group for _, groups in parts for group in groups]
+
+    groups, rest = [], set(order)
+    for low, high, length in (best(0, len(order))[1] if order else ()):
+        groups.append(Group(prompts[order[low]][:length], tuple(order[low:high])))
+        rest -= set(groups[-1].members)
+    if rest:
+        groups.append(Group(np.zeros(0, np.int32), tuple(sorted(rest))))
+    return groups
+
+
+def common_length(a: np.ndarray, b: np.ndarray) -> int:
+    """How many leading tokens two prompts share."""
+    size = min(len(a), len(b))
+    differ = np.flatnonzero(a[:size] != b[:size])
+    return int(differ[0]) if len(differ) else size
+
+
+def pad(rows: Sequence[np.ndarray], length: int, value: int) -> np.ndarray:
+    """Right-padded rows, (B, length) int32."""
+    out = np.full((len(rows), length), value, np.int32)
+    for row, tokens in zip(out, rows, strict=True):
+        row[:len(tokens)] = tokens
+    return out
