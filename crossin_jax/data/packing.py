@@ -16,6 +16,7 @@ from crossin_jax.data.prompts import Rendered, Renderer, RowFault
 # What may happen to an example on its way into a row; all but the second drop it
 REASONS = ("over-long", "input shortened", "nothing to learn", "special token in the text", "double BOS")
 WINDOW_ROWS, WINDOW_TOKENS = 128, 65536  # the least a window holds: its last row is half empty on average
+MEMORY_EXAMPLES = 1 << 15  # mixtures up to this size are tokenized once
 BUCKETS = (4, 2, 1)  # rows of an unpacked batch are padded to a quarter, half or all of the length
 
 
@@ -24,7 +25,7 @@ def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     rows: list[list[int]] = []
     open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by free space
     spaces = 0  # bit s is set where a row with s free positions exists
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for i in np.argsort(-np.asarray(lengths, np.int64), kind="stable").tolist():
         fits = spaces >> lengths[i]
         if fits:
             space = lengths[i] + (fits & -fits).bit_length() - 1
@@ -64,7 +65,7 @@ class Windows:
                  batch_size: int, seed: int, num_epochs: int | None):
         self.mixture, self.renderer, self.length, self.packing = mixture, renderer, length, packing
         self.shortens, self.batch_size, self.seed = over_long == "shorten_input", batch_size, seed
-        self.groups = mixture.groups
+        self.groups, self._memory = mixture.groups, {}
         self._group = {group: i for i, group in enumerate(self.groups)}
         mean = self._survey()
         rows = max(WINDOW_ROWS, WINDOW_TOKENS // length)
@@ -92,7 +93,7 @@ class Windows:
         """(ids and mask, group) of the examples that fit a row, and what happened to the others by reason and group."""
         examples = self.mixture.take(np.asarray(positions))
         kept, dropped = [], np.zeros((len(REASONS), len(self.groups)), np.int32)
-        for example, rendered in zip(examples, self.renderer.render_many(examples), strict=True):
+        for example, rendered in zip(examples, self._render_once(examples), strict=True):
             group = self._group[example.component, example.answer_language]
             if isinstance(rendered, RowFault):
                 reason = next((i for i, name in enumerate(REASONS) if rendered.reason.startswith(name)), 2)
@@ -104,6 +105,16 @@ class Windows:
             if rendered:
                 kept.append((rendered, group))
         return kept, dropped
+
+    def _render_once(self, examples: list[Example]) -> list[Rendered | RowFault]:
+        """Renders, and keeps what a small mixture will give again in its next epochs."""
+        if len(self.mixture) > MEMORY_EXAMPLES:
+            return self.renderer.render_many(examples)
+        if len(self._memory) > 2 * MEMORY_EXAMPLES:  # open components redraw their pairs: forget
+            self._memory.clear()
+        new = list(dict.fromkeys(example for example in examples if example not in self._memory))
+        self._memory.update(zip(new, self.renderer.render_many(new), strict=True))
+        return [self._memory[example] for example in examples]
 
     def _survey(self) -> float:
         """Mean positions per example, from the first of the stream; refuses a run that could not learn anything."""
@@ -154,6 +165,9 @@ class Windows:
                 start = here.stop
         return {"tokens": tokens, "targets": targets, "segment_ids": segments, "positions": positions,
                 "learned": learned, "group": groups}
+
+    def __getstate__(self) -> dict[str, Any]:  # workers remember their own
+        return self.__dict__ | {"_memory": {}}
 
     def describe(self) -> dict[str, Any]:
         """What decides the rows besides their examples."""

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -121,6 +121,14 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
     return tokenizer
 
 
+class Piece(NamedTuple):
+    """A text to tokenize by itself, the character spans that are learned, and the token that ends it."""
+
+    text: str
+    learned: tuple[tuple[int, int], ...]
+    end: int | None
+
+
 class Renderer:
     """Renders examples and prompts under one template and one tokenizer; `hash` names the combination."""
 
@@ -145,7 +153,6 @@ class Renderer:
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         names = [self._tokenizer.id_to_token(i) for i in sorted(self.special_ids)]
         self._specials = re.compile("|".join(map(re.escape, names)))
-        self._is_special = np.isin(np.arange(max(self.vocab_size, *self.special_ids) + 1), list(self.special_ids))
         # In a template without special tokens "</s>" in a row is text; in one with them such a row would forge a turn.
         around = "" if self.template is None else "".join(map(str, asdict(self.template).values()))
         self._forgeable = self.template is None or bool(self._specials.search(around))
@@ -192,45 +199,38 @@ class Renderer:
         text = self.template.fill(instruction, input, self.system)
         return self._open(self._encode(text if self.apart else text.rstrip(" ")).ids)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of an answer, without special tokens."""
+        return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=True)
+
     def render_many(self, examples: Sequence[Example]) -> list[Rendered | RowFault]:
         """Renders at once, on all cores that TOKENIZERS_PARALLELISM allows; faults stand in their places."""
-        jobs = [self._plan(example) for example in examples]
-        texts = [text for job in jobs for text, _ in job]
-        encodings = iter(self._tokenizer.encode_batch(texts, add_special_tokens=False))
-        results: list[Rendered | RowFault] = []
-        for example, job in zip(examples, jobs, strict=True):
-            ids, learned = [], []
-            for text, spans in job:
-                encoding = next(encodings)
-                ids.append(np.array(encoding.ids, np.int32))
-                learned.append(_mark(encoding, text, spans))
-            results.append(self._close(example, ids, learned))
-        return results
+        plans = [self._plan(example) for example in examples]
+        encodings = iter(self._tokenizer.encode_batch([piece.text for plan in plans for piece in plan],
+                                                      add_special_tokens=False))
+        return [self._close(example, [(piece, next(encodings)) for piece in plan])
+                for example, plan in zip(examples, plans, strict=True)]
 
     # ---- Text and spans
 
-    def _plan(self, example: Example) -> list[tuple[str, list[tuple[int, int]]]]:
-        """Texts to tokenize, each with the character spans that are learned."""
+    def _plan(self, example: Example) -> list[Piece]:
+        """The texts to tokenize, with what of them is learned and which token ends them."""
         if not (example.instruction or example.input or example.messages):  # kind "text"
-            return [(example.output, [(0, len(example.output))])]
+            return [Piece(example.output, ((0, len(example.output)),), self.eos_ids[-1])]
         if self.template is None:
-            messages = example.messages or (*self._to_messages(example.instruction, example.input),
-                                            ("assistant", example.output))
-            spans = self._chat_texts(messages)
-            text = spans[-1][1]
-            starts = [start for start, _ in spans]
-            ends = [len(whole) for _, whole in spans]
-            return [(text, list(zip(starts, ends, strict=True)))]
-        turns = _pair_turns(example.messages or ()) or [(example.instruction, example.input, example.output)]
+            spans = self._chat_texts(example.messages or (*self._to_messages(example.instruction, example.input),
+                                                          ("assistant", example.output)))
+            return [Piece(spans[-1][1], tuple((start, len(whole)) for start, whole in spans), None)]
         plan = []
-        for instruction, input, output in turns:
+        for instruction, input, output in (_pair_turns(example.messages) if example.messages else
+                                           ((example.instruction, example.input, example.output),)):
             prompt = self.template.fill(instruction, input, self.system)
             if self.apart:
-                plan += [(prompt, []), (output, [(0, len(output))])]
+                plan += [Piece(prompt, (), None), Piece(output, ((0, len(output)),), self.end_id)]
                 continue
             body = prompt.rstrip(" ")
             text = body + (prompt[len(body):] or self.template.answer_prefix) + output
-            plan.append((text, [(len(body), len(text))]))
+            plan.append(Piece(text, ((len(body), len(text)),), self.end_id))
         return plan
 
     def _to_messages(self, instruction: str, input: str) -> tuple[tuple[str, str], ...]:
@@ -269,59 +269,55 @@ class Renderer:
         bos = [self.bos_id] if self.bos_id is not None and (not len(ids) or ids[0] != self.bos_id) else []
         return np.array([*bos, *ids], np.int32)
 
-    def _close(self, example: Example, ids: list[np.ndarray], learned: list[np.ndarray]) -> Rendered | RowFault:
+    def _close(self, example: Example, parts: list[tuple[Piece, Any]]) -> Rendered | RowFault:
         """Joins the parts of an example, ends every answer, and refuses what cannot be learned."""
-        if self.template is None:
-            ids_T, learned_T = self._end_chat(ids[0], learned[0])
-        else:
-            step = 2 if self.apart and len(ids) > 1 else 1
-            end, last = [np.array([self.end_id], np.int32)], [np.ones(1, bool)]
-            ids_T = np.concatenate(sum((ids[k:k + step] + end for k in range(0, len(ids), step)), []))
-            learned_T = np.concatenate(sum((learned[k:k + step] + last for k in range(0, len(ids), step)), []))
-        opened = self._open(ids_T)
-        learned_T = np.concatenate([np.zeros(len(opened) - len(ids_T), bool), learned_T])
+        ids: list[int] = []
+        ranges: list[tuple[int, int]] = []  # of learned tokens
+        for piece, encoding in parts:
+            found = _find_tokens(encoding, piece)
+            ranges += [(start + len(ids), stop + len(ids)) for start, stop in found]
+            ids += encoding.ids
+            if piece.end is not None:
+                ranges.append((len(ids), len(ids) + 1))
+                ids.append(piece.end)
+        if self.template is None and parts[0][0].end is None:
+            ids, ranges = self._end_chat(ids, ranges)
+        opened = self._open(ids)
+        shift, learned = len(opened) - len(ids), np.zeros(len(opened), bool)
+        for start, stop in ranges:
+            learned[start + shift:stop + shift] = True
         if self._forgeable and self._has_special(example):
             return RowFault("special token in the text: it would forge a turn", example.id)
         answers = [text for role, text in example.messages or () if role == "assistant"] or [example.output]
-        if not any(text.strip() for text in answers) or self._is_special[opened[learned_T]].all():
+        if not any(map(str.strip, answers)) or all(i in self.special_ids for a, b in ranges for i in ids[a:b]):
             return RowFault("nothing to learn: the answer has no tokens", example.id)
         turns = sum(role == "user" for role, _ in example.messages or ()) if self.template is None else 1
-        if self.bos_id not in (None, self.end_id) and (opened == self.bos_id).sum() > max(turns, 1):
+        if self.bos_id not in (None, self.end_id) and ids.count(self.bos_id) + shift > max(turns, 1):
             return RowFault("double BOS: the template or the text brings its own", example.id)
-        return Rendered(opened, learned_T)
+        return Rendered(opened, learned)
 
-    def _end_chat(self, ids_T: np.ndarray, learned_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Each learned stretch ends with its end token; what the template writes after the last one is cut."""
-        learned_T = learned_T.copy()
-        edges = np.flatnonzero(np.diff(np.concatenate([[0], learned_T.view(np.int8), [0]])))
-        for start, stop in edges.reshape(-1, 2):
-            ends = np.flatnonzero(ids_T[start:stop] == self.end_id)
-            if len(ends):
-                learned_T[start + ends[-1] + 1:stop] = False
-        last = int(np.flatnonzero(learned_T)[-1]) if learned_T.any() else len(ids_T) - 1
-        ids_T, learned_T = ids_T[:last + 1], learned_T[:last + 1]
-        if not len(ids_T) or ids_T[-1] != self.end_id:
-            ids_T, learned_T = np.append(ids_T, np.int32(self.end_id)), np.append(learned_T, True)
-        return ids_T, learned_T
+    def _end_chat(self, ids: list[int], ranges: list[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Each learned stretch stops at its end token; what the template writes after the last one is cut."""
+        ends = [[i + 1 for i in range(start, stop) if ids[i] == self.end_id] for start, stop in ranges]
+        ranges = [(start, end[-1] if end else stop) for (start, stop), end in zip(ranges, ends, strict=True)]
+        if ranges and ids[ranges[-1][1] - 1] == self.end_id:
+            return ids[:ranges[-1][1]], ranges
+        return [*ids, self.end_id], [*ranges, (len(ids), len(ids) + 1)]
 
     def _has_special(self, example: Example) -> bool:
         texts = [text for _, text in example.messages or ()] or [example.instruction, example.input, example.output]
         return any(self._specials.search(text) for text in texts)
 
 
-def _mark(encoding: Any, text: str, spans: list[tuple[int, int]]) -> np.ndarray:
-    """Tokens that hold a character of a span; one that also holds the prompt's last character belongs to the answer."""
-    learned = np.zeros(len(encoding), bool)
-    for start, end in spans:
+def _find_tokens(encoding: Any, piece: Piece) -> list[tuple[int, int]]:
+    """Tokens of each learned span; one that also holds the prompt's last character belongs to the answer."""
+    ranges = []
+    for start, end in piece.learned:
         first = next((t for c in range(start, end) if (t := encoding.char_to_token(c)) is not None), None)
-        if first is None:
-            continue
-        if end >= len(text):
-            learned[first:] = True
-            continue
-        after = next((t for c in range(end, len(text)) if (t := encoding.char_to_token(c)) is not None), len(learned))
-        learned[first:after] = True
-    return learned
+        if first is not None:
+            after = (t for c in range(end, len(piece.text)) if (t := encoding.char_to_token(c)) is not None)
+            ranges.append((first, next(after, len(encoding))))
+    return ranges
 
 
 def _pair_turns(messages: tuple[tuple[str, str], ...]) -> list[tuple[str, str, str]]:
