@@ -3,7 +3,7 @@
     ./scripts/quickstart.sh                                                    (all of it, on a laptop's CPU)
     python -m crossin_jax.study --config configs/quickstart.py                 (the same, installed)
     python -m crossin_jax.train --config configs/quickstart.py:x2x             (one arm)
-    python -m crossin_jax.study --config configs/quickstart.py:en,zh,vi,es,id,ms,fil      (seven languages)
+    python -m crossin_jax.study --config configs/quickstart.py --languages=en,zh,vi,es,id,ms,fil
 
 A 0.8 M parameter Llama is pretrained from random weights on English-heavy text about the world's territories; facts
 about half of them stand in English only. The same base is then tuned by LoRA at equal steps on English questions
@@ -13,6 +13,7 @@ monolingual questions as control (mono). Every arm answers the questions about t
 
 from crossin_jax.config import (
     Architecture,
+    Cell,
     Component,
     Config,
     Data,
@@ -21,6 +22,7 @@ from crossin_jax.config import (
     Model,
     Optim,
     Source,
+    Study,
     Train,
     UserError,
 )
@@ -33,7 +35,9 @@ ARMS = {
     "x2x_same": (Component(kind="x2x", source="facts", share=0.5, allow_same=True),),
     "mono": (Component(kind="same", source="facts", share=0.5),),
 }
-SLICES = {"en": 0.25, "x": 0.15, "dict": 0.35, "cs": 0.25}  # shares of the pretraining text
+# Shares of the pretraining lines; of its tokens they are .25, .15, .35 and .25, with four languages and with seven.
+SLICES = {"en": 0.220, "x": 0.130, "dict": 0.432, "cs": 0.218}
+SLICES_OF_SEVEN = {"en": 0.201, "x": 0.127, "dict": 0.461, "cs": 0.211}
 
 
 def get_config(variant: str = "x2x", languages: tuple[str, ...] = LANGUAGES, seed: int = 0, root: str = ROOT) -> Config:
@@ -49,20 +53,32 @@ def get_config(variant: str = "x2x", languages: tuple[str, ...] = LANGUAGES, see
         model=Model(path=f"{root}/seed{seed}/pretrain/model", frozen_dtype="float32", compute_dtype="float32"),
         lora=Lora(rank=16, alpha=32.0, dropout=0.0, modules_to_save=()),
         data=Data(sources=(Source(name="facts", kind="world", split="train"),), components=(base, *pairs),
-                  languages=languages, template="gemma", tag="sentence", length=64),
+                  languages=languages, template="plain", tag="sentence", length=64),
         optim=Optim(learning_rate=6e-3, weight_decay=0.0, warmup_share=10 / 150),
         train=Train(steps=150, batch_size=32, log_every=50, checkpoint_every=None, tensorboard=False),
         evaluation=Evaluation(benchmarks=("cross_world:held_out", "cross_world:held_out/opaque"), method="choices",
                               batch_size=64))
 
 
+def get_study(languages: tuple[str, ...] = LANGUAGES, seeds: tuple[int, ...] = (0,), root: str = ROOT) -> Study:
+    """The base model and every arm, for every seed."""
+    cells = []
+    for seed in seeds:
+        base = f"pretrain/{seed}"
+        cells.append(Cell(name=base, config=pretraining(languages, seed, root), exports=True))
+        cells += [Cell(name=f"{arm}/{seed}", config=get_config(arm, languages, seed, root), needs=(base,))
+                  for arm in ARMS]
+    return Study(name="The miniature study", output_dir=root, cells=tuple(cells))
+
+
 def pretraining(languages: tuple[str, ...], seed: int, root: str) -> Config:
     """The base model, from random weights."""
     sources = tuple(Source(name=piece, kind="world", split=f"text/{piece}") for piece in SLICES)
-    components = tuple(Component(kind="text", source=piece, share=share) for piece, share in SLICES.items())
+    slices, vocab_size = (SLICES, 3000) if len(languages) <= 4 else (SLICES_OF_SEVEN, 4000)
+    components = tuple(Component(kind="text", source=piece, share=share) for piece, share in slices.items())
     return Config(
         name="pretrain", seed=seed, output_dir=f"{root}/seed{seed}/pretrain",
-        model=Model(architecture=Architecture(), compute_dtype="float32"),
+        model=Model(architecture=Architecture(vocab_size=vocab_size), compute_dtype="float32"),
         data=Data(sources=sources, components=components, languages=languages, length=64),
         optim=Optim(learning_rate=4e-3, b2=0.98, weight_decay=0.1, warmup_share=0.05, final_share=0.1),
         train=Train(steps=1000, batch_size=32, log_every=100, checkpoint_every=None, tensorboard=False))

@@ -221,6 +221,25 @@ class Config:
     evaluation: Evaluation = section(Evaluation)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One training run of a study; `needs` names the cells whose exported model it starts from."""
+
+    name: str
+    config: Config
+    needs: tuple[str, ...] = ()
+    exports: bool = False  # writes output_dir/model in Hugging Face layout, for the cells that need it
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """Cells in an order in which every cell comes after those it needs."""
+
+    name: str
+    output_dir: str
+    cells: tuple[Cell, ...]
+
+
 def iterate_fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:
     """Yields (dotted path, value, field) of every leaf setting, nested sections and lists of sections included."""
     for field in dataclasses.fields(config):

@@ -60,7 +60,7 @@ def load_config_file(path: str) -> Any:
     return call_config_file(path, "get_config")
 
 
-def call_config_file(path: str, function: str) -> Any:
+def call_config_file(path: str, function: str, **options: Any) -> Any:
     """Loads a configuration file and calls one of its functions, with the text after the colon as argument if any."""
     file, colon, variant = path.partition(":")
     if not os.path.isfile(file):
@@ -73,7 +73,7 @@ def call_config_file(path: str, function: str) -> Any:
         spec.loader.exec_module(module)
         if not hasattr(module, function):
             raise UserError(f"--config={file} defines no {function}()")
-        return getattr(module, function)(*([variant] if colon else []))
+        return getattr(module, function)(*([variant] if colon else []), **options)
     except UserError:
         raise
     except Exception as error:

@@ -57,6 +57,7 @@ TEMPLATES: dict[str, Template] = {
     "llama": Template("[INST] {system}{instruction}\n{input}[/INST]", "[INST] {system}{instruction}[/INST]", " ",
                       "<<SYS>>\n{system}\n<</SYS>>\n\n", "You are a helpful assistant."),
     "gemma": Template("{instruction}\n{input}\n", "{instruction}\n"),
+    "plain": Template("{instruction}\n{input}\n ", "{instruction}\n "),  # short; names keep their tokens in an answer
     "chatml": Template("{system}<|im_start|>user\n{instruction}\n{input}<|im_end|>\n<|im_start|>assistant\n",
                        "{system}<|im_start|>user\n{instruction}<|im_end|>\n<|im_start|>assistant\n", "",
                        "<|im_start|>system\n{system}<|im_end|>\n", None, "<|im_end|>"),
@@ -202,6 +203,16 @@ class Renderer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer, without special tokens."""
         return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=True)
+
+    def id_to_token(self, i: int) -> str:
+        """The tokenizer's own name of a token."""
+        return self._tokenizer.id_to_token(i) or f"<{i}>"
+
+    @property
+    def is_byte_level(self) -> bool:
+        """Whether tokens are written in the alphabet that stands for bytes."""
+        return '"ByteLevel"' in (self._tokenizer.decoder and repr(self._tokenizer.decoder).replace("'", '"') or "") or (
+            type(self._tokenizer.decoder).__name__ == "ByteLevel")
 
     def render_many(self, examples: Sequence[Example]) -> list[Rendered | RowFault]:
         """Renders at once, on all cores that TOKENIZERS_PARALLELISM allows; faults stand in their places."""

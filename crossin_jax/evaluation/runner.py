@@ -1,0 +1,177 @@
+"""Asks a model the questions of a benchmark: free answers, or the likelihood of each choice; the same in training.
+
+Each finished (benchmark, prompt, method) is kept under a key made of weights, template, questions and settings, so an
+interrupted evaluation goes on where it stopped and a changed template starts anew.
+"""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from crossin_jax.config import Config
+from crossin_jax.data.crosslingual import add_tag
+from crossin_jax.data.prompts import Renderer
+from crossin_jax.data.world_baselines import choose_by_frequency, choose_by_string
+from crossin_jax.evaluation.answers import align
+from crossin_jax.evaluation.benchmarks import Benchmark, Item, draw_shots, load_benchmark, make_prompt
+from crossin_jax.evaluation.predictions import Answer, ItemAnswers, Predictions
+from crossin_jax.generation.engine import Engine
+from crossin_jax.languages import LANGUAGES
+from crossin_jax.provenance import content_hash
+
+LETTER = re.compile(r"^\([A-J]\) ")
+
+
+def run_benchmarks(config: Config, engine: Engine, renderer: Renderer, *, cache: Path | None = None, weights: str = "",
+                   progress: bool = True) -> list[Predictions]:
+    """Answers to every benchmark of the configuration, by every prompt and method that it asks for.
+
+    `renderer` is the one that training used. `cache` is a folder for finished parts, valid for the `weights` named.
+    """
+    settings, results = config.evaluation, []
+    languages = settings.languages or config.data.languages
+    for name in settings.benchmarks:
+        benchmark = load_benchmark(name, languages, limit=settings.limit, seed=config.seed)
+        bare = benchmark.name.startswith("cross_world")  # its questions are phrased as in the instruction data
+        for number in (0,) if bare else settings.prompts:
+            for method in ("choices", "generate") if settings.method == "both" else (settings.method,):
+                asked = dataclasses.asdict(settings) | {"benchmarks": name, "prompts": number, "method": method}
+                key = content_hash([weights, renderer.hash, config.data.tag, config.seed, asked, benchmark.fingerprint])
+                file = cache / f"{method}-{key}.json" if cache else None
+                parts = load(file) if file else None
+                if parts is None:
+                    ask = score_choices if method == "choices" else generate_answers
+                    parts = ask(config, engine, renderer, benchmark, number, progress)
+                    if file:
+                        save(parts, file)
+                results += parts
+    return results
+
+
+def questions(config: Config, benchmark: Benchmark, number: int) -> Iterator[tuple[Item, str, str, str]]:
+    """(item, language, instruction, input) of every prompt; a bare question (number 0) names the answer's language."""
+    for item in benchmark.items:
+        for language, version in item.versions.items():
+            shots = draw_shots(benchmark, item, language, config.evaluation.shots, config.seed)
+            instruction = make_prompt(version, number, shots, benchmark=benchmark.name)
+            tag = config.data.tag if number == 0 else "none"
+            yield item, language, *add_tag(instruction, "", language, language, tag)
+
+
+def score_choices(config: Config, engine: Engine, renderer: Renderer, benchmark: Benchmark, number: int,
+                  progress: bool) -> list[Predictions]:
+    """The likeliest choice by summed log-likelihood, per token and per byte, and of the letter alone.
+
+    A bare question has no letters: its choices are scored by their text, as the instruction data has it. The likelihood
+    covers the answer and EOS; that of a letter the letter alone.
+    """
+    prompts, continuations, sizes = [], [], []
+    for item, language, instruction, input in questions(config, benchmark, number):
+        texts = item.versions[language].choices
+        if number == 0:
+            texts = [LETTER.sub("", text) for text in texts]
+        answers = [renderer.render_answer(instruction, input, text) for text in texts]
+        letters = [renderer.render_answer(instruction, input, text[:3]) for text in texts] if number else []
+        border = common_prefix([a.ids[:int(np.argmax(a.learned))] for a in (*answers, *letters)])
+        options = [a.ids[border:] for a in answers] + [a.ids[border:-1] for a in letters]  # a letter without its EOS
+        prompts.append(answers[0].ids[:border])
+        continuations.append(options)
+        sizes.append(([len(option) for option in options[:len(texts)]], [len(text.encode()) for text in texts]))
+    scores = iter(zip(engine.score(prompts, continuations, progress=progress), sizes, strict=True))
+
+    methods = ("sum", "mean", "byte") + (("letter",) if number else ())
+    items: dict[str, list[ItemAnswers]] = {method: [] for method in methods}
+    for item in benchmark.items:
+        answers: dict[str, dict[str, Answer]] = {method: {} for method in methods}
+        for language in item.versions:
+            values, (num_tokens, num_bytes) = next(scores)
+            count = len(num_tokens)
+            sums = values[:count]
+            by_method = {"sum": sums, "mean": sums / num_tokens, "byte": sums / num_bytes, "letter": values[count:]}
+            for method in methods:
+                chosen = tuple(float(v) for v in by_method[method])
+                answers[method][language] = Answer((int(np.argmax(chosen)),), scores=chosen)
+        for method in methods:
+            items[method].append(collect(item, answers[method]))
+    return [Predictions(benchmark.name, method, number, tuple(benchmark.languages), tuple(items[method]))
+            for method in methods]
+
+
+def generate_answers(config: Config, engine: Engine, renderer: Renderer, benchmark: Benchmark, number: int,
+                     progress: bool) -> list[Predictions]:
+    """What the model writes, aligned to a choice by SeaEval's rules; few-shot answers end at the first line break."""
+    settings = config.evaluation
+    asked = list(questions(config, benchmark, number))
+    prompts = [renderer.render_prompt(instruction, input) for _, _, instruction, input in asked]
+    answers = engine.generate(prompts, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
+                              top_k=settings.top_k, top_p=settings.top_p,
+                              stop=("\n",) if settings.shots else (), detokenize=renderer.decode, progress=progress)
+    by_item: dict[str, dict[str, Answer]] = {}
+    for (item, language, _, _), ids in zip(asked, answers, strict=True):
+        text = renderer.decode(ids)
+        text = text.split("\n")[0] if settings.shots else text.strip()
+        by_item.setdefault(item.id, {})[language] = align(item.versions[language].choices, text)
+    items = tuple(collect(item, by_item[item.id]) for item in benchmark.items)
+    return [Predictions(benchmark.name, "generate", number, tuple(benchmark.languages), items)]
+
+
+def answer_without_model(config: Config) -> dict[str, list[Predictions]]:
+    """What two rules without knowledge choose on Cross-World: matching strings, and the commonest training answer."""
+    languages = config.evaluation.languages or config.data.languages
+    results: dict[str, list[Predictions]] = {"matching strings": [], "commonest answer": []}
+    for name in config.evaluation.benchmarks:
+        if not name.startswith("cross_world"):
+            continue
+        benchmark = load_benchmark(name, languages, limit=config.evaluation.limit, seed=config.seed)
+        rows = [{"id": item.id} | {LANGUAGES[code]: {"choices": version.choices} for code, version in
+                                   item.versions.items()} for item in benchmark.items]
+        chosen = (choose_by_string(rows, languages), choose_by_frequency(rows, languages, config.seed))
+        for label, choices in zip(results, chosen, strict=True):
+            items = tuple(collect(item, {code: Answer(picked[code], "matched" if len(picked[code]) == 1 else "tie")
+                                         for code in languages})
+                          for item, picked in zip(benchmark.items, choices, strict=True))
+            results[label].append(Predictions(benchmark.name, "rule", 0, tuple(languages), items))
+    return results
+
+
+def collect(item: Item, answers: dict[str, Answer]) -> ItemAnswers:
+    """The answers to one item beside its gold choices."""
+    versions = item.versions
+    gold = {language: version.answer for language, version in versions.items()}
+    return ItemAnswers(item.id, gold, len(next(iter(versions.values())).choices), answers, item.tags)
+
+
+def common_prefix(sequences: Sequence[np.ndarray]) -> int:
+    """How many leading ids all sequences share."""
+    shortest = min(map(len, sequences))
+    differ = (np.stack([s[:shortest] for s in sequences]) != sequences[0][:shortest]).any(0)
+    return int(np.argmax(differ)) if differ.any() else shortest
+
+
+def save(parts: list[Predictions], file: Path) -> None:
+    """Writes finished predictions whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps([dataclasses.asdict(p) for p in parts], ensure_ascii=False))
+    os.replace(part, file)
+
+
+def load(file: Path) -> list[Predictions] | None:
+    """Predictions written by `save`; None where there are none that can be read."""
+    try:
+        parts = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+    def answer(values: dict) -> Answer:
+        scores = values["scores"]
+        return Answer(tuple(values["candidates"]), values["reason"], values["text"], tuple(scores) if scores else None)
+
+    return [Predictions(p["benchmark"], p["method"], p["prompt"], tuple(p["languages"]), tuple(
+        ItemAnswers(i["id"], i["gold"], i["num_choices"], {k: answer(a) for k, a in i["answers"].items()},
+                    tuple(i["tags"])) for i in p["items"])) for p in parts]
