@@ -211,8 +211,7 @@ class Renderer:
     @property
     def is_byte_level(self) -> bool:
         """Whether tokens are written in the alphabet that stands for bytes."""
-        return '"ByteLevel"' in (self._tokenizer.decoder and repr(self._tokenizer.decoder).replace("'", '"') or "") or (
-            type(self._tokenizer.decoder).__name__ == "ByteLevel")
+        return "ByteLevel" in json.dumps(json.loads(self._tokenizer.to_str())["decoder"])
 
     def render_many(self, examples: Sequence[Example]) -> list[Rendered | RowFault]:
         """Renders at once, on all cores that TOKENIZERS_PARALLELISM allows; faults stand in their places."""

@@ -1,0 +1,143 @@
+"""Prepare data: everything between a parallel data set and a training run.
+
+  python -m crossin_jax.prepare build       --config FILE [--out DIR] [--format parquet|jsonl]   write the mixture
+  python -m crossin_jax.prepare preview     --config FILE [-n 5] [--html PAGE]      what is learned, token by token
+  python -m crossin_jax.prepare audit       --config FILE [--out DIR]               languages, lengths, leakage
+  python -m crossin_jax.prepare translate   --config FILE --model FOLDER            fill missing languages
+  python -m crossin_jax.prepare cross_xquad --config FILE [--out FILE]              Cross-XQuAD's questions from XQuAD
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from crossin_jax import program
+from crossin_jax.config import Config, hint
+from crossin_jax.data.mixture import Mixture, load_corpora
+
+BATCH = 4096
+
+
+def define_flags() -> None:
+    """Flags beside --config."""
+    flags.DEFINE_string("out", None, "folder or file to write; by default inside output_dir")
+    flags.DEFINE_enum("format", "parquet", ["parquet", "jsonl"], "file format of build")
+    flags.DEFINE_integer("n", 5, "examples in preview", lower_bound=1)
+    flags.DEFINE_string("html", None, "page that preview writes")
+
+
+def build(config: Config, arguments: Any) -> None:
+    """Writes one epoch of the mixture and its manifest; the manifest comes last, so its presence means: whole."""
+    mixture = Mixture(config.data, load_corpora(config.data, config.seed), config.seed)
+    folder = Path(arguments.out or Path(config.output_dir) / "data").expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest_path, path = folder / "manifest.json", folder / f"mixture.{arguments.format}"
+    manifest = mixture.manifest() | {"file": path.name}
+    whole = manifest_path.is_file() and path.is_file()
+    if whole and json.loads(manifest_path.read_text()).get("hash") == manifest["hash"]:
+        print(f"{path} is up to date (mixture {manifest['hash']})")
+        return
+    manifest_path.unlink(missing_ok=True)
+    part = path.with_suffix(".part")
+    try:
+        (write_parquet if arguments.format == "parquet" else write_jsonl)(mixture, part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    write_atomically(manifest_path, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    print(describe_manifest(manifest))
+    print(f"wrote {path} and manifest.json (mixture {manifest['hash']})")
+
+
+def iterate_rows(mixture: Mixture) -> Any:
+    """Batches of plain rows, in stream order."""
+    for start in tqdm(range(0, len(mixture), BATCH), desc="build", unit=" batches", delay=2):
+        yield [{"id": e.id, "component": e.component, "prompt_language": e.prompt_language,
+                "answer_language": e.answer_language, "instruction": e.instruction, "input": e.input,
+                "output": e.output, "messages": [{"role": role, "content": text} for role, text in e.messages or ()]}
+               for e in mixture.take(np.arange(start, min(start + BATCH, len(mixture))))]
+
+
+def write_parquet(mixture: Mixture, path: Path) -> None:
+    """One row per example."""
+    import pyarrow as pa
+    import pyarrow.parquet
+    texts = ("id", "component", "prompt_language", "answer_language", "instruction", "input", "output")
+    turns = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
+    schema = pa.schema(dict.fromkeys(texts, pa.string()) | {"messages": turns})
+    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+        for rows in iterate_rows(mixture):
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+
+
+def write_jsonl(mixture: Mixture, path: Path) -> None:
+    """One object per line."""
+    with open(path, "w", encoding="utf-8") as file:
+        for rows in iterate_rows(mixture):
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file by a whole one."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def describe_manifest(manifest: dict[str, Any]) -> str:
+    """Counts per component and language pair, as a table."""
+    lines = [f"{'component':<20} {'examples':>9}  pairs"]
+    for component in manifest["components"]:
+        pairs = "  ".join(f"{pair} {n}" for pair, n in component["pairs"].items())
+        lines.append(f"{component['name']:<20} {component['examples']:>9}  {pairs}")
+    for source in manifest["sources"]:
+        dropped = ", ".join(f"{n} {reason}" for reason, n in source["dropped"].items()) or "none"
+        lines.append(f"source {source['name']}: {source['rows']} rows, texts dropped: {dropped}")
+    return "\n".join(lines)
+
+
+def preview(config: Config, arguments: Any) -> None:
+    """Prints the first examples of the stream with what is learned of them, and how the first rows are packed."""
+    from crossin_jax.data import preview as view
+    from crossin_jax.data.packing import Windows
+    from crossin_jax.data.pipeline import open_pipeline
+    data = open_pipeline(config)
+    windows = Windows(data.mixture, data.renderer, length=config.data.length, packing=config.data.packing,
+                      over_long=config.data.over_long, batch_size=config.train.batch_size, seed=config.seed,
+                      num_epochs=None)
+    pairs = view.take(data.mixture, data.renderer, arguments.n)
+    window = windows[0]
+    rows = [view.describe_row({name: window[name][r] for name in ("segment_ids",)})
+            for r in range(min(4, len(window["tokens"])))]
+    if arguments.html:
+        write_atomically(Path(arguments.html), view.to_html(data.renderer, pairs, rows, config.data.length))
+        print(f"wrote {arguments.html}")
+        return
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for example, rendered in pairs:
+        print(view.to_terminal(data.renderer, example, rendered, length=config.data.length, colour=colour))
+    print("first rows of the first batch, one number per segment:")
+    print("\n".join(view.row_to_terminal(*row) for row in rows))
+
+
+COMMANDS = {"build": build, "preview": preview}
+
+
+def main() -> None:
+    """Takes the command's name off the command line and runs it."""
+    name = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else None
+    if name is None and not {"-h", "--help", "-help"} & set(sys.argv):
+        program.fail(f"name a command: {', '.join(COMMANDS)}")
+    if name is not None and name not in COMMANDS:
+        program.fail(f"{name!r} is no command of prepare{hint(name, COMMANDS)}; commands: {', '.join(COMMANDS)}")
+    program.run(COMMANDS.get(name), define=define_flags)
+
+
+if __name__ == "__main__":
+    main()
