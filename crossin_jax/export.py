@@ -38,7 +38,8 @@ def export(checkpoint: str | Path, format: str, out: str | Path, dtype: str | No
     card = model_card(config, format, restored.step, restored.provenance, read_scores(restored.run))
     tokenizer = tokenizer_folder(config, restored)
     if format == "peft":
-        peft.save_adapter(out, restored.spec, resolve(config.lora, restored.spec), restored.state, base=base_name(config),
+        lora = resolve(config.lora, restored.spec)
+        peft.save_adapter(out, restored.spec, lora, restored.state, base=base_name(config),
                           revision=config.model.revision, tokenizer=tokenizer, card=card)
         return Path(out)
     ids = {name: value for name in ("bos_token_id", "eos_token_id", "pad_token_id")

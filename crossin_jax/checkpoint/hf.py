@@ -14,9 +14,10 @@ import numpy as np
 from tqdm import tqdm
 
 from crossin_jax.checkpoint.hf_map import ADAPTERS, Key, canonical_name, summarize, weight_keys
-from crossin_jax.checkpoint.stream import load_arrays
+from crossin_jax.checkpoint.stream import Wanted, load_arrays
 from crossin_jax.checkpoint.tensors import CODES, Tensor, read_header, same_bytes, write_tensors
 from crossin_jax.config import UserError
+from crossin_jax.models.quantize import kind_of
 from crossin_jax.models.spec import ModelSpec, spec_from_hf, spec_to_hf
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -173,7 +174,8 @@ def is_adapter(path: str) -> bool:
 def load_weights(folder: str | os.PathLike, state: Any, *, progress: bool = True) -> Any:
     """`state` (one or several, abstract or not) with every weight of the base model read from the folder.
 
-    Shape, dtype and sharding of each array are those of its leaf; adapters are left as they are. An untied `lm_head`
+    Shape, dtype and sharding of each array are those of its leaf; a leaf of 8 or 4 bits and the `scale` beside it are
+    quantized on the way, a layer at a time; adapters are left as they are. An untied `lm_head`
     over a tied checkpoint starts as a copy of the embedding.
     """
     folder = Path(folder)
@@ -188,15 +190,25 @@ def fill(state: Any, matched: dict[str, list[Tensor]], place: str, *, progress: 
          skip: Callable[[str], bool]) -> Any:
     """`state` with the leaves that `skip` does not name read from their tensors."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(state)
-    leaves = [(leaf_path(path), leaf) for path, leaf in leaves]
-    wanted = {}
-    for i, (path, leaf) in enumerate(leaves):
-        if not skip(path):
-            assert path in matched, f"{path}: no weight of this model has that name"
-            sharding = getattr(leaf, "sharding", None)
-            wanted[i] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), matched[path]
-    arrays = dict(zip(wanted, load_arrays(list(wanted.values()), place, progress=progress), strict=True))
-    return jax.tree.unflatten(structure, [arrays.get(i, leaf) for i, (_, leaf) in enumerate(leaves)])
+    places = {leaf_path(path): i for i, (path, _) in enumerate(leaves)}
+    leaves = [leaf for _, leaf in leaves]
+    wanted: dict[tuple[int, ...], Wanted] = {}
+    for path, i in places.items():
+        if skip(path) or path.endswith("/scale"):
+            continue
+        assert path in matched, f"{path}: no weight of this model has that name"
+        at = (i,)
+        if kind_of(leaves[i].dtype):
+            at = (i, places[path.rsplit("/", 1)[0] + "/scale"])
+        wanted[at] = Wanted(_abstract(leaves[i]), matched[path], _abstract(leaves[at[1]]) if at[1:] else None)
+    for at, arrays in zip(wanted, load_arrays(list(wanted.values()), place, progress=progress), strict=True):
+        for i, array in zip(at, arrays, strict=True):
+            leaves[i] = array
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
 
 
 def check_absent(path: str | os.PathLike) -> Path:

@@ -19,7 +19,15 @@ from crossin_jax.checkpoint.hf import (
     write_json,
     write_leaves,
 )
-from crossin_jax.checkpoint.hf_map import OUTER, PEFT_PREFIX, PROJECTIONS, Key, adapter_keys, canonical_name, saved_keys
+from crossin_jax.checkpoint.hf_map import (
+    PEFT_PREFIX,
+    PROJECTIONS,
+    Key,
+    adapter_keys,
+    canonical_name,
+    saved_keys,
+    weight_keys,
+)
 from crossin_jax.checkpoint.tensors import Tensor, read_header, same_bytes
 from crossin_jax.config import Lora, UserError
 from crossin_jax.models.spec import ModelSpec
@@ -68,7 +76,8 @@ def read_adapter(folder: str | os.PathLike, spec: ModelSpec, lora: Lora | None =
     spec = _settle_ties(found, spec, config)
     targets = tuple(module for module, (name, *_) in PROJECTIONS.items()
                     if any(f".{name}.lora_" in tensor for tensor in found))
-    modules = tuple(module for module, (name, _) in OUTER.items() if f"{PEFT_PREFIX}{name}.weight" in found)
+    modules = tuple(dict.fromkeys(path.split("/")[-2] for path, key in weight_keys(spec).items()
+                                  if any(PEFT_PREFIX + name in found for name in key.names(spec.num_layers))))
     read = dataclasses.replace(
         lora or Lora(dropout=float(config.get("lora_dropout") or 0.0)), rank=int(config["r"]),
         alpha=float(config["lora_alpha"]), targets=targets, modules_to_save=modules, path=str(folder),

@@ -4,6 +4,8 @@ On CPU devices the buffer that receives the bytes is the array. On accelerators 
 device and written in pieces, so the host never holds more than about one tensor of the file.
 """
 
+import dataclasses
+import functools
 import os
 import resource
 import sys
@@ -18,28 +20,51 @@ from tqdm import tqdm
 
 from crossin_jax.checkpoint.hf_map import summarize
 from crossin_jax.checkpoint.tensors import CHUNK, Box, Reader, Tensor, volume
+from crossin_jax.models.quantize import kind_of, quantize
 
 WORKERS = min(4, os.cpu_count() or 1)
 Jobs = Iterable[Callable[[], int]]
-# an abstract array with its tensors: one, or one per index of its first dimension
-Wanted = tuple[jax.ShapeDtypeStruct, Sequence[Tensor]]
 
 
-def load_arrays(wanted: Sequence[Wanted], place: str, *, progress: bool = True) -> list[jax.Array]:
-    """Arrays of the wanted shapes, dtypes and shardings (None: the default device), filled from their tensors.
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """An abstract array and its tensors: one, or one per index of its first dimension.
+
+    Where the array is quantized, `scale` is the abstract array of its scales.
+    """
+
+    array: jax.ShapeDtypeStruct
+    tensors: Sequence[Tensor]
+    scale: jax.ShapeDtypeStruct | None = None
+
+    @functools.cached_property
+    def boxes(self) -> dict[Box, list[jax.Device]]:
+        """The different slices that this process holds, each with its devices."""
+        boxes: dict[Box, list[jax.Device]] = {}
+        for device, index in sharding_of(self.array).addressable_devices_indices_map(self.array.shape).items():
+            box = tuple(s.indices(n)[:2] for s, n in zip(index, self.array.shape, strict=True))
+            boxes.setdefault(box, []).append(device)
+        return boxes
+
+    @property
+    def is_adopted(self) -> bool:
+        """Whether the buffers that are read into become the array: on CPU devices, unless it is quantized."""
+        return self.scale is None and is_on_host(self.boxes)
+
+
+def load_arrays(wanted: Sequence[Wanted], place: str, *, progress: bool = True) -> list[tuple[jax.Array, ...]]:
+    """(array,) or (codes, scales) for each of the wanted, with its shape, dtype and sharding (None: default device).
 
     Prints the predicted peak of host memory before and the measured one after; warns about tensors with NaN.
     """
     progress = progress and jax.process_index() == 0
-    plans = [_boxes(abstract) for abstract, _ in wanted]
-    largest = max((t.nbytes for _, tensors in wanted for t in tensors), default=0)
-    to_read = sum(volume(box) * tensors[0].dtype.itemsize
-                  for (_, tensors), boxes in zip(wanted, plans, strict=True) for box in boxes)
+    largest = max((t.nbytes for want in wanted for t in want.tensors), default=0)
+    to_read = sum(volume(box) * want.tensors[0].dtype.itemsize for want in wanted for box in want.boxes)
     reset_peak()
     if progress:
-        resident = sum(volume(box) * abstract.dtype.itemsize
-                       for (abstract, _), boxes in zip(wanted, plans, strict=True) if _is_host(boxes) for box in boxes)
-        staging = 0 if all(map(_is_host, plans)) else largest
+        resident = sum(volume(box) * want.array.dtype.itemsize
+                       for want in wanted if is_on_host(want.boxes) for box in want.boxes)
+        staging = 0 if all(want.is_adopted for want in wanted) else largest
         predicted = resident_bytes() + resident + staging + WORKERS * CHUNK
         print(f"{place}: reading {_size(to_read)}; host memory will peak at about {_size(predicted)}", file=sys.stderr)
     with (Reader() as reader, ThreadPoolExecutor(WORKERS) as pool,
@@ -49,8 +74,7 @@ def load_arrays(wanted: Sequence[Wanted], place: str, *, progress: bool = True) 
             for count in pool.map(lambda job: job(), jobs):
                 bar.update(count)
 
-        arrays = [_load(abstract, boxes, tensors, reader, read, largest)
-                  for (abstract, tensors), boxes in zip(wanted, plans, strict=True)]
+        arrays = [_load(want, reader, read, largest) for want in wanted]
     if reader.with_nan:
         warnings.warn(f"{place}: NaN in {', '.join(summarize(sorted(reader.with_nan)))}; the file is damaged or the "
                       "training that wrote it diverged", stacklevel=2)
@@ -59,25 +83,21 @@ def load_arrays(wanted: Sequence[Wanted], place: str, *, progress: bool = True) 
     return arrays
 
 
-def _boxes(abstract: jax.ShapeDtypeStruct) -> dict[Box, list[jax.Device]]:
-    """The different slices that this process holds, each with its devices."""
-    sharding = abstract.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    boxes: dict[Box, list[jax.Device]] = {}
-    for device, index in sharding.addressable_devices_indices_map(abstract.shape).items():
-        box = tuple(s.indices(n)[:2] for s, n in zip(index, abstract.shape, strict=True))
-        boxes.setdefault(box, []).append(device)
-    return boxes
+def sharding_of(abstract: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
+    """The sharding of an abstract array; the default device where it has none."""
+    return abstract.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
-def _is_host(boxes: dict[Box, list[jax.Device]]) -> bool:
+def is_on_host(boxes: dict[Box, list[jax.Device]]) -> bool:
+    """Whether all devices are CPU devices."""
     return all(device.platform == "cpu" for devices in boxes.values() for device in devices)
 
 
-def _load(abstract: jax.ShapeDtypeStruct, boxes: dict[Box, list[jax.Device]], tensors: Sequence[Tensor],
-          reader: Reader, read: Callable[[Jobs], None], largest: int) -> jax.Array:
-    sharding = abstract.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    stacked = len(abstract.shape) == len(tensors[0].shape) + 1
-    assert abstract.shape == ((len(tensors),) if stacked else ()) + tensors[0].shape, (abstract, tensors[0])
+def _load(want: Wanted, reader: Reader, read: Callable[[Jobs], None], largest: int) -> tuple[jax.Array, ...]:
+    array, tensors, boxes = want.array, want.tensors, want.boxes
+    stacked = len(array.shape) == len(tensors[0].shape) + 1
+    assert array.shape == ((len(tensors),) if stacked else ()) + tensors[0].shape, (array, tensors[0])
+    assert not stacked or all(box[0] == (0, len(tensors)) for box in boxes), "layers are never sharded"
 
     def piece(start: int, stop: int, dtype: np.dtype) -> jax.Array:
         """Rows start to stop of the first dimension of a stack, or the one tensor."""
@@ -87,39 +107,42 @@ def _load(abstract: jax.ShapeDtypeStruct, boxes: dict[Box, list[jax.Device]], te
                  for job in reader.plan(tensors[i], [(box[1:], out[i - start]) for box, out in buffers.items()]))
         else:
             read(reader.plan(tensors[0], list(buffers.items())))
-        arrays = [jax.device_put(buffers[box], device) for box, devices in boxes.items() for device in devices]
-        shape = (stop - start, *abstract.shape[1:]) if stacked else abstract.shape
-        return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+        parts = [jax.device_put(buffers[box], device) for box, devices in boxes.items() for device in devices]
+        shape = (stop - start, *array.shape[1:]) if stacked else array.shape
+        return jax.make_array_from_single_device_arrays(shape, sharding_of(array), parts)
 
+    if want.is_adopted:
+        return (piece(0, len(tensors), array.dtype),)
     stored = {tensor.dtype for tensor in tensors}
-    stored = stored.pop() if len(stored) == 1 else abstract.dtype  # accelerators cast; their buses carry what is stored
-    assert not stacked or all(box[0] == (0, len(tensors)) for box in boxes), "layers are never sharded"
-    if _is_host(boxes):
-        return piece(0, len(tensors), abstract.dtype)
+    stored = stored.pop() if len(stored) == 1 else np.dtype(np.float32)  # devices cast; the bus carries what is stored
+    targets = (array,) if want.scale is None else (array, want.scale)
+    places = tuple(map(sharding_of, targets))
+
+    def convert(part: jax.Array) -> tuple[jax.Array, ...]:
+        if want.scale is None:
+            return (part.astype(array.dtype),)
+        kind = kind_of(array.dtype)
+        return quantize(part, (part.shape[0], *want.scale.shape[1:]) if stacked else want.scale.shape, kind)
+
     if not stacked:
-        return _finish(_cast(piece(0, 1, stored), abstract.dtype, sharding))
+        return jax.block_until_ready(jax.jit(convert, out_shardings=places)(piece(0, 1, stored)))
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=places)
+    def write(stacks: tuple[jax.Array, ...], part: jax.Array, start: int) -> tuple[jax.Array, ...]:
+        return tuple(jax.lax.dynamic_update_slice_in_dim(stack, new, start, 0)
+                     for stack, new in zip(stacks, convert(part), strict=True))
+
+    stacks = jax.jit(lambda: tuple(jnp.zeros(t.shape, t.dtype) for t in targets), out_shardings=places)()
     # the number of layers in a piece is the same on every process, which runs the same programs
     step = max(1, largest // 2 // max(1, tensors[0].nbytes))
-    write = jax.jit(lambda stack, part, start: jax.lax.dynamic_update_slice_in_dim(
-        stack, part.astype(stack.dtype), start, 0), donate_argnums=0, out_shardings=sharding)
-    stack = jax.jit(lambda: jnp.zeros(abstract.shape, abstract.dtype), out_shardings=sharding)()
     in_flight = 0
     for start in range(0, len(tensors), step):
         stop = min(start + step, len(tensors))
         size = (stop - start) * tensors[0].nbytes
-        if in_flight + size > largest:
-            stack, in_flight = _finish(stack), 0
-        stack, in_flight = write(stack, piece(start, stop, stored), start), in_flight + size
-    return _finish(stack)
-
-
-def _cast(array: jax.Array, dtype: np.dtype, sharding: jax.sharding.Sharding) -> jax.Array:
-    return array if array.dtype == dtype else jax.jit(lambda x: x.astype(dtype), out_shardings=sharding)(array)
-
-
-def _finish(array: jax.Array) -> jax.Array:
-    """Waits until the host buffers behind an array are free again."""
-    return array.block_until_ready()
+        if in_flight + size > largest:  # until then the host buffers of earlier pieces are in use
+            stacks, in_flight = jax.block_until_ready(stacks), 0
+        stacks, in_flight = write(stacks, piece(start, stop, stored), start), in_flight + size
+    return jax.block_until_ready(stacks)
 
 
 def _aligned_empty(box: Box, dtype: np.dtype) -> np.ndarray:

@@ -43,7 +43,7 @@ def assert_same_bits(loaded, expected):
 @pytest.mark.parametrize("name", MESHES)
 def test_every_device_holds_its_slice(tmp_path, name, staged, monkeypatch):
     if staged:
-        monkeypatch.setattr(stream, "_is_host", lambda boxes: False)
+        monkeypatch.setattr(stream, "is_on_host", lambda boxes: False)
     _, leaves = write_checkpoint(tmp_path / "m", shard_bytes=5000)
     mesh = make_mesh(MESHES[name])
     loaded = load_state(tmp_path / "m", mesh, "bfloat16")
@@ -57,7 +57,7 @@ def test_every_device_holds_its_slice(tmp_path, name, staged, monkeypatch):
 @pytest.mark.parametrize("target", ["float32", "bfloat16"])
 def test_stored_precision_is_cast_to_the_one_asked_for(tmp_path, source, target, staged, monkeypatch):
     if staged:
-        monkeypatch.setattr(stream, "_is_host", lambda boxes: False)
+        monkeypatch.setattr(stream, "is_on_host", lambda boxes: False)
     _, leaves = write_checkpoint(tmp_path / "m", np.dtype(source))
     loaded = load_state(tmp_path / "m", dtype=target)
     assert_same_bits(loaded, {path: leaf.astype(target) for path, leaf in leaves.items()})
@@ -72,7 +72,7 @@ def test_a_stack_of_mixed_precision(tmp_path, monkeypatch):
     save_file(tensors, file)
     for staged in (False, True):
         if staged:
-            monkeypatch.setattr(stream, "_is_host", lambda boxes: False)
+            monkeypatch.setattr(stream, "is_on_host", lambda boxes: False)
         stack = np.asarray(load_state(tmp_path / "m")["layers/up_proj/weight"])
         for layer in range(3):
             np.testing.assert_array_equal(stack[layer], tensors[name.replace("1", str(layer))].astype(np.float32))
@@ -105,6 +105,25 @@ def test_memory_and_bytes_are_announced(tmp_path, capfd):
     text = capfd.readouterr().err
     assert re.search(r"reading 0 MiB; host memory will peak at about \d", text)
     assert re.search(r"host memory peaked at \d", text)
+
+
+@pytest.mark.parametrize("kind, mesh", [("int8", None), ("nf4", "grid")])
+def test_a_frozen_base_is_quantized_as_it_is_read(tmp_path, kind, mesh):
+    from crossin_jax.models.quantize import dequantize, quantize
+
+    _, leaves = write_checkpoint(tmp_path / "m", hidden_size=128, intermediate_size=128)  # two blocks of nf4
+    _, state = abstract_transformer(read_spec(tmp_path / "m"), MESHES.get(mesh) and make_mesh(MESHES[mesh]),
+                                    lora=Lora(rank=2), frozen_dtype=kind)
+    loaded = state_leaves(load_weights(tmp_path / "m", state, progress=False))
+    wanted = {path.removesuffix("/scale") for path in loaded if path.endswith("/scale")}
+    assert len(wanted) == 7
+    for path in wanted:
+        codes, scale = quantize(jnp.asarray(leaves[f"{path}/weight"]), loaded[f"{path}/scale"].shape, kind)
+        np.testing.assert_array_equal(np.asarray(loaded[f"{path}/weight"]), np.asarray(codes))
+        np.testing.assert_array_equal(np.asarray(loaded[f"{path}/scale"]), np.asarray(scale))
+        assert jnp.abs(dequantize(codes, scale, jnp.float32) - leaves[f"{path}/weight"].astype(np.float32)).max() < 0.2
+    for path in ("norm/weight", "layers/input_layernorm/weight"):
+        np.testing.assert_array_equal(np.asarray(loaded[path]), leaves[path])
 
 
 # ---- ties
