@@ -96,18 +96,22 @@ def _bare_vote(keys: dict[str, int], sentence: str) -> int | None:
     return None if key is None else keys[key]
 
 
-# What announces an answer, by language; the language of the answer and English are tried.
+# What announces an answer, and what merely names a choice ("option B is wrong"), by language; English is tried too.
 _ANNOUNCE = {
-    "en": ("answer", "correct choice", "correct option", "option", "choice"),
-    "zh": ("答案", "正确选项", "正确答案", "选项", "選項", "应选", "故选", "选择", "选", "選"),
-    "vi": ("đáp án", "câu trả lời", "trả lời", "lựa chọn", "phương án", "chọn"),
-    "es": ("respuesta", "opción correcta", "opción", "alternativa"),
-    "id": ("jawaban", "jawabannya", "pilihan", "opsi"),
-    "ms": ("jawapan", "jawapannya", "pilihan", "opsyen"),
-    "fil": ("sagot", "kasagutan", "tugon", "pagpipilian", "opsyon"),
-    "ar": ("الإجابة", "الجواب", "الخيار"), "de": ("antwort", "lösung", "option"), "el": ("απάντηση", "επιλογή"),
-    "hi": ("उत्तर", "जवाब", "विकल्प"), "ro": ("răspuns", "răspunsul", "opțiunea", "varianta"),
-    "ru": ("ответ", "вариант"), "th": ("คำตอบ", "ตอบ", "ตัวเลือก", "ข้อ"), "tr": ("cevap", "yanıt", "seçenek"),
+    "en": ("answer", "correct choice", "correct option"),
+    "zh": ("答案", "正确选项", "正確選項", "应选", "故选", "我选"),
+    "vi": ("đáp án", "câu trả lời", "trả lời", "phương án đúng", "lựa chọn đúng"),
+    "es": ("respuesta", "opción correcta", "alternativa correcta"),
+    "id": ("jawaban", "jawabannya", "pilihan yang benar"),
+    "ms": ("jawapan", "jawapannya", "pilihan yang betul"), "fil": ("sagot", "kasagutan", "tamang pagpipilian"),
+    "ar": ("الإجابة", "الجواب"), "de": ("antwort", "lösung"), "el": ("απάντηση",), "hi": ("उत्तर", "जवाब"),
+    "ro": ("răspuns", "răspunsul"), "ru": ("ответ",), "th": ("คำตอบ", "ตอบ"), "tr": ("cevap", "yanıt"),
+}
+_NAME = {
+    "en": ("option", "choice"), "zh": ("选项", "選項", "选择", "选"), "vi": ("lựa chọn", "phương án", "chọn"),
+    "es": ("opción", "alternativa"), "id": ("pilihan", "opsi"), "ms": ("pilihan", "opsyen"),
+    "fil": ("pagpipilian", "opsyon"), "ar": ("الخيار",), "de": ("option",), "el": ("επιλογή",), "hi": ("विकल्प",),
+    "ro": ("opțiunea", "varianta"), "ru": ("вариант",), "th": ("ตัวเลือก", "ข้อ"), "tr": ("seçenek",),
 }
 # How a language letters its own lists, where not a, b, c.
 _NATIVE = {"zh": "甲乙丙丁戊己庚辛壬癸", "ar": "أبجدهوزحطي", "el": "ΑΒΓΔΕΖΗΘΙΚ", "hi": "कखगघङचछजझञ",
@@ -118,25 +122,24 @@ _LINKS = (r"(?:\s|[:=*_\"'`\-–]|\b(?:is|are|would|be|should|the|correct|right|
 
 
 @lru_cache(maxsize=256)
-def _patterns(language: str, num_choices: int) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str],
-                                                        dict[str, int]]:
-    """Announced letter, leading letter, bracketed letter; and the choice that each letter means."""
+def _patterns(language: str, num_choices: int) -> tuple[tuple[re.Pattern[str], ...], dict[str, int]]:
+    """Patterns of an announced, a leading, and a bracketed or named letter; and the choice that each letter means."""
     index = {letter: i for i, letter in enumerate(LETTERS[:num_choices])}
     index |= {unicodedata.normalize("NFKC", c): i for i, c in enumerate(_NATIVE.get(language, "")[:num_choices])}
     index |= {letter.lower(): i for letter, i in tuple(index.items())}
-    any_letter = "".join(re.escape(letter) for letter in index)
-    words = sorted({*_ANNOUNCE["en"], *_ANNOUNCE.get(language, ())}, key=len, reverse=True)
-    latin_after, latin_before = r"(?![^\W\d_])", r"(?<![^\W\d_])"
-    spaced = "|".join(latin_before + re.escape(unicodedata.normalize("NFKC", w)) if w[0].isascii() else
-                      re.escape(unicodedata.normalize("NFKC", w)) for w in words)
-    # a bare letter after an announcement must stand alone; Chinese and Thai write on without a space
-    alone = r"(?![A-Za-z0-9'’])(?!\s+[a-z])" if language in ("zh", "th") else rf"{latin_after}(?!['’])"
-    announced = re.compile(rf"(?i:{spaced}){_LINKS}(?i:\(([{any_letter}])\)|\[([{any_letter}])\])|"
-                           rf"(?i:{spaced}){_LINKS}([{any_letter}]){alone}")
-    leading = re.compile(rf"[\s\"'*_`]*(?:[(\[]([{any_letter}])[)\]]|"
-                         rf"([{any_letter}])(?:[\"'*_`]*\s*[).:,、]|[\"'*_`\s]*$|\s*\n))")
-    bracketed = re.compile(rf"\(([{any_letter}])\)")
-    return announced, leading, bracketed, index
+    letter = f"([{''.join(map(re.escape, index))}])"
+    # a bare letter stands alone; but Chinese and Thai write on without a space, and then the article "a" is none
+    alone = r"(?![A-Za-z0-9'’])(?!\s+[a-z])" if language in ("zh", "th") else r"(?![^\W_])(?!['’])(?!\s+[a-z])"
+
+    def after(words: dict[str, tuple[str, ...]]) -> str:
+        either = sorted({*words["en"], *words.get(language, ())}, key=len, reverse=True)
+        either = [unicodedata.normalize("NFKC", word) for word in either]
+        heads = "|".join((r"(?<![^\W\d_])" if word[0].isascii() else "") + re.escape(word) for word in either)
+        return rf"(?i:{heads}){_LINKS}(?:[(\[]{letter}[)\]]|{letter}{alone})"
+
+    leading = rf"\A[\s\"'*_`]*(?:[(\[]{letter}[)\]]|{letter}(?:[\"'*_`]*\s*[).:,、]|[\"'*_`\s]*\Z|[\"'*_`]*\s*\n))"
+    named = rf"\({letter}\)|{after(_NAME)}"
+    return tuple(re.compile(pattern) for pattern in (after(_ANNOUNCE), leading, named)), index
 
 
 @lru_cache(maxsize=1 << 14)
@@ -155,20 +158,18 @@ def read_choice(choices: Sequence[str], text: str, language: str = "en") -> Answ
     """Our own reading of an answer, stricter than SeaEval's: what it does not plainly say stays unreadable.
 
     In this order, and the first that finds something decides: a letter announced as the answer ("Jawaban: B",
-    "答案：Ｂ"), a letter that opens the answer ("B.", "(b)"), letters in brackets, the text of a choice as whole words.
-    Full-width letters and the language's own (甲, ก, أ) count. Two different findings on one level are a tie.
+    "答案：Ｂ"), a letter that opens the answer ("B.", "(b)"), letters in brackets or named ("option B"), the text of a
+    choice as whole words. Full-width letters and the language's own (甲, ก, أ) count. Two findings on one level are a
+    tie.
     `language` is a code of `crossin_jax.languages`; others get the English rules.
     """
     choices = tuple(choices)
     if not text.strip():
         return Answer(tuple(range(len(choices))), "empty", text)
-    announced, leading, bracketed, index = _patterns(language, len(choices))
+    patterns, index = _patterns(language, len(choices))
     plain = unicodedata.normalize("NFKC", text)
-    found = {_letter(match, index) for match in announced.finditer(plain)}
-    if not found and (match := leading.match(plain)):
-        found = {_letter(match, index)}
-    if not found:
-        found = {_letter(match, index) for match in bracketed.finditer(plain)}
+    found = next(filter(None, ({_letter(match, index) for match in pattern.finditer(plain)} for pattern in patterns)),
+                 None)
     if not found:
         found = _mentioned(_plain_texts(choices), _plain(text), spaced=language not in ("zh", "th"))
     if not found:
