@@ -88,7 +88,7 @@ def evaluate(predictions: Predictions, mode: Mode = "expectation", *, seed: int 
     least = most = None
     coin_sd: dict[str, float] = {}
     if mode == "expectation":
-        least, most, coin_sd = _coin_range(predictions, p_ILC, correct_IL)
+        least, most, coin_sd = _coin_range(predictions, correct_IL, level)
     return Scores(level.accuracy, level.language_accuracy, level.consistency, level.ac3, predictions.benchmark, mode,
                   num_items, combinations, _coin_share(predictions), least, most, coin_sd)
 
@@ -185,9 +185,11 @@ def _item_range(counts: tuple[int, ...], coins: tuple[tuple[int, ...], ...],
     return tuple(shares_OS.min(0)), tuple(shares_OS.max(0)), tuple(variance_S)
 
 
-def _coin_range(predictions: Predictions, p_ILC: np.ndarray,
-                correct_IL: np.ndarray) -> tuple[Level, Level, dict[str, float]]:
-    languages, (num_items, num_languages, num_choices) = predictions.languages, p_ILC.shape
+def _coin_range(predictions: Predictions, correct_IL: np.ndarray,
+                expected: Level) -> tuple[Level, Level, dict[str, float]]:
+    """What the coins can make of a run: least, most, and standard deviations."""
+    languages, (num_items, num_languages) = predictions.languages, correct_IL.shape
+    num_choices = max(item.num_choices for item in predictions.items)
     ranges = []
     for item in predictions.items:
         counts, coins = [0] * num_choices, []
@@ -200,10 +202,10 @@ def _coin_range(predictions: Predictions, p_ILC: np.ndarray,
         ranges.append(_item_range(tuple(counts), tuple(sorted(coins)), num_languages))
     sums_3S = np.array(ranges).sum(0)  # least, most, variance
     sizes = range(2, num_languages + 1)
-    least, most = (_level(languages, np.asarray(accuracy_L),
-                          dict(zip(sizes, map(float, sums_S / num_items), strict=True)))
-                   for accuracy_L, sums_S in (((correct_IL == 1).sum(0) / num_items, sums_3S[0]),
-                                              ((correct_IL > 0).sum(0) / num_items, sums_3S[1])))
+    accuracies_2L = [(correct_IL == 1).sum(0) / num_items, (correct_IL > 0).sum(0) / num_items]
+    least, most = (_level(languages, accuracy_L, {s: bound(float(total) / num_items, expected.consistency[s])
+                                                  for s, total in zip(sizes, sums_S, strict=True)})
+                   for bound, accuracy_L, sums_S in zip((min, max), accuracies_2L, sums_3S[:2], strict=True))
     variance = float((correct_IL * (1 - correct_IL)).sum()) / (num_items * num_languages) ** 2
     return least, most, {"accuracy": math.sqrt(variance)} | {
         f"consistency_{s}": math.sqrt(float(v)) / num_items for s, v in zip(sizes, sums_3S[2], strict=True)}
