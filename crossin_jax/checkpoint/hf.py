@@ -63,8 +63,9 @@ def read_json(file: Path) -> dict[str, Any]:
     return values
 
 
-def read_spec(folder: Path) -> ModelSpec:
+def read_spec(folder: str | os.PathLike) -> ModelSpec:
     """The spec in config.json, checked against the folder's tokenizer; reads no weight."""
+    folder = Path(folder)
     spec = spec_from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
     if (folder / "tokenizer.json").is_file():
         check_vocabulary(folder / "tokenizer.json", spec, str(folder / "config.json"))
@@ -82,8 +83,9 @@ def check_vocabulary(file: Path, spec: ModelSpec, place: str) -> None:
                         f"is {last}; the tokenizer belongs to another model, or the embedding was not resized")
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
+def read_tensors(folder: str | os.PathLike) -> dict[str, Tensor]:
     """Every tensor of a folder by name, from one file or from the shards of its index; headers only."""
+    folder = Path(folder)
     if (folder / SINGLE).is_file():
         return read_header(str(folder / SINGLE))
     if not (folder / INDEX).is_file():
