@@ -126,7 +126,26 @@ def preview(config: Config, arguments: Any) -> None:
     print("\n".join(view.row_to_terminal(*row) for row in rows))
 
 
-COMMANDS = {"build": build, "preview": preview}
+def audit(config: Config, arguments: Any) -> None:
+    """Writes audit.json, audit.md and audit.png: one epoch as training sees it, against the configured benchmarks."""
+    from crossin_jax.data import audit as auditing
+    from crossin_jax.data.pipeline import open_pipeline
+    from crossin_jax.evaluation.benchmarks import load_benchmark
+    data = open_pipeline(config)
+    languages = config.evaluation.languages or config.data.languages
+    benchmarks = [load_benchmark(name, languages, seed=config.seed) for name in config.evaluation.benchmarks]
+    report = auditing.audit(data.mixture, data.renderer, config.data, benchmarks)
+    folder = Path(arguments.out or Path(config.output_dir) / "audit").expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    table = auditing.to_markdown(report)
+    write_atomically(folder / "audit.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(folder / "audit.md", table)
+    auditing.draw(report, folder / "audit.png")
+    print(table)
+    print(f"wrote audit.json, audit.md and audit.png in {folder}")
+
+
+COMMANDS = {"build": build, "preview": preview, "audit": audit}
 
 
 def main() -> None:

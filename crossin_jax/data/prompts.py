@@ -208,6 +208,10 @@ class Renderer:
         """The tokenizer's own name of a token."""
         return self._tokenizer.id_to_token(i) or f"<{i}>"
 
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text by itself."""
+        return [len(encoding) for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
     @property
     def is_byte_level(self) -> bool:
         """Whether tokens are written in the alphabet that stands for bytes."""
