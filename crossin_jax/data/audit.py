@@ -159,8 +159,8 @@ def to_markdown(report: dict[str, Any]) -> str:
     """The report as tables."""
     packing = report["packing"]
     lines = [f"# Audit of mixture {report['mixture']}", "", f"{report['examples']} examples, rows of "
-             f"{report['length']} tokens, over-long: {report['over_long']}. Packed rows are {packing['packed']:.1%} real "
-             f"tokens ({packing['examples_per_row']:.1f} examples per row), unpacked ones "
+             f"{report['length']} tokens, over-long: {report['over_long']}. Packed rows are {packing['packed']:.1%} "
+             f"real tokens ({packing['examples_per_row']:.1f} examples per row), unpacked ones "
              f"{packing['unpacked']:.1%}. Repeated examples: {report['duplicates']['examples']}.", ""]
     lines += _table(("component", "pair", "examples", "tokens", "share", "learned", "share", "over-long", "shortened",
                      "dropped", "refused"),
