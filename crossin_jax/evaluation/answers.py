@@ -18,7 +18,7 @@ from crossin_jax.evaluation.predictions import Answer
 LETTERS = "ABCDEFGHIJ"  # SeaEval labels at most ten choices
 _SENTENCE = re.compile(r"[^!?。.]+[!?。.]?")
 _NO_SENTENCE = "nothing here actually"  # what SeaEval reads in an answer of full stops alone
-_TO_ENGLISH = str.maketrans("，。“”‘’！？【】《》（）", ",.\"\"''!?[]<>()")
+_TO_ENGLISH = tuple(zip("，。“”‘’！？【】《》（）", ",.\"\"''!?[]<>()", strict=True))
 _EDGES = "(。$,|！\\!.？?)，；：…—·《》“”‘’{}[]（）、/\n\t\r\v\f "
 _STAND_IN = " *&^%$asa "  # SeaEval's substitute for a bare "A", so that the article "a" is none
 
@@ -67,27 +67,38 @@ def align(choices: Sequence[str], text: str) -> Answer:
     keys = _keys(tuple(choices))
     if not text.strip():
         return Answer(keys.every, "empty", text)
-    sentences = _sentences(text.translate(_TO_ENGLISH))
-    votes = [vote for sentence in sentences if (vote := _marked_vote(keys.marked, sentence)) is not None]
+    english = text
+    if not text.isascii():
+        for mark, replacement in _TO_ENGLISH:
+            english = english.replace(mark, replacement)
+    sentences = _sentences(english)
+    votes = _marked_votes(keys.marked, sentences)
     if not votes:
         votes = [vote for sentence in sentences if (vote := _bare_vote(keys.bare, sentence)) is not None]
     if not votes:
         return Answer(keys.every, "unreadable", text)
+    if votes.count(votes[0]) == len(votes):
+        return Answer((votes[0],), "matched", text)
     (first, count), *rest = Counter(votes).most_common(2)  # equal counts: in the order of their first votes
     if rest and rest[0][1] == count:
         return Answer(tuple(sorted((first, rest[0][0]))), "tie", text)
     return Answer((first,), "matched", text)
 
 
-def _marked_vote(keys: dict[str, int], sentence: str) -> int | None:
-    """The longest key in the sentence as written or in lower case; as written goes first among equals."""
-    written = next(filter(sentence.__contains__, keys), None)
-    lowered = next(filter(sentence.lower().__contains__, keys), None)
-    if written is None and lowered is None:
-        return None
-    if written is None or lowered is not None and len(lowered) > len(written):
-        return keys[lowered]  # type: ignore[index]
-    return keys[written]
+def _marked_votes(keys: dict[str, int], sentences: list[str]) -> list[int]:
+    """Each sentence's longest key, as written or in lower case; as written goes first among equals."""
+    lowers = [sentence.lower() for sentence in sentences]
+    anywhere = "\0".join((*sentences, *lowers))
+    keys = {key: index for key, index in keys.items() if key in anywhere}  # mostly one or two of some twenty
+    votes = []
+    for sentence, lower in zip(sentences, lowers, strict=True) if keys else ():
+        written = next(filter(sentence.__contains__, keys), None)
+        lowered = next(filter(lower.__contains__, keys), None)
+        if written is None or lowered is not None and len(lowered) > len(written):
+            written = lowered
+        if written is not None:
+            votes.append(keys[written])
+    return votes
 
 
 def _bare_vote(keys: dict[str, int], sentence: str) -> int | None:
