@@ -189,7 +189,9 @@ def _coin_range(predictions: Predictions, correct_IL: np.ndarray,
                 expected: Level) -> tuple[Level, Level, dict[str, float]]:
     """What the coins can make of a run: least, most, and standard deviations."""
     languages, (num_items, num_languages) = predictions.languages, correct_IL.shape
-    num_choices = max(item.num_choices for item in predictions.items)
+    num_choices, sizes = max(item.num_choices for item in predictions.items), range(2, num_languages + 1)
+    if all(len(answer.candidates) == 1 for item in predictions.items for answer in item.answers.values()):
+        return expected, expected, dict.fromkeys(("accuracy", *(f"consistency_{s}" for s in sizes)), 0.0)
     ranges = []
     for item in predictions.items:
         counts, coins = [0] * num_choices, []
@@ -201,7 +203,6 @@ def _coin_range(predictions: Predictions, correct_IL: np.ndarray,
                 coins.append(candidates)
         ranges.append(_item_range(tuple(counts), tuple(sorted(coins)), num_languages))
     sums_3S = np.array(ranges).sum(0)  # least, most, variance
-    sizes = range(2, num_languages + 1)
     accuracies_2L = [(correct_IL == 1).sum(0) / num_items, (correct_IL > 0).sum(0) / num_items]
     least, most = (_level(languages, accuracy_L, {s: bound(float(total) / num_items, expected.consistency[s])
                                                   for s, total in zip(sizes, sums_S, strict=True)})

@@ -1,0 +1,273 @@
+"""Scores against enumeration of all coins, against SeaEval's published numbers, and their intervals."""
+
+import gzip
+import itertools
+import json
+import math
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from crossin_jax.config import UserError
+from crossin_jax.evaluation import metrics
+from crossin_jax.evaluation.intervals import bootstrap, compare, restrict, spread
+from crossin_jax.evaluation.metrics import ac3, evaluate, item_scores, pair_agreement, toss
+from crossin_jax.evaluation.predictions import Answer, ItemAnswers, Predictions
+from crossin_jax.score import read_log
+
+NAMES = ("en", "zh", "vi", "es")
+
+
+def make(rows, gold=0, num_choices=3, tags=()):
+    """Predictions from rows of candidates by language."""
+    languages = NAMES[:len(rows[0])]
+    return Predictions("made", "generate", 1, languages, tuple(
+        ItemAnswers(f"item {i}", dict.fromkeys(languages, gold), num_choices, {
+            language: Answer((c,) if isinstance(c, int) else c, "matched" if isinstance(c, int) else "tie")
+            for language, c in zip(languages, row, strict=True)}, tags[i] if tags else ())
+        for i, row in enumerate(rows)))
+
+
+def plain_scores(rows, gold=0):
+    """Straight from the definition, for certain answers."""
+    num_languages = len(rows[0])
+    scores = {"accuracy": sum(c == gold for row in rows for c in row) / len(rows) / num_languages}
+    for s in range(2, num_languages + 1):
+        sets = list(itertools.combinations(range(num_languages), s))
+        agree = sum(len({row[l] for l in chosen}) == 1 for row in rows for chosen in sets)
+        scores[f"consistency_{s}"] = agree / len(rows) / len(sets)
+        scores[f"AC3_{s}"] = ac3(scores["accuracy"], scores[f"consistency_{s}"])
+    return scores
+
+
+def outcomes(rows):
+    """(probability, rows of certain answers) of every outcome of all coins."""
+    cells = [(c,) if isinstance(c, int) else c for row in rows for c in row]
+    for outcome in itertools.product(*cells):
+        width = len(rows[0])
+        yield 1 / math.prod(map(len, cells)), [outcome[i:i + width] for i in range(0, len(outcome), width)]
+
+
+COINS = [
+    [(0, 1), 0, (0, 2)],
+    [1, 1, (0, 1, 2)],
+    [(0, 1, 2), (1, 2), (0, 1, 2)],
+    [2, 2, 2],
+]
+FOUR = [[(0, 1), (0, 1), (1, 2), (0, 1, 2)], [(0, 1), (0, 1), (0, 1), (0, 1)]]
+
+
+@pytest.mark.parametrize("rows", [COINS, FOUR])
+def test_expectation_is_the_mean_over_all_outcomes(rows):
+    scores = evaluate(make(rows))
+    table = [(p, plain_scores(outcome)) for p, outcome in outcomes(rows)]
+    assert math.isclose(sum(p for p, _ in table), 1)
+    flat, least, most = scores.flatten(), scores.least.flatten(), scores.most.flatten()
+    for name in scores.coin_sd:
+        values = np.array([result[name] for _, result in table])
+        weights = np.array([p for p, _ in table])
+        assert flat[name] == pytest.approx(weights @ values, abs=1e-12)
+        assert scores.coin_sd[name] == pytest.approx(math.sqrt(weights @ (values - weights @ values) ** 2), abs=1e-12)
+        assert least[name] == pytest.approx(values.min(), abs=1e-12)
+        assert most[name] == pytest.approx(values.max(), abs=1e-12)
+    for name in ("AC3_2", "AC3_3"):
+        values = [result[name] for _, result in table]
+        assert least[name] - 1e-12 <= min(values) and max(values) <= most[name] + 1e-12
+        s = name[-1]
+        assert flat[name] == ac3(flat["accuracy"], flat[f"consistency_{s}"])
+
+
+def test_combinations_and_items_average_to_the_scores():
+    predictions = make(COINS)
+    scores, items = evaluate(predictions), item_scores(predictions)
+    assert list(scores.combinations[2]) == [("en", "zh"), ("en", "vi"), ("zh", "vi")]
+    assert scores.combinations[3].keys() == {("en", "zh", "vi")}
+    for name, values in items.items():
+        assert values.shape == (4,)
+        assert values.mean() == pytest.approx(scores.flatten()[name], abs=1e-12)
+    matrix = pair_agreement(predictions)
+    for (a, b), value in scores.combinations[2].items():
+        i, j = NAMES.index(a), NAMES.index(b)
+        assert matrix[i, j] == matrix[j, i] == pytest.approx(value)
+    assert np.diagonal(matrix).tolist() == [1, 1, 1]
+
+
+def test_strict_counts_a_coin_as_no_answer():
+    scores = evaluate(make(COINS), "strict")
+    assert scores.language_accuracy == {"en": 0, "zh": 1 / 4, "vi": 0}
+    assert scores.combinations[2] == {("en", "zh"): 2 / 4, ("en", "vi"): 1 / 4, ("zh", "vi"): 1 / 4}
+    assert scores.consistency[3] == 1 / 4
+    assert scores.least is None and scores.most is None
+
+
+def test_seaeval_mode_tosses_fair_seeded_coins():
+    predictions = make(COINS)
+    possible = [plain_scores(outcome) for _, outcome in outcomes(COINS)]
+    results = [evaluate(predictions, "seaeval", seed=seed).flatten() for seed in range(600)]
+    assert results[3] == evaluate(predictions, "seaeval", seed=3).flatten()
+    for result in results[:20]:
+        assert any(all(result[k] == pytest.approx(v, abs=1e-12) for k, v in one.items()) for one in possible)
+    expected = evaluate(predictions)
+    for name, sd in expected.coin_sd.items():
+        mean = np.mean([result[name] for result in results])
+        assert abs(mean - expected.flatten()[name]) < 4 * sd / math.sqrt(600)
+    # a coin belongs to its item, not to its place in the benchmark
+    turned = replace(predictions, items=predictions.items[::-1])
+    assert evaluate(turned, "seaeval", seed=5).flatten() == pytest.approx(results[5])
+
+
+def test_tosses_scatter_as_the_exact_deviation_says():
+    predictions = make(COINS * 5)
+    scores, tossed = evaluate(predictions), toss(predictions, 4000, seed=1)
+    for name, sd in scores.coin_sd.items():
+        assert abs(tossed[name].mean() - scores.flatten()[name]) < 4 * sd / math.sqrt(4000)
+        assert tossed[name].std() == pytest.approx(sd, rel=0.06)
+    assert np.array_equal(tossed["AC3_3"], toss(predictions, 4000, seed=1)["AC3_3"])
+
+
+def test_coin_share_by_language_and_reason():
+    shares = evaluate(make(COINS)).coin_share
+    assert shares["en"] == {"tie": 2 / 4, "empty": 0, "unreadable": 0}
+    assert shares["vi"]["tie"] == 3 / 4
+
+
+def test_one_language_has_accuracy_alone():
+    scores = evaluate(make([[0], [1]]))
+    assert (scores.accuracy, scores.consistency, scores.ac3) == (0.5, {}, {})
+
+
+def test_items_may_differ_in_choices_and_gold():
+    predictions = make([[0, 0], [1, 1]], num_choices=2)
+    first = replace(predictions.items[0], num_choices=5, gold={"en": 4, "zh": 0})
+    scores = evaluate(replace(predictions, items=(first, predictions.items[1])))
+    assert scores.language_accuracy == {"en": 0, "zh": 0.5}
+
+
+def test_nothing_to_score_and_unknown_modes_are_refused():
+    with pytest.raises(UserError, match="no items"):
+        evaluate(replace(make(COINS), items=()))
+    with pytest.raises(UserError, match="did you mean strict"):
+        evaluate(make(COINS), "strikt")
+
+
+def published(path):
+    scores = json.loads(path.read_text())
+    flat = {"accuracy": scores["overall_acc"]}
+    flat |= {f"accuracy/{language}": value for language, value in scores["language_acc"].items()}
+    flat |= {key.replace("consistency_score", "consistency"): value for key, value in scores.items()
+             if key.startswith(("consistency", "AC3"))}
+    return flat, {tuple(key.split(",")): value for sets in scores["detailed_consistency_score"].values()
+                  for key, value in sets.items()}
+
+
+def test_published_scores(shared):
+    """To the last digit where no coin is tossed; within the coins' range and noise elsewhere."""
+    num_exact = 0
+    for log in sorted((shared / "seaeval" / "logs").glob("*/*/*.json.gz")):
+        expected, sets = published(log.with_name(log.name.replace(".json.gz", "_score.json")))
+        scores = evaluate(read_log(log))
+        flat, least, most = scores.flatten(), scores.least.flatten(), scores.most.flatten()
+        for name, value in expected.items():
+            assert least[name] - 1e-12 <= value <= most[name] + 1e-12, (log, name)
+        if not any(any(share.values()) for share in scores.coin_share.values()):
+            num_exact += 1
+            assert flat == least == most == expected and list(flat) == list(expected)
+            assert {names: v for by_size in scores.combinations.values() for names, v in by_size.items()} == sets
+            assert list(sets) == [names for by_size in scores.combinations.values() for names in by_size]
+            for mode in ("seaeval", "strict"):
+                assert evaluate(read_log(log), mode).flatten() == expected
+        else:
+            for name, sd in scores.coin_sd.items():
+                assert abs(expected[name] - flat[name]) < 4 * sd, (log, name)
+    assert num_exact == 5
+
+
+def test_summation_is_seaevals_on_every_python(monkeypatch):
+    values = [0.1] * 10
+    assert metrics._mean(values) == 0.09999999999999999  # a compensated sum would give 0.1
+
+
+def random_rows(num_items, p, seed, num_languages=3):
+    rng = random.Random(seed)
+    return [[0 if rng.random() < p else rng.choice((1, 2)) for _ in range(num_languages)] for _ in range(num_items)]
+
+
+def test_bootstrap_interval_is_that_of_a_mean():
+    predictions = make(random_rows(400, 0.6, seed=0))
+    intervals, values = bootstrap(predictions, num_resamples=2000), item_scores(predictions)
+    assert intervals.keys() == evaluate(predictions).flatten().keys()
+    for name in ("accuracy", "accuracy/zh", "consistency_3"):
+        low, high = intervals[name]
+        error = 1.96 * values[name].std() / math.sqrt(400)
+        assert low == pytest.approx(values[name].mean() - error, abs=0.15 * error)
+        assert high == pytest.approx(values[name].mean() + error, abs=0.15 * error)
+    low, high = intervals["AC3_3"]
+    assert low < evaluate(predictions).ac3[3] < high
+    assert intervals == bootstrap(predictions, num_resamples=2000)
+    assert intervals != bootstrap(predictions, num_resamples=2000, seed=1)
+
+
+def test_languages_of_an_item_stay_together():
+    """Answers that are equal in all languages carry no more than one language does."""
+    one = make([[row[0]] * 3 for row in random_rows(200, 0.5, seed=3)])
+    intervals = bootstrap(one)
+    assert intervals["accuracy"] == pytest.approx(intervals["accuracy/en"])
+
+
+def test_paired_comparison():
+    first = make(random_rows(200, 0.4, seed=1))
+    better = make(random_rows(200, 0.7, seed=2))
+    same = compare(first, first)
+    assert all((d.difference, d.low, d.high, d.p) == (0, 0, 0, 1) for d in same.values())
+    gain = compare(first, better)["accuracy"]
+    assert gain.difference == pytest.approx(evaluate(better).accuracy - evaluate(first).accuracy)
+    assert 0 < gain.low < gain.difference < gain.high and gain.p < 0.01
+    loss = compare(better, first)["accuracy"]
+    assert loss.difference == -gain.difference and loss.p == pytest.approx(gain.p)
+    turned = replace(better, items=better.items[::-1], languages=better.languages[::-1])
+    assert compare(first, turned)["AC3_3"].difference == pytest.approx(compare(first, better)["AC3_3"].difference)
+
+
+def test_p_values_are_uniform_where_runs_do_not_differ():
+    p = [compare(make(random_rows(60, 0.5, seed=2 * i)), make(random_rows(60, 0.5, seed=2 * i + 1)),
+                 num_resamples=400)["accuracy"].p for i in range(150)]
+    assert 0.005 < np.mean(np.array(p) < 0.1) < 0.2
+
+
+def test_comparison_refuses_other_items():
+    rows = random_rows(10, 0.5, seed=1)
+    first = make(rows)
+    with pytest.raises(UserError, match="'item 9'"):
+        compare(first, make(rows[:9]))
+    with pytest.raises(UserError, match="another gold"):
+        compare(first, make(rows, gold=1))
+    with pytest.raises(UserError, match="languages en, zh, vi against en, zh"):
+        compare(first, make([row[:2] for row in rows]))
+    with pytest.raises(UserError, match="ids repeat"):
+        compare(first, replace(first, items=first.items + first.items[:1]))
+
+
+def test_restriction_to_a_tag():
+    predictions = make([[0, 0], [1, 1], [0, 1]], tags=(("opaque",), (), ("opaque", "short")))
+    assert [item.id for item in restrict(predictions, "opaque").items] == ["item 0", "item 2"]
+    with pytest.raises(UserError, match="opaque, short"):
+        restrict(predictions, "clear")
+
+
+def test_spread_over_runs():
+    runs = [evaluate(make(rows)) for rows in ([[0, 0]], [[0, 1]], [[1, 1]], [[0, 0]], [[0, 0]])]
+    summary = spread(runs)["accuracy"]
+    assert (summary.median, summary.low, summary.high, summary.num_runs) == (1, 0, 1, 5)
+    assert summary.mean == pytest.approx(0.7) and summary.sd == pytest.approx(np.std([1, 0.5, 0, 1, 1], ddof=1))
+    assert math.isnan(spread(runs[:1])["AC3_2"].sd)
+    with pytest.raises(UserError):
+        spread([])
+
+
+def test_compressed_and_plain_logs_are_one(shared, tmp_path):
+    log = shared / "seaeval" / "logs" / "flan_t5_large" / "cross_mmlu" / "zero_shot_p1.json.gz"
+    plain = tmp_path / "zero_shot_p1.json"
+    plain.write_bytes(gzip.decompress(log.read_bytes()))
+    assert read_log(plain) == read_log(log)
