@@ -3,10 +3,11 @@
   python -m crossin_jax.prepare build       --config FILE [--out DIR] [--format parquet|jsonl]   write the mixture
   python -m crossin_jax.prepare preview     --config FILE [-n 5] [--html PAGE]      what is learned, token by token
   python -m crossin_jax.prepare audit       --config FILE [--out DIR]               languages, lengths, leakage
-  python -m crossin_jax.prepare translate   --config FILE --model FOLDER            fill missing languages
+  python -m crossin_jax.prepare translate   --config FILE [--command CMD] [--out FILE]           fill missing languages
   python -m crossin_jax.prepare cross_xquad --config FILE [--out FILE]              Cross-XQuAD's questions from XQuAD
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -18,7 +19,7 @@ from absl import flags
 from tqdm import tqdm
 
 from crossin_jax import program
-from crossin_jax.config import Config, hint
+from crossin_jax.config import Config, UserError, hint
 from crossin_jax.data.mixture import Mixture, load_corpora
 
 BATCH = 4096
@@ -30,6 +31,9 @@ def define_flags() -> None:
     flags.DEFINE_enum("format", "parquet", ["parquet", "jsonl"], "file format of build")
     flags.DEFINE_integer("n", 5, "examples in preview", lower_bound=1)
     flags.DEFINE_string("html", None, "page that preview writes")
+    flags.DEFINE_string("source", None, "source that translate fills; needed where there are several")
+    flags.DEFINE_string("command", None, "shell command that translates; without it the configured model does")
+    flags.DEFINE_integer("max_new_tokens", 512, "longest translation of a text, tokens", lower_bound=1)
 
 
 def build(config: Config, arguments: Any) -> None:
@@ -145,7 +149,53 @@ def audit(config: Config, arguments: Any) -> None:
     print(f"wrote audit.json, audit.md and audit.png in {folder}")
 
 
-COMMANDS = {"build": build, "preview": preview, "audit": audit}
+def translate(config: Config, arguments: Any) -> None:
+    """Fills the languages that a source lacks, with the configured model or an external command."""
+    from crossin_jax.data.corpus import load_corpus
+    from crossin_jax.data.translate import fill, run_command
+    names = [source.name for source in config.data.sources]
+    name = arguments.source or (names[0] if len(names) == 1 else None)
+    if name not in names:
+        raise UserError(f"--source={name}: name one of the sources {', '.join(names)}{hint(name, names)}")
+    source = dataclasses.replace(config.data.sources[names.index(name)])
+    out = Path(arguments.out or Path(config.output_dir) / f"{name}.jsonl").expanduser()
+    corpus = load_corpus(source, config.data.languages, seed=config.seed)
+    if arguments.command:
+        translator, engine = run_command(arguments.command), arguments.command
+    else:
+        translator, engine = open_translator(config, arguments.max_new_tokens)
+    counts = fill(corpus, config.data.languages, config.data.pivot, translator, out, engine=engine)
+    print("\n".join(f"{name:<36} {n:>8}" for name, n in sorted(counts.items())))
+    print(f"wrote {out}; suspicious rows carry a field flags")
+
+
+def open_translator(config: Config, max_new_tokens: int) -> tuple[Any, str]:
+    """The configured model behind our engine, asked by a translation prompt; and the identity of its answers."""
+    from flax import nnx
+
+    from crossin_jax.data.pipeline import open_renderer, open_tokenizer
+    from crossin_jax.data.translate import request
+    from crossin_jax.generation.engine import Engine
+    from crossin_jax.parallel.mesh import make_mesh
+    from crossin_jax.training.state import abstract_model, load_base, model_spec
+    config = dataclasses.replace(config, lora=None)
+    mesh, spec = make_mesh(config.mesh), model_spec(config)
+    tokenizer = open_tokenizer(config)
+    renderer = open_renderer(config, tokenizer)
+    model = abstract_model(config, spec, mesh)
+    state = nnx.merge_state(*load_base(config, model.trainable, model.frozen))
+    engine = Engine(model.graphdef, state, spec, eos_ids=renderer.eos_ids, pad_id=renderer.pad_id, mesh=mesh,
+                    batch_size=config.evaluation.batch_size, cache_dtype=config.evaluation.cache_dtype,
+                    attention=config.model.attention)
+
+    def translator(texts: list[str], origin: str, target: str) -> list[str]:
+        prompts = [renderer.render_prompt(request(origin, target), text) for text in texts]
+        answers = engine.generate(prompts, max_new_tokens=max_new_tokens, over_long="skip", progress=False)
+        return [tokenizer.decode(answer) if answer else "" for answer in answers]
+    return translator, f"{config.model.path} {config.model.revision} {renderer.hash} {max_new_tokens}"
+
+
+COMMANDS = {"build": build, "preview": preview, "audit": audit, "translate": translate}
 
 
 def main() -> None:
