@@ -181,6 +181,8 @@ def check_outputs(log: Path, outputs: dict[str, Path | None]) -> None:
         taken[path.resolve()] = flag
         if path.is_dir():
             raise UserError(f"{flag}={path}: a folder; name a file in it")
+        if path.exists() and not path.is_file():  # replacing /dev/null would break the machine
+            raise UserError(f"{flag}={path}: not a regular file; name another")
         if not path.parent.is_dir():
             raise UserError(f"{flag}={path}: the folder {path.parent} does not exist; make it first")
         if not os.access(path.parent, os.W_OK):

@@ -40,10 +40,10 @@ def bootstrap(predictions: Predictions, mode: Mode = "expectation", *, level: fl
     "seaeval", once, with this seed.
     """
     scores = item_scores(predictions, mode, seed=seed)
-    weights_RI = _resample(len(predictions.items), num_resamples, seed)
+    weights_RI = resample_weights(len(predictions.items), num_resamples, seed)
     tails = [(1 - level) / 2, (1 + level) / 2]
     return {name: tuple(map(float, np.quantile(values_R, tails)))  # type: ignore[misc]
-            for name, values_R in _weigh(scores, weights_RI).items()}
+            for name, values_R in weigh_scores(scores, weights_RI).items()}
 
 
 def compare(first: Predictions, second: Predictions, mode: Mode = "expectation", *, level: float = 0.95,
@@ -54,13 +54,13 @@ def compare(first: Predictions, second: Predictions, mode: Mode = "expectation",
     at zero counted on both and one added to each count, so that it is never 0. Raises UserError where items, gold or
     languages differ.
     """
-    second = _in_order_of(first, second)
-    weights_RI = _resample(len(first.items), num_resamples, seed)
+    second = in_order_of(first, second)
+    weights_RI = resample_weights(len(first.items), num_resamples, seed)
     even_1I = np.full((1, len(first.items)), 1 / len(first.items))
     one, two = item_scores(first, mode, seed=seed), item_scores(second, mode, seed=seed)
     results = {}
-    resampled = [_weigh(scores, weights_RI) for scores in (one, two)]
-    observed = [_weigh(scores, even_1I) for scores in (one, two)]
+    resampled = [weigh_scores(scores, weights_RI) for scores in (one, two)]
+    observed = [weigh_scores(scores, even_1I) for scores in (one, two)]
     for name in resampled[0]:
         delta_R = resampled[1][name] - resampled[0][name]
         delta_R[np.abs(delta_R) < 1e-12] = 0  # rounding is no difference
@@ -71,20 +71,20 @@ def compare(first: Predictions, second: Predictions, mode: Mode = "expectation",
     return results
 
 
-def _resample(num_items: int, num_resamples: int, seed: int) -> np.ndarray:
+def resample_weights(num_items: int, num_resamples: int, seed: int) -> np.ndarray:
     """Weights (R, I) of the items in each resample; rows sum to 1."""
     rng = np.random.default_rng(seed)
     return rng.multinomial(num_items, np.full(num_items, 1 / num_items), size=num_resamples) / num_items
 
 
-def _weigh(scores: dict[str, np.ndarray], weights_RI: np.ndarray) -> dict[str, np.ndarray]:
+def weigh_scores(scores: dict[str, np.ndarray], weights_RI: np.ndarray) -> dict[str, np.ndarray]:
     """Weighted means of item scores, and AC3 of these; each (R,)."""
     means = dict(zip(scores, (weights_RI @ np.stack(list(scores.values()), 1)).T, strict=True))
     return means | {f"AC3_{name.removeprefix('consistency_')}": ac3(means["accuracy"], value)
                     for name, value in means.items() if name.startswith("consistency_")}
 
 
-def _in_order_of(first: Predictions, second: Predictions) -> Predictions:
+def in_order_of(first: Predictions, second: Predictions) -> Predictions:
     """The second run with the first one's order of items and languages; UserError where they are not the same."""
     place = f"comparing {first.benchmark!r} with {second.benchmark!r}"
     if set(first.languages) != set(second.languages):

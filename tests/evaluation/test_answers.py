@@ -114,7 +114,8 @@ def test_every_published_answer(shared):
     ("en", "The correct answer is (B). Option A is wrong because (C)"), ("id", "Jawaban: B"),
     ("id", "Jawabannya adalah (b)"), ("ms", "Jawapan: B."), ("fil", "Ang tamang sagot ay B"),
     ("vi", "Đáp án đúng là B"), ("es", "La respuesta correcta es la B."), ("zh", "答案：B"),
-    ("zh", "正确答案是（Ｂ）"), ("zh", "选B"), ("zh", "乙"), ("zh", "答案：乙"), ("ru", "Ответ: Б"), ("ru", "Ответ: B"), ("th", "คำตอบคือ ข"), ("ar", "الجواب هو ب"),
+    ("zh", "正确答案是（Ｂ）"), ("zh", "选B"), ("zh", "乙"), ("zh", "答案：乙"),
+    ("ru", "Ответ: Б"), ("ru", "Ответ: B"), ("th", "คำตอบคือ ข"), ("ar", "الجواب هو ب"),
     ("el", "Απάντηση: Β"), ("hi", "उत्तर: ख"), ("tr", "Cevap: B"), ("de", "Die Antwort ist B."), ("ro", "Răspuns: B"),
 ])
 def test_reader_finds_the_letter(language, text):

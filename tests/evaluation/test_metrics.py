@@ -59,7 +59,10 @@ COINS = [
 FOUR = [[(0, 1), (0, 1), (1, 2), (0, 1, 2)], [(0, 1), (0, 1), (0, 1), (0, 1)]]
 
 
-@pytest.mark.parametrize("rows", [COINS, FOUR])
+MIXED = [[0, (0, 1, 2), (1, 2), (0, 1, 2)], [(0, 1, 2), (0, 1, 2), 2, 2]]
+
+
+@pytest.mark.parametrize("rows", [COINS, FOUR, MIXED])
 def test_expectation_is_the_mean_over_all_outcomes(rows):
     scores = evaluate(make(rows))
     table = [(p, plain_scores(outcome)) for p, outcome in outcomes(rows)]
@@ -184,7 +187,7 @@ def test_published_scores(shared):
     assert num_exact == 5
 
 
-def test_summation_is_seaevals_on_every_python(monkeypatch):
+def test_summation_is_seaevals_on_every_python():
     values = [0.1] * 10
     assert metrics._mean(values) == 0.09999999999999999  # a compensated sum would give 0.1
 

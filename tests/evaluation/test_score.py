@@ -153,6 +153,7 @@ def test_outputs_are_checked_before_any_work(tmp_path):
     log = write(tmp_path, [row()])
     before = log.read_bytes()
     for options, words in [({"out": log}, "same file as --log"), ({"out": tmp_path}, "a folder"),
+                           ({"out": "/dev/null"}, "not a regular file"),
                            ({"out": tmp_path / "no" / "out.json"}, "does not exist"),
                            ({"out": tmp_path / "x.json", "alignments": tmp_path / "x.json"}, "same file as --out"),
                            ({"mode": "expected"}, "did you mean expectation")]:
