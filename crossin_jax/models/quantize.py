@@ -21,8 +21,8 @@ def nf4_values() -> np.ndarray:
     """The 16 values of the code, ascending from -1 to 1: quantiles of a normal distribution, with an exact zero."""
     quantile = statistics.NormalDist().inv_cdf
     outermost = 0.9677083  # keeps the last quantile finite; the mean of 1 - 1/32 and 1 - 1/30
-    negative = [-quantile(p) for p in np.linspace(outermost, 0.5, 9)[:-1]]
-    positive = [quantile(p) for p in np.linspace(outermost, 0.5, 8)[:-1]]
+    positive = [quantile(p) for p in np.linspace(outermost, 0.5, 9)[:-1]]
+    negative = [-quantile(p) for p in np.linspace(outermost, 0.5, 8)[:-1]]
     values = np.array(sorted(negative + [0.0] + positive))
     return (values / np.abs(values).max()).astype(np.float32)
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -23,14 +22,14 @@ SPECS = {spec.model_type: spec for spec in (LLAMA, MISTRAL, GEMMA, QWEN)}
 
 
 def make_model(spec: ModelSpec, seed: int = 0, **options) -> Transformer:
-    """A model whose weights are large enough to tell right from wrong, norms and biases included."""
+    """A model whose weights are large enough to tell right from wrong, norms, biases and adapters included."""
     options = {"frozen_dtype": "float32"} | options
-    model = Transformer(spec, rngs=nnx.Rngs(seed), **options)
-    for i, (_, leaf) in enumerate(nnx.to_flat_state(nnx.state(model))):
-        value = leaf.get_value()
-        if jnp.issubdtype(value.dtype, jnp.floating):
-            noise = jax.random.normal(jax.random.key(1000 * seed + i), value.shape)
-            leaf.set_value((value + 0.3 * noise).astype(value.dtype))
+    model = nnx.eval_shape(lambda: Transformer(spec, rngs=nnx.Rngs(0), **options))
+    rng = np.random.default_rng(seed)
+    for path, leaf in nnx.to_flat_state(nnx.state(model)):
+        center = 1.0 if "norm" in path[-2] and not spec.norm_offset else 0.0
+        noise = 0.3 * rng.standard_normal(leaf.shape)
+        leaf.set_value(jnp.asarray(center + noise, leaf.dtype))
     return model
 
 

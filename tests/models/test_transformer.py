@@ -128,9 +128,9 @@ def test_every_remat_policy_gives_the_same_gradients_and_an_unknown_one_is_refus
             return model.unembed(model.hidden(tokens, dropout_key=jax.random.key(3), remat=remat)[0]).var()
         return jax.grad(loss)(state)
 
+    same = functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-4)
     expected = gradient(state, "none")
     for name in REMAT[1:]:
-        same = functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-4)
         jax.tree.map(same, gradient(state, name), expected)
     with pytest.raises(UserError, match="did you mean dots"):
         model.hidden(tokens, remat="dot")
