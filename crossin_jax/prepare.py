@@ -62,7 +62,7 @@ def build(config: Config, arguments: Any) -> None:
 def iterate_rows(mixture: Mixture) -> Any:
     """Batches of plain rows, in stream order."""
     for start in tqdm(range(0, len(mixture), BATCH), desc="build", unit=" batches", delay=2):
-        yield [{"id": e.id, "component": e.component, "prompt_language": e.prompt_language,
+        yield [{"row_id": e.id, "component": e.component, "prompt_language": e.prompt_language,
                 "answer_language": e.answer_language, "instruction": e.instruction, "input": e.input,
                 "output": e.output, "messages": [{"role": role, "content": text} for role, text in e.messages or ()]}
                for e in mixture.take(np.arange(start, min(start + BATCH, len(mixture))))]
@@ -72,7 +72,7 @@ def write_parquet(mixture: Mixture, path: Path) -> None:
     """One row per example."""
     import pyarrow as pa
     import pyarrow.parquet
-    texts = ("id", "component", "prompt_language", "answer_language", "instruction", "input", "output")
+    texts = ("row_id", "component", "prompt_language", "answer_language", "instruction", "input", "output")
     turns = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
     schema = pa.schema(dict.fromkeys(texts, pa.string()) | {"messages": turns})
     with pyarrow.parquet.ParquetWriter(path, schema) as writer:

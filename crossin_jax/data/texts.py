@@ -145,7 +145,7 @@ class TextReader:
         messages = self._find(row, "messages")
         if isinstance(messages, str):
             messages = json.loads(messages)
-        if isinstance(messages, list):
+        if isinstance(messages, list) and messages:
             return _read_chat(messages, place)
         values = [self._find(row, field) for field in ("instruction", "input", "output")]
         if values[0] is None and values[2] is None:

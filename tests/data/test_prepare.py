@@ -1,0 +1,161 @@
+"""The prepare programs: what they write, that it is whole, and what they say about faults."""
+
+import json
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+from crossin_jax import prepare
+from crossin_jax.config import Component, Config, Data, Model, Source, UserError
+from crossin_jax.data import preview
+from crossin_jax.data.corpus import load_corpus
+from crossin_jax.data.crosslingual import Example
+from crossin_jax.data.mixture import Mixture, load_corpora
+from crossin_jax.data.prompts import Renderer, RowFault, load_tokenizer
+from tests.data.conftest import parallel_rows, write_lines
+
+
+@pytest.fixture
+def config(tokenizer, tmp_path):
+    """An experiment on 50 rows whose model folder holds a tokenizer only."""
+    tokenizer.save_pretrained(tmp_path / "model")
+    source = Source(name="rows", path=write_lines(tmp_path / "rows.jsonl", parallel_rows(50)))
+    components = Component(source="rows"), Component(kind="x2x", source="rows", count=30)
+    data = Data(sources=(source,), components=components, length=128, template="gemma")
+    return Config(output_dir=str(tmp_path / "run"), model=Model(path=str(tmp_path / "model")), data=data)
+
+
+def arguments(**changes):
+    return SimpleNamespace(**{"out": None, "format": "parquet", "n": 3, "html": None, "source": None, "command": None,
+                              "max_new_tokens": 8} | changes)
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_build_writes_the_stream_and_its_manifest(config, tmp_path, form, capsys):
+    prepare.build(config, arguments(format=form))
+    folder = tmp_path / "run" / "data"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    path = folder / manifest["file"]
+    rows = pyarrow.parquet.read_table(path).to_pylist() if form == "parquet" else [
+        json.loads(line) for line in path.read_text().splitlines()]
+    mixture = Mixture(config.data, load_corpora(config.data, config.seed), config.seed)
+    assert manifest["hash"] == mixture.manifest()["hash"] and len(rows) == 80 == manifest["examples"]
+    assert [(r["row_id"], r["instruction"], r["input"], r["output"]) for r in rows] == [
+        (e.id, e.instruction, e.input, e.output) for e in mixture]
+    stamp = path.stat().st_mtime_ns
+    prepare.build(config, arguments(format=form))
+    assert path.stat().st_mtime_ns == stamp and "up to date" in capsys.readouterr().out
+    config.data.components[1].count = 20
+    prepare.build(config, arguments(format=form))
+    assert json.loads((folder / "manifest.json").read_text())["examples"] == 70
+    source = Source(name="built", path=str(path), languages=("en",))  # what was built can be read again
+    assert len(load_corpus(source, ("en",))) > 0
+
+
+def test_a_stopped_build_leaves_nothing_whole(config, tmp_path, monkeypatch):
+    prepare.build(config, arguments())
+    config.data.components[1].count = 20
+
+    def stopped(mixture, path):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+    monkeypatch.setattr(prepare, "write_parquet", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.build(config, arguments())
+    assert [p.name for p in (tmp_path / "run" / "data").iterdir()] == ["mixture.parquet"]  # no manifest: not whole
+    monkeypatch.undo()
+    prepare.build(config, arguments())
+    assert len(pyarrow.parquet.read_table(tmp_path / "run" / "data" / "mixture.parquet")) == 70
+
+
+def test_preview_marks_exactly_what_is_learned(config, capsys):
+    prepare.preview(config, arguments(n=4))
+    out = capsys.readouterr().out
+    mixture = Mixture(config.data, load_corpora(config.data, config.seed), config.seed)
+    tokenizer = load_tokenizer(config.model.path)
+    renderer = Renderer(tokenizer, "gemma")
+    for example in mixture.take(np.arange(4)):
+        rendered = renderer.render(example)
+        assert f"«{example.output}</s>»" in out and example.id in out
+        assert " ".join(f"{i}*" if learned else str(i)
+                        for i, learned in zip(rendered.ids, rendered.learned, strict=True)) in out
+    assert re.search(r"^\|\d+(\|\d+)*\|\d+ free\| \d+\.\d% of 128 tokens real$", out, re.M)
+
+
+def test_preview_in_colour_and_as_a_page(config, tmp_path, capsys):
+    prepare.preview(config, arguments(html=str(tmp_path / "page.html")))
+    page = (tmp_path / "page.html").read_text()
+    assert page.count('class="t l"') > 5 and '<div class="bar">' in page and "<script" not in page
+    renderer = Renderer(load_tokenizer(config.model.path), "gemma")
+    example = Example("i<d", "x2x", "en", "zh", "<b>bold</b>", "", "塞纳河")
+    rendered = renderer.render(example)
+    text = preview.to_terminal(renderer, example, rendered, length=128, colour=True)
+    assert preview.LEARNED in text and "塞纳河" in re.sub(r"\x1b\[[\d;]*m", "", text)
+    pairs = [(example, rendered), (example, RowFault("nothing to learn", "x"))]
+    page = preview.to_html(renderer, pairs, [([5], 3)], 128)
+    assert "<b>" not in page and "i&lt;d" in page and "refused: nothing to learn" in page
+    assert "over-long for length 4" in preview.describe(example, rendered, 4)
+
+
+@pytest.mark.parametrize("name", ["small", "llama2"])
+def test_pieces_join_to_the_text(name, tokenizer, shared):
+    tokenizer = tokenizer if name == "small" else load_tokenizer(str(shared / "tokenizers" / "llama2"))
+    renderer = Renderer(tokenizer, "gemma")
+    rendered = renderer.render(Example("i", "x2x", "en", "zh", "麤 ¿Qué? Ở", "", "麤 河 ñ"))
+    assert "".join(preview.show_pieces(renderer, rendered)).replace("<s>", "").lstrip() == "麤 ¿Qué? Ở\n麤 河 ñ</s>"
+
+
+def test_audit_writes_table_json_and_figure(config, tmp_path, capsys):
+    prepare.audit(config, arguments())
+    folder = tmp_path / "run" / "audit"
+    report = json.loads((folder / "audit.json").read_text())
+    assert report["examples"] == 80 and (folder / "audit.png").stat().st_size > 10_000
+    assert (folder / "audit.md").read_text() in capsys.readouterr().out
+
+
+def test_translate_fills_a_source_through_a_command(config, tmp_path, capsys):
+    rows = parallel_rows(3)
+    del rows[1]["es"]
+    config.data.sources[0].path = write_lines(tmp_path / "gaps.jsonl", rows)
+    with pytest.raises(UserError, match="no 'es' version.*prepare translate"):
+        Mixture(config.data, load_corpora(config.data, 0), 0)
+    script = "import json,sys; [print(json.dumps('es ' + json.loads(l)['text'])) for l in sys.stdin]"
+    prepare.translate(config, arguments(command=f'{sys.executable} -c "{script}"'))
+    config.data.sources[0].path = str(tmp_path / "run" / "rows.jsonl")
+    config.data.components[1].count = 3
+    assert len(Mixture(config.data, load_corpora(config.data, 0), 0)) == 6
+    with pytest.raises(UserError, match="--source=rwos: name one of the sources rows; did you mean rows"):
+        prepare.translate(config, arguments(source="rwos"))
+
+
+def run(*words):
+    command = [sys.executable, "-m", "crossin_jax.prepare", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_command_line(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path / "model")
+    path = write_lines(tmp_path / "rows.jsonl", parallel_rows(20))
+    (tmp_path / "c.py").write_text(
+        "from crossin_jax.config import *\ndef get_config():\n    return Config(output_dir='run', model=Model(path="
+        f"{str(tmp_path / 'model')!r}), data=Data(sources=(Source(name='s', path={path!r}),), "
+        "components=(Component(kind='x2x', source='s', count=9),), length=128, template='gemma'))\n")
+    done = run("build", "--config", str(tmp_path / "c.py"), "--out", str(tmp_path / "out"), "--config.seed=3")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["seed"] == 3
+    done = run("preview", "-n", "2", "--config", str(tmp_path / "c.py"))
+    assert done.returncode == 0 and done.stdout.count("x2x") == 2, done.stderr
+    broken = run("build", "--config", str(tmp_path / "c.py"), f"--out={path}/x")
+    assert broken.returncode == 2 and "Traceback" not in broken.stderr and path in broken.stderr
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (("biuld",), "'biuld' is no command of prepare; did you mean build?"), ((), "name a command: build, preview")])
+def test_unknown_commands_name_the_known(words, message):
+    done = run(*words)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
