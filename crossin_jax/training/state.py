@@ -11,10 +11,10 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from crossin_jax.checkpoint import hf
+from crossin_jax.checkpoint import hf, peft
 from crossin_jax.config import Config, UserError
 from crossin_jax.models.layers import Adapter
-from crossin_jax.models.lora import is_trainable, resolve
+from crossin_jax.models.lora import is_trainable, resolve, start_magnitudes
 from crossin_jax.models.spec import ModelSpec, spec_from_architecture
 from crossin_jax.models.transformer import Transformer
 from crossin_jax.parallel.mesh import batch_sharding, shardings
@@ -35,7 +35,10 @@ def model_spec(config: Config) -> ModelSpec:
     """The spec of `model.path` or of `model.architecture`; reads no weight."""
     if config.model.architecture:
         return spec_from_architecture(config.model.architecture, config.model.architecture.vocab_size)
-    return hf.read_spec(hf.resolve_folder(config.model.path, config.model.revision))
+    spec = hf.read_spec(hf.resolve_folder(config.model.path, config.model.revision))
+    if config.lora and config.lora.path:  # an adapter may have a head of its own over tied embeddings
+        spec = peft.read_adapter(config.lora.path, spec, config.lora).spec
+    return spec
 
 
 def check_tokenizer(config: Config, tokenizer: Any, spec: ModelSpec) -> None:
@@ -75,8 +78,12 @@ def abstract_state(model: AbstractModel, optimizer: optax.GradientTransformation
 
 
 def load_base(config: Config, *states: Any) -> Any:
-    """Base weights of one or several abstract states, read from `model.path` straight onto their shardings."""
-    return hf.load_weights(hf.resolve_folder(config.model.path, config.model.revision), states)
+    """Weights of one or several abstract states, from `model.path` and `lora.path` straight onto their shardings."""
+    folder = hf.resolve_folder(config.model.path, config.model.revision)
+    states = hf.load_weights(folder, states)
+    if config.lora and config.lora.path:
+        states = peft.load_adapter(peft.read_adapter(config.lora.path, hf.read_spec(folder), config.lora), states)
+    return states
 
 
 def start_state(config: Config, model: AbstractModel, abstract: TrainState,
@@ -86,16 +93,27 @@ def start_state(config: Config, model: AbstractModel, abstract: TrainState,
     drawn = trainable
     if config.model.path is not None:
         trainable, frozen = load_base(config, trainable, frozen)
-        drawn = nnx.filter_state(model.trainable, Adapter)
+        drawn = nnx.filter_state(model.trainable, Adapter) if config.lora and not config.lora.path else nnx.State({})
     if jax.tree.leaves(drawn):
         paths = {path for path, _ in nnx.to_flat_state(drawn)}
         draw = lambda: nnx.state(build(config, model.spec, jax.random.key(config.seed)),  # noqa: E731
                                  lambda path, _: path in paths)
         trainable = nnx.merge_state(trainable, jax.jit(draw, out_shardings=placed(drawn))())
+        if config.lora and config.lora.use_dora:
+            magnitudes = nnx.filter_state(drawn, lambda path, _: path[-1] == "magnitude")
+            trainable = nnx.merge_state(trainable, jax.jit(
+                partial(_start_magnitudes, model.graphdef), out_shardings=placed(magnitudes))(trainable, frozen))
     moments = jax.jit(optimizer.init, out_shardings=placed(abstract.optimizer))(trainable)
     scalars = (jnp.zeros((), jnp.int32), jnp.ones((), bool))
     step, finite = jax.device_put(scalars, placed((abstract.step, abstract.finite)))
     return TrainState(step, finite, trainable, frozen, moments)
+
+
+def _start_magnitudes(graphdef: Any, trainable: nnx.State, frozen: nnx.State) -> nnx.State:
+    """The magnitudes of new DoRA adapters: the lengths of the loaded weights."""
+    merged = nnx.merge(graphdef, trainable, frozen)
+    start_magnitudes(merged)
+    return nnx.state(merged, lambda path, _: path[-1] == "magnitude")
 
 
 def placed(abstract: Any) -> Any:

@@ -1,16 +1,22 @@
 """PEFT adapters: their logits are ours, ours are theirs, and a round trip keeps every bit."""
 
+import dataclasses
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from crossin_jax.checkpoint.hf import load_weights, read_spec, state_leaves
 from crossin_jax.checkpoint.load import abstract_transformer, load_model
 from crossin_jax.checkpoint.peft import CONFIG, WEIGHTS, load_adapter, read_adapter, save_adapter
-from crossin_jax.config import Lora, UserError
+from crossin_jax.config import Config, Lora, Mesh, Model, UserError
+from crossin_jax.parallel.mesh import make_mesh
+from crossin_jax.training.optim import make_optimizer
+from crossin_jax.training.state import abstract_model, abstract_state, model_spec, start_state
 from tests.parity.adapters import ADAPTERS, load_peft, logits_of, make_adapter
 
 TOKENS = np.random.default_rng(0).integers(3, 97, (2, 24))
@@ -65,6 +71,32 @@ def test_an_adapter_says_whether_tied_embeddings_stay_tied(tmp_path, name, tied)
     if name == "tied_embedding_only":  # the head stays the base's embedding
         np.testing.assert_array_equal(np.asarray(leaves["lm_head/weight"]),
                                       load_file(base / "model.safetensors")["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("name", ["two_targets", "tied_broken", "dora"])
+def test_a_run_continues_from_an_adapter(tmp_path, name):
+    base, adapter = make_adapter(tmp_path, name)
+    file = read_adapter(adapter, read_spec(base))
+    config = Config(model=Model(path=str(base), frozen_dtype="float32", compute_dtype="float32"),
+                    lora=dataclasses.replace(file.lora, dropout=0.2))
+    logits = np.asarray(start_model(config)(TOKENS))
+    assert np.abs(logits - logits_of(load_peft(base, adapter), TOKENS)).max() <= 2e-4
+
+
+def test_new_dora_adapters_start_from_the_base(tmp_path):
+    base, _ = make_adapter(tmp_path, "dora")
+    config = Config(model=Model(path=str(base), frozen_dtype="float32", compute_dtype="float32"),
+                    lora=Lora(rank=2, use_dora=True))
+    wanted = np.asarray(load_model(base, progress=False)(TOKENS))
+    np.testing.assert_allclose(np.asarray(start_model(config)(TOKENS)), wanted, atol=2e-4)
+
+
+def start_model(config):
+    """The model of a run before its first step."""
+    mesh, optimizer = make_mesh(Mesh(), jax.devices()[:1]), make_optimizer(config.optim, 1)
+    model = abstract_model(config, model_spec(config), mesh)
+    state = start_state(config, model, abstract_state(model, optimizer, mesh), optimizer)
+    return nnx.merge(model.graphdef, state.trainable, state.frozen)
 
 
 def test_settings_that_contradict_the_adapter_come_with_the_ones_that_do_not(tmp_path):
