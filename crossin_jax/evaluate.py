@@ -1,7 +1,7 @@
 """Generate and score the benchmarks for a checkpoint or a base model, and compare results.
 
   python -m crossin_jax.evaluate --config configs/xquad_llama.py --checkpoint runs/xquad
-  python -m crossin_jax.evaluate --config configs/xquad_llama.py                      (the base model, untrained)
+  python -m crossin_jax.evaluate --config configs/xquad_llama.py                      (the base model, or lora.path on it)
   python -m crossin_jax.evaluate --compare runs/a/evaluation runs/b/evaluation
 
 An interrupted evaluation goes on where it stopped. Results: results.json, results.md, report.html, predictions/ (with
@@ -39,10 +39,11 @@ def evaluate(config: Config, checkpoint: str | Path | None, out: Path) -> tuple[
         spec, graphdef, state, mesh = restored.spec, restored.graphdef, restored.state, restored.mesh
         tokenizer, trained = restored.tokenizer, restored.provenance | {"step": restored.step, "run": str(restored.run)}
     else:
-        config = dataclasses.replace(config, lora=None)
+        adapter = config.lora.path if config.lora else None
+        config = dataclasses.replace(config, lora=config.lora if adapter else None)
         mesh, spec = make_mesh(config.mesh), model_spec(config)
         model = abstract_model(config, spec, mesh)
-        tokenizer, trained = open_tokenizer(config), {"base": config.model.path}
+        tokenizer, trained = open_tokenizer(config), {"base": config.model.path, "adapter": adapter}
         check_tokenizer(config, tokenizer, spec)
         graphdef, state = model.graphdef, nnx.merge_state(*load_base(config, model.trainable, model.frozen))
     renderer = open_renderer(config, tokenizer)
