@@ -1,7 +1,7 @@
 """Generate and score the benchmarks for a checkpoint or a base model, and compare results.
 
   python -m crossin_jax.evaluate --config configs/xquad_llama.py --checkpoint runs/xquad
-  python -m crossin_jax.evaluate --config configs/xquad_llama.py                      (the base model, or lora.path on it)
+  python -m crossin_jax.evaluate --config configs/xquad_llama.py                    (the base model, or lora.path on it)
   python -m crossin_jax.evaluate --compare runs/a/evaluation runs/b/evaluation
 
 An interrupted evaluation goes on where it stopped. Results: results.json, results.md, report.html, predictions/ (with
