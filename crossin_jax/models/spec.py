@@ -7,8 +7,8 @@ from typing import Any
 from crossin_jax.config import Architecture, UserError, hint
 
 FAMILIES = {
-    "llama": "Llama 1, 2, 3, 3.1, 3.2 and models built on them (Llama-SEA-LION v3, SeaLLM v1)",
-    "mistral": "Mistral 7B v0.1 to v0.3 (SeaLLM v2)",
+    "llama": "Llama 1, 2, 3, 3.1, 3.2 and models built on them (Llama-SEA-LION v3)",
+    "mistral": "Mistral 7B v0.1 to v0.3",
     "gemma": "Gemma 1 (SeaLLM v2.5)",
     "gemma2": "Gemma 2 (Gemma-SEA-LION v3)",
     "gemma3_text": "Gemma 3, text",

@@ -1,0 +1,62 @@
+"""Rotary frequencies, norms and projections in the precision they promise."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from crossin_jax.models.layers import Build, Linear, Norm, rope_frequencies, rope_tables, rotate
+from crossin_jax.models.spec import Rope
+
+FLOAT32, BFLOAT16 = (Build(None, None, dtype, dtype, dtype) for dtype in ("float32", "bfloat16"))
+
+
+@pytest.mark.parametrize("rope", [
+    Rope(500000.0, "llama3", 8.0), Rope(500000.0, "llama3", 32.0), Rope(10000.0, "llama3", 4.0, 2.0, 6.0, 256),
+    Rope(1e6, "linear", 8.0)], ids=str)
+@pytest.mark.parametrize("head_width", [64, 128])
+def test_scaled_frequencies_are_those_of_transformers(rope, head_width):
+    parameters = {"rope_type": rope.kind, "rope_theta": rope.theta, "factor": rope.factor}
+    if rope.kind == "llama3":
+        parameters |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor,
+                       "original_max_position_embeddings": rope.original_max_length}
+    config = LlamaConfig(head_dim=head_width, rope_parameters=parameters)
+    expected, _ = ROPE_INIT_FUNCTIONS[rope.kind](config, torch.device("cpu"))
+    np.testing.assert_allclose(rope_frequencies(rope, head_width), expected.numpy(), rtol=2e-6)
+
+
+def test_positions_stay_apart_and_depend_on_distance_only():
+    positions = jnp.asarray([[256, 257, 100_000, 100_001]])
+    cos, sin = rope_tables(positions, rope_frequencies(Rope(10000.0), 8))
+    assert cos.dtype == jnp.float32
+    np.testing.assert_allclose(cos[0, :, 0], np.cos(np.float64(positions[0])), atol=1e-6)
+    assert (cos[0, 0] != cos[0, 1]).any() and (cos[0, 2] != cos[0, 3]).any()
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 4, 1, 8)), jnp.float32)
+    q, k = rotate(jnp.repeat(x[:, :1], 4, 1), cos, sin), rotate(jnp.repeat(x[:, 1:2], 4, 1), cos, sin)
+    products = np.einsum("TH,TH->T", q[0, [1, 3], 0], k[0, [0, 2], 0])
+    np.testing.assert_allclose(products[0], products[1], atol=2e-2)  # float32 angles near 1e5 are off by 4e-3
+
+
+def test_norm_is_taken_in_float32_and_gemma_adds_one():
+    x = 1000 * jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 16)), jnp.bfloat16)
+    exact = np.asarray(x, np.float64)
+    exact /= np.sqrt(np.square(exact).mean(-1, keepdims=True) + 1e-6)
+    for offset in (False, True):
+        norm = Norm("norm", 16, "norm", BFLOAT16, eps=1e-6, offset=offset, rngs=nnx.Rngs(0))
+        norm.weight.set_value(jnp.full(16, 0.5, jnp.bfloat16))
+        y = norm(x)
+        assert y.dtype == jnp.bfloat16
+        np.testing.assert_allclose(y.astype(jnp.float32), exact * (1.5 if offset else 0.5), rtol=2 ** -8)
+
+
+def test_projections_of_float32_are_float32_and_carry_their_bias_and_axes():
+    sizes, axes = {"D": 512, "N": 2, "H": 4}, {"D": "embed", "N": "heads", "H": "head"}
+    layer = Linear("q_proj", "BTD,NHD->BTNH", sizes, axes, FLOAT32, bias=True, rngs=nnx.Rngs(0))
+    layer.bias.set_value(jnp.arange(8.0).reshape(2, 4))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 3, 512)), jnp.float32)
+    exact = np.einsum("BTD,NHD->BTNH", np.float64(x), np.float64(layer.weight.get_value())) + np.arange(8).reshape(2, 4)
+    np.testing.assert_allclose(layer(x, x), exact, atol=1e-5)
+    assert layer.weight.axes == ("heads", "head", "embed") and layer.bias.axes == ("heads", "head")
