@@ -214,27 +214,34 @@ class Mixture(Sequence):
     def __getitem__(self, i: int) -> Example:
         return self.take(np.array([i]))[0]
 
-    def take(self, positions: np.ndarray) -> list[Example]:
-        """The examples at these stream positions, in their order."""
+    def draw(self, positions: np.ndarray) -> np.ndarray:
+        """What stands at these stream positions: (n, 4) int64 of component, row, prompt language, answer language."""
+        positions = np.asarray(positions, np.int64)
         if (positions < 0).any():
             raise IndexError(f"stream position {positions.min()} is negative")
-        epochs, spots = np.divmod(np.asarray(positions, np.int64), len(self))
+        epochs, spots = np.divmod(positions, len(self))
         entries = np.empty(len(spots), np.int64)
         for epoch in np.unique(epochs):
             entries[epochs == epoch] = self._order(int(epoch))[spots[epochs == epoch]]
         owners = np.searchsorted(self._starts, entries, side="right") - 1
-        examples: list[Any] = [None] * len(spots)
+        draws = np.empty((len(spots), 4), np.int64)
         for c in np.unique(owners):
             here = np.flatnonzero(owners == c)
-            draws = epochs[here] * self.sizes[c] + entries[here] - self._starts[c]
-            pool, codes = self.pools[c], self.data.languages
-            units, rows, visits = pool.find_units(draws)
-            prompts, answers = pool.draw_pairs(units, rows, visits)
-            for i, row, prompt, answer in zip(here, rows, prompts, answers, strict=True):
-                examples[i] = make_example(pool.corpus[int(row)], pool.component.kind, codes[prompt], codes[answer],
-                                           tag=self.data.tag, component=self.labels[c],
-                                           translate_what=pool.component.translate_what)
-        return examples
+            numbers = epochs[here] * self.sizes[c] + entries[here] - self._starts[c]
+            units, rows, visits = self.pools[c].find_units(numbers)
+            pairs = self.pools[c].draw_pairs(units, rows, visits)
+            draws[here] = np.stack([np.full(len(here), c), rows, *pairs], axis=1)
+        return draws
+
+    def make(self, component: int, row: int, prompt: int, answer: int) -> Example:
+        """The example of one line of `draw`."""
+        pool, codes = self.pools[component], self.data.languages
+        return make_example(pool.corpus[row], pool.component.kind, codes[prompt], codes[answer], tag=self.data.tag,
+                            component=self.labels[component], translate_what=pool.component.translate_what)
+
+    def take(self, positions: np.ndarray) -> list[Example]:
+        """The examples at these stream positions, in their order."""
+        return [self.make(*draw) for draw in self.draw(positions).tolist()]
 
     def count_pairs(self, c: int) -> Counter[tuple[str, str]]:
         """How often each (prompt language, answer language) occurs in component c's part of the first epoch."""

@@ -91,30 +91,31 @@ class Windows:
 
     def render(self, positions: Sequence[int]) -> tuple[list[tuple[Rendered, int]], np.ndarray]:
         """(ids and mask, group) of the examples that fit a row, and what happened to the others by reason and group."""
-        examples = self.mixture.take(np.asarray(positions))
+        draws = list(map(tuple, self.mixture.draw(np.asarray(positions)).tolist()))
+        if len(self.mixture) > MEMORY_EXAMPLES or len(self._memory) > 4 * MEMORY_EXAMPLES:
+            self._memory.clear()  # a small mixture keeps what its next epochs will give again
+        new = list(dict.fromkeys(draw for draw in draws if draw not in self._memory))
+        examples = [self.mixture.make(*draw) for draw in new]
+        for draw, example, rendered in zip(new, examples, self.renderer.render_many(examples), strict=True):
+            self._memory[draw] = self._fit(example, rendered)
         kept, dropped = [], np.zeros((len(REASONS), len(self.groups)), np.int32)
-        for example, rendered in zip(examples, self._render_once(examples), strict=True):
-            group = self._group[example.component, example.answer_language]
-            if isinstance(rendered, RowFault):
-                reason = next((i for i, name in enumerate(REASONS) if rendered.reason.startswith(name)), 2)
+        for draw in draws:
+            rendered, group, reason = self._memory[draw]
+            if reason is not None:
                 dropped[reason, group] += 1
-                continue
-            if len(rendered.ids) - 1 > self.length:
-                rendered = shorten_input(example, self.renderer, self.length) if self.shortens else None
-                dropped[1 if rendered else 0, group] += 1
-            if rendered:
+            if rendered is not None:
                 kept.append((rendered, group))
         return kept, dropped
 
-    def _render_once(self, examples: list[Example]) -> list[Rendered | RowFault]:
-        """Renders, and keeps what a small mixture will give again in its next epochs."""
-        if len(self.mixture) > MEMORY_EXAMPLES:
-            return self.renderer.render_many(examples)
-        if len(self._memory) > 2 * MEMORY_EXAMPLES:  # open components redraw their pairs: forget
-            self._memory.clear()
-        new = list(dict.fromkeys(example for example in examples if example not in self._memory))
-        self._memory.update(zip(new, self.renderer.render_many(new), strict=True))
-        return [self._memory[example] for example in examples]
+    def _fit(self, example: Example, rendered: Rendered | RowFault) -> tuple[Rendered | None, int, int | None]:
+        """(what goes into a row, group, index of the reason why it is not the whole example)."""
+        group = self._group[example.component, example.answer_language]
+        if isinstance(rendered, RowFault):
+            return None, group, next((i for i, name in enumerate(REASONS) if rendered.reason.startswith(name)), 2)
+        if len(rendered.ids) - 1 <= self.length:
+            return rendered, group, None
+        short = shorten_input(example, self.renderer, self.length) if self.shortens else None
+        return short, group, 1 if short else 0
 
     def _survey(self) -> float:
         """Mean positions per example, from the first of the stream; refuses a run that could not learn anything."""
@@ -150,21 +151,30 @@ class Windows:
         return rows
 
     def _fill(self, rows: list[list[int]], kept: list[tuple[Rendered, int]]) -> dict[str, np.ndarray]:
-        shape = len(rows), self.length
-        tokens, targets = (np.full(shape, self.renderer.pad_id, np.int32) for _ in range(2))
-        segments, positions, groups = (np.zeros(shape, np.int32) for _ in range(3))
-        learned, count = np.zeros(shape, bool), np.arange(self.length, dtype=np.int32)
-        for r, row in enumerate(rows):
-            start = 0
-            for s, i in enumerate(row, 1):
-                rendered, group = kept[i]
-                here = slice(start, start + len(rendered.ids) - 1)
-                tokens[r, here], targets[r, here] = rendered.ids[:-1], rendered.ids[1:]
-                learned[r, here] = rendered.learned[1:]
-                segments[r, here], positions[r, here], groups[r, here] = s, count[:here.stop - start], group
-                start = here.stop
-        return {"tokens": tokens, "targets": targets, "segment_ids": segments, "positions": positions,
-                "learned": learned, "group": groups}
+        """Lays the examples of every row side by side; all of them at once, since there may be thousands."""
+        shape, flat = (len(rows), self.length), [i for row in rows for i in row]
+        names = ("tokens", "targets", "segment_ids", "positions", "group")
+        arrays = {name: np.zeros(shape, np.int32) for name in names}
+        arrays["tokens"][:], arrays["targets"][:] = self.renderer.pad_id, self.renderer.pad_id
+        arrays["learned"] = np.zeros(shape, bool)
+        if not flat:
+            return arrays
+        lengths = np.array([len(kept[i][0].ids) - 1 for i in flat])
+        ends = np.cumsum(lengths)
+        counts = np.array([len(row) for row in rows])
+        row_of = np.repeat(np.arange(len(rows)), counts)
+        first = np.cumsum(counts) - counts  # of each row, among all examples
+        begins = (ends - lengths) - (ends - lengths)[first[row_of]]  # of each example, within its row
+        inside = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+        place = np.repeat(row_of * self.length + begins, lengths) + inside
+        values = {"tokens": np.concatenate([kept[i][0].ids[:-1] for i in flat]),
+                  "targets": np.concatenate([kept[i][0].ids[1:] for i in flat]),
+                  "learned": np.concatenate([kept[i][0].learned[1:] for i in flat]), "positions": inside,
+                  "segment_ids": np.repeat(np.arange(len(flat)) - first[row_of] + 1, lengths),
+                  "group": np.repeat([kept[i][1] for i in flat], lengths)}
+        for name, array in arrays.items():
+            array.reshape(-1)[place] = values[name]
+        return arrays
 
     def __getstate__(self) -> dict[str, Any]:  # workers remember their own
         return self.__dict__ | {"_memory": {}}
