@@ -92,11 +92,12 @@ class Source:
     kind: str = setting("auto", "layout; auto goes by the file ending", choices=(
         "auto", "jsonl", "json", "parquet", "csv", "folder", "columns", "squad", "messages", "hub", "world"))
     path: str = setting("", "file, folder, pattern with {lang}, or Hub id")
-    split: str = setting("train", "split of a Hub data set or of the embedded world (train, dev, test)")
+    split: str = setting("train", "split of a Hub data set or of the embedded world (see data/world.py)")
     languages: tuple[str, ...] = setting((), "codes to read; empty takes every language of `data.languages`")
     fields: dict[str, str] = setting({}, "column names, e.g. {'instruction': 'question', 'output': 'answer'}")
     join: str = setting("id", "how rows of several files meet", choices=("id", "position"))
-    limit: int | None = setting(None, "first rows by hash order of the row id, rows", at_least=1)
+    portion: tuple[float, ...] = setting((0.0, 1.0), "part of the rows, from and to, in hash order of the row id")
+    limit: int | None = setting(None, "first rows of that part, rows", at_least=1)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -312,6 +313,10 @@ def _check_data(data: Data) -> None:
         if code not in LANGUAGES:
             raise UserError(f"data.languages: {code!r} is not a known code{hint(code, LANGUAGES)}; "
                             f"known: {', '.join(LANGUAGES)}")
+    for source in (*data.sources, *data.eval_sources):
+        if len(source.portion) != 2 or not 0 <= source.portion[0] < source.portion[1] <= 1:
+            raise UserError(f"source {source.name!r}: portion={source.portion} is no part; give two shares, "
+                            "e.g. (0.0, 0.9) to train on and (0.9, 1.0) to hold out")
     names = [source.name for source in data.sources]
     if len(set(names)) != len(names):
         raise UserError(f"data.sources: names must differ, got {', '.join(names)}")

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import logging
 import os
 import sys
 import traceback
@@ -26,6 +27,7 @@ def run(main: Callable[..., int | None], *, define: Callable[[], None] | None = 
     its traceback.
     """
     argv = sys.argv
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is as intended
     if define:
         define()
     if {"-h", "--help", "-help"} & set(argv[1:]):

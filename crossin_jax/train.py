@@ -135,12 +135,13 @@ class HeldOut:
     def __init__(self, batches_of: Any, mixture: Any, model: Any, static: StepSettings, mesh: Any):
         self._batches_of, self._mixture, self._mesh = batches_of, mixture, mesh
         if mixture is not None:
-            self._groups = batches_of(mixture).groups
+            groups = batches_of(mixture).groups  # one component per language, e.g. ("same:dev#2", "zh")
+            self._groups = [(name.partition(":")[2].split("#")[0], language) for name, language in groups]
             static = StepSettings(1, static.loss_chunk, static.remat, static.attention, 0, len(self._groups))
             self._step = jax.jit(make_eval_step(model.graphdef, static))
 
     def __call__(self, state: Any) -> dict[str, float]:
-        """{"held_out/loss": …, "held_out/loss/SOURCE/LANGUAGE": …}."""
+        """Means by name: held_out/loss, and held_out/loss/SOURCE/LANGUAGE."""
         loader = self._batches_of(self._mixture, num_epochs=1)
         sums = [self._step(state.trainable, state.frozen, to_mesh(batch, self._mesh)) for batch in loader]
         loader.close()

@@ -134,7 +134,7 @@ class ArrowCorpus(Corpus):
         """Keeps these records, in place."""
         self.keys, self._rows, self._twice = self.keys[rows], self._rows[rows], self._twice[rows]
         self._index()
-        self.fingerprint = digest(f"{self.fingerprint} first {len(rows)}").hex()
+        self.fingerprint = digest(f"{self.fingerprint} {int(self.keys.sum())} of {len(rows)}").hex()
         return self
 
     def _cell(self, row: int, column: str) -> Any:
@@ -185,30 +185,32 @@ def load_corpus(source: Source, languages: Sequence[str], *, seed: int = 0, cach
     if source.kind == "world":
         from crossin_jax.data.world import world_corpus
         records = world_corpus(source.split, codes, seed)
-        return _limit(Corpus(source.name, records, place=f"the embedded world ({source.split})"), source.limit)
+        return _limit(Corpus(source.name, records, place=f"the embedded world ({source.split})"), source)
     files = find_files(source, codes)
     size = sum(os.path.getsize(file.path) for file in files if file.layout != "hub")
     if size <= CACHE_BYTES and not any(file.layout == "hub" for file in files):
         import pyarrow as pa
         sink = pa.BufferOutputStream()
         meta = _write_texts(source, codes, files, sink)
-        return _limit(ArrowCorpus(source.name, None, sink.getvalue(), meta), source.limit)
+        return _limit(ArrowCorpus(source.name, None, sink.getvalue(), meta), source)
     folder = Path(cache or os.environ.get("CROSSIN_CACHE", "~/.cache/crossin_jax/corpora")).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     stamp = [(f, os.stat(f.path).st_size, os.stat(f.path).st_mtime_ns) if f.layout != "hub" else f for f in files]
-    settings = {k: v for k, v in asdict(source).items() if k not in ("name", "limit")}
+    settings = {k: v for k, v in asdict(source).items() if k not in ("name", "limit", "portion")}
     path = folder / f"{digest(json.dumps([FORMAT, settings, codes, stamp])).hex()}.arrow"
     if not path.with_suffix(".json").exists():
         meta = _write_cached(source, codes, files, path)
     meta = json.loads(path.with_suffix(".json").read_text())
-    return _limit(ArrowCorpus(source.name, str(path), None, meta), source.limit)
+    return _limit(ArrowCorpus(source.name, str(path), None, meta), source)
 
 
-def _limit(corpus: Corpus, limit: int | None) -> Corpus:
-    """The first rows by hash order of the row id, whatever their order in the files."""
-    if limit is None or limit >= len(corpus):
+def _limit(corpus: Corpus, source: Source) -> Corpus:
+    """The source's portion and limit: in hash order of the row id, whatever the order in the files."""
+    first, last = (round(share * len(corpus)) for share in source.portion)
+    last = min(last, first + (source.limit or last))
+    if (first, last) == (0, len(corpus)):
         return corpus
-    rows = np.sort(np.argsort(corpus.keys, kind="stable")[:limit])
+    rows = np.sort(np.argsort(corpus.keys, kind="stable")[first:last])
     if isinstance(corpus, ArrowCorpus):
         return corpus.take(rows)
     return Corpus(corpus.name, [corpus[int(i)] for i in rows], place=corpus.place)
