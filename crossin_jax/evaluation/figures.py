@@ -4,6 +4,7 @@ Colours are the page's CSS variables (--c1 to --c8, --heat, --ink, --grid …): 
 mark has a <title>, the figure's text for screen readers and for the pointer.
 """
 
+import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,11 +53,12 @@ def number(value: float) -> str:
 
 def draw_bars(title: str, bars: Sequence[Bar], *, chance: float | None = None) -> str:
     """Bars on an axis from 0 to 1 with 95 % whiskers; a dashed line where blind guessing lies."""
-    above = max(text_width(bar.label) for bar in bars) > 15
-    left, right, step = (4 if above else 112), 48, (38 if above else 26)
+    longest = max(text_width(bar.label) for bar in bars)
+    above = longest > 16  # labels stand over their bars
+    left, right, step = (4 if above else 16 + 7.2 * longest), 48, (38 if above else 26)
     span, top = WIDTH - left - right, 26
     height = top + step * len(bars) + 18
-    parts = [_axis(left, span, top - 4, height - 18)]
+    parts = [_axis({t: left + span * t for t in (0, 0.25, 0.5, 0.75, 1)}, top - 4, height - 18)]
     if chance is not None:
         x = left + span * chance
         parts.append(f'<line class="chance" x1="{x:.1f}" x2="{x:.1f}" y1="{top - 4}" y2="{height - 18}">'
@@ -70,9 +72,9 @@ def draw_bars(title: str, bars: Sequence[Bar], *, chance: float | None = None) -
         parts.append(
             f"<g><title>{escape(bar.label)}: {number(bar.value)} [{number(bar.low)}, {number(bar.high)}]"
             f"{escape(' ' + bar.mark if bar.mark else '')}</title>"
-            f'<text class="label" x="{label_x}" y="{label_y}" text-anchor="{anchor}">'
-            f"{escape(shorten(bar.label, 44 if above else 15))}</text>"
-            f'<rect x="{left}" y="{y}" width="{max(end - left, 0.8):.1f}" height="17" rx="2.5" style="{style}"/>'
+            f'<text class="label" x="{label_x:g}" y="{label_y}" text-anchor="{anchor}">'
+            f"{escape(shorten(bar.label, 44 if above else 16))}</text>"
+            f'<rect x="{left:g}" y="{y}" width="{max(end - left, 0.8):.1f}" height="17" rx="2.5" style="{style}"/>'
             f'{_whisker(left + span * bar.low, left + span * bar.high, y + 8.5)}'
             f'<text class="value" x="{WIDTH - right + 8}" y="{y + 13}">{number(bar.value)}'
             f'<tspan class="mark">{escape(bar.mark)}</tspan></text></g>')
@@ -80,21 +82,28 @@ def draw_bars(title: str, bars: Sequence[Bar], *, chance: float | None = None) -
 
 
 def draw_dots(title: str, rows: Sequence[tuple[str, dict[str, float], float, int]]) -> str:
-    """Per arm (label, value by prompt, median, colour) a dot per prompt, on an axis from 0 to 1; the tick: median."""
-    left, right, step, top = 4, 84, 40, 26
+    """Per arm (label, value by prompt, median, colour) a dot per prompt on a stretch of 0 to 1; the tick: median."""
+    left, right, step, top = 10, 84, 40, 26
     span = WIDTH - left - right
     height = top + step * len(rows) + 18
-    parts = [_axis(left, span, top - 4, height - 18)]
+    told = [value for _, values, _, _ in rows for value in values.values()]
+    start, end = max(0, math.floor(10 * min(told) - 0.5)), min(10, math.ceil(10 * max(told) + 0.5))  # in tenths
+
+    def place(value: float) -> float:
+        return left + span * (10 * value - start) / (end - start)
+
+    ticks = range(start, end + 1, 1 if end - start <= 5 else 2)
+    parts = [_axis({tick / 10: place(tick / 10) for tick in ticks}, top - 4, height - 18)]
     for i, (label, values, median, hue) in enumerate(rows):
         y = top + i * step + 25
         low, high = min(values.values()), max(values.values())
         parts.append(f'<text class="label" x="{left}" y="{y - 12}">{escape(shorten(label, 34))}</text>'
-                     f'<line x1="{left + span * low:.1f}" x2="{left + span * high:.1f}" y1="{y}" y2="{y}" '
+                     f'<line x1="{place(low):.1f}" x2="{place(high):.1f}" y1="{y}" y2="{y}" '
                      f'style="stroke:{colour(hue)};stroke-width:3;opacity:.35;stroke-linecap:round"/>')
         for prompt, value in values.items():
-            parts.append(f'<circle cx="{left + span * value:.1f}" cy="{y}" r="5" style="fill:{colour(hue)}" '
+            parts.append(f'<circle cx="{place(value):.1f}" cy="{y}" r="5" style="fill:{colour(hue)}" '
                          f'class="dot"><title>{escape(label)}, {escape(prompt)}: {number(value)}</title></circle>')
-        x = left + span * median
+        x = place(median)
         parts.append(f'<line class="median" x1="{x:.1f}" x2="{x:.1f}" y1="{y - 9}" y2="{y + 9}">'
                      f"<title>median: {number(median)}</title></line>"
                      f'<text class="value" x="{WIDTH - right + 8}" y="{y + 4}">{number(low)} to {number(high)}</text>')
@@ -123,7 +132,7 @@ def draw_heat(title: str, labels: Sequence[str], values: Sequence[Sequence[float
             parts.append(f"<g><title>{escape(label)} and {escape(other)}: {number(value)}</title>"
                          f'<rect {box} class="heat-bed"/>'
                          f'<rect {box} style="fill:var(--heat);fill-opacity:{max(value, 0.04):.3f}"/>'
-                         f'<text class="{"on" if value > 0.55 else "value"}" x="{x + cell / 2:.1f}" '
+                         f'<text class="{"on" if value > 0.65 else "value"}" x="{x + cell / 2:.1f}" '
                          f'y="{y + cell / 2 + 4:.1f}" text-anchor="middle">{text}</text></g>')
     return _figure(title, round(top + count * cell + 6), "".join(parts))
 
@@ -133,11 +142,11 @@ def colour(index: int) -> str:
     return f"var(--c{index % NUM_COLOURS + 1})"
 
 
-def _axis(left: float, span: float, top: float, bottom: float) -> str:
+def _axis(ticks: dict[float, float], top: float, bottom: float) -> str:
+    """Grid lines and numbers at the places of some values."""
     marks = []
-    for tick in (0, 0.25, 0.5, 0.75, 1):
-        x = left + span * tick
-        anchor = "start" if left < 20 and tick == 0 else "middle"
+    for tick, x in ticks.items():
+        anchor = "start" if x < 8 else "middle"
         marks.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}"/>'
                      f'<text class="tick" x="{x:.1f}" y="{bottom + 14}" text-anchor="{anchor}">{tick:g}</text>')
     return "".join(marks)

@@ -118,8 +118,8 @@ def _headline_table(blocks: list[Block], colours: dict[str, int]) -> str:
             hue = f"border-color:{colour(colours[row.arm])}" + ("" if row.is_baseline else
                                                                 f";background:{colour(colours[row.arm])}")
             note = "<small>rule, no model</small>" if row.is_baseline else ""
-            out.append(f'<tr{hollow}><th scope="row"><i style="{hue}"></i><span>{escape(row.arm)}{note}</span></th>'
-                       f"{cells}</tr>")
+            out.append(f'<tr{hollow}><th scope="row"><div class="name"><i style="{hue}"></i>'
+                       f"<span>{escape(row.arm)}{note}</span></div></th>{cells}</tr>")
         out.append("</tbody>")
     return "".join(out) + "</table>"
 
@@ -134,7 +134,8 @@ def _score_cell(name: str, estimate: Estimate | None) -> str:
     if change is not None and change.clear:
         mark = '<em class="up">▲</em>' if change.difference > 0 else '<em class="down">▼</em>'
     return (f'<td data-label="{label}" title="{escape(_explain(estimate))}"><b>{number(estimate.value)}</b>{mark}'
-            f'<small>{spread}</small><span class="bar" style="width:{100 * estimate.value:.1f}%"></span></td>')
+            f'<small>{spread}</small><span class="bar">'
+            f'<i style="width:{100 * estimate.value:.1f}%"></i></span></td>')
 
 
 def _explain(estimate: Estimate) -> str:
@@ -170,9 +171,7 @@ def _figures(blocks: list[Block], colours: dict[str, int]) -> str:
             out.append(f"<h4>Only items tagged “{escape(block.tag)}”</h4>")
         out.append('<div class="panels">')
         for name in dict.fromkeys((block.headline[-1], "accuracy", *_consistency(block))):
-            out.append(_bars(block, name, describe_score(name) if "/" in name else name.replace("accuracy", "Accuracy")
-                             .replace("consistency_", "Consistency of sets of ").replace("AC3_", "AC3 of sets of ")
-                             + ("" if name == "accuracy" else " languages"), colours))
+            out.append(_bars(block, name, describe_score(name), colours))
         out.append("</div>")
         if len(block.languages) > 1:
             out.append('<h4>Accuracy by language</h4><div class="panels">')
@@ -180,11 +179,12 @@ def _figures(blocks: list[Block], colours: dict[str, int]) -> str:
             out.append('</div><h4>Agreement of language pairs: share of items with the same choice</h4>'
                        '<div class="panels">')
             labels = [language_code(code) for code in block.languages]
-            out += [draw_heat(row.arm, labels, row.agreement) for row in block.rows]
+            out += [draw_heat(row.arm, labels, row.agreement) for row in block.rows
+                    if not row.is_baseline]
             out.append("</div>")
         if any(len(row.prompts) > 1 for row in block.rows):
             out.append('<h4>Spread over the prompts: a dot each, the tick is the median</h4><div class="panels">')
-            out += [draw_dots("Accuracy" if name == "accuracy" else name, list(_dots(block, name, colours)))
+            out += [draw_dots(describe_score(name), list(_dots(block, name, colours)))
                     for name in dict.fromkeys(("accuracy", block.headline[-1]))]
             out.append("</div>")
     return "".join(out)
@@ -225,14 +225,15 @@ def _unread_section(blocks: Sequence[Block], runs: Sequence[Run]) -> str:
             _share_cell(language_name(code), row.coin_share.get(code, {})) for code in block.languages) + "</tr>"
             for row in block.rows if not row.is_baseline)
         out.append(f'<div class="card"><h3>{escape(block.benchmark)}: share of answers without one clear choice</h3>'
-                   f'<table class="scores"><thead><tr><th scope="col">model</th>{heads}</tr></thead>'
+                   f'<table class="scores shares"><thead><tr><th scope="col">model</th>{heads}</tr></thead>'
                    f"<tbody>{body}</tbody></table>{_examples(block, runs)}</div>")
     return "".join(out)
 
 
 def _share_cell(label: str, shares: dict[str, float]) -> str:
-    parts = ", ".join(f"{REASONS.get(reason, reason)} {share:.1%}" for reason, share in shares.items() if share)
-    return f'<td data-label="{escape(label)}"><b>{sum(shares.values()):.1%}</b><small>{escape(parts)}</small></td>'
+    parts = "".join(f"<small>{escape(REASONS.get(reason, reason))} {share:.1%}</small>"
+                    for reason, share in shares.items() if share)
+    return f'<td data-label="{escape(label)}"><b>{sum(shares.values()):.1%}</b>{parts}</td>'
 
 
 def _examples(block: Block, runs: Sequence[Run]) -> str:

@@ -30,6 +30,6 @@ def language_code(name: str) -> str:
 def describe_score(name: str) -> str:
     """The heading of a score: "accuracy/en" is English, "AC3_3" stays."""
     if name == "accuracy/others":
-        return "other languages"
-    kind, _, language = name.partition("/")
-    return language_name(language) if language else {"accuracy": "accuracy"}.get(kind, kind)
+        return "Other languages"
+    _, _, language = name.partition("/")
+    return language_name(language) if language else name[0].upper() + name[1:]
