@@ -18,7 +18,8 @@ from crossin_jax.models.lora import resolve
 from crossin_jax.models.spec import ModelSpec
 from crossin_jax.parallel.mesh import constrain
 
-NAMED = ("q", "k", "v", SAVED, "gate", "up")  # tensors a remat policy may keep, by checkpoint_name
+# tensors that a remat policy may keep, by checkpoint_name; with all of them no product is taken twice
+NAMED = ("q", "k", "v", SAVED, "output", "gate", "up", "down")
 REMAT = ("none", "full", "dots", "offload")
 
 
@@ -53,12 +54,12 @@ class Block(nnx.Module):
         """Rotated and scaled queries (B, T, N, H), rotated keys and values (B, T, K, H)."""
         dropped = dropout(x, self.rate, key)
         q, k, v = self.q_proj(x, dropped), self.k_proj(x, dropped), self.v_proj(x, dropped)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        if self.q_norm is not None:  # the backward pass of a norm asks for its input
+            q, k = self.q_norm(checkpoint_name(q, "q")), self.k_norm(checkpoint_name(k, "k"))
         q = constrain(rotate(q, cos, sin, self.spec.query_scale), "batch", "length", "heads", "head")
         k = constrain(rotate(k, cos, sin), "batch", "length", "kv_heads", "head")
-        v = constrain(v, "batch", "length", "kv_heads", "head")
-        return checkpoint_name(q, "q"), checkpoint_name(k, "k"), checkpoint_name(v, "v")
+        v = checkpoint_name(constrain(v, "batch", "length", "kv_heads", "head"), "v")
+        return (q, k, v) if self.q_norm is not None else (checkpoint_name(q, "q"), checkpoint_name(k, "k"), v)
 
     def feed_forward(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """Gated feed-forward, (B, T, D)."""
@@ -76,10 +77,11 @@ class Block(nnx.Module):
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
         context = attend(*self.queries_keys_values(self.input_layernorm(x), cos, sin, keys[0]))
         context = constrain(context, "batch", "length", "heads", "head")
-        y = self.o_proj(context, dropout(context, self.rate, keys[1]))
+        y = checkpoint_name(self.o_proj(context, dropout(context, self.rate, keys[1])), "output")
         if self.spec.post_norms:
             x = constrain(x + self.post_attention_layernorm(y), "batch", "length", "embed")
-            y = self.post_feedforward_layernorm(self.feed_forward(self.pre_feedforward_layernorm(x), keys[2]))
+            y = checkpoint_name(self.feed_forward(self.pre_feedforward_layernorm(x), keys[2]), "down")
+            y = self.post_feedforward_layernorm(y)
         else:
             x = constrain(x + y, "batch", "length", "embed")
             y = self.feed_forward(self.post_attention_layernorm(x), keys[2])
@@ -188,18 +190,23 @@ class Transformer(nnx.Module):
         return init_cache(self.spec, batch, length, dtype)
 
 
-def with_remat(body: Any, name: str) -> Any:
-    """The scan body under a rematerialisation policy; `offload` keeps the named tensors in host memory."""
-    policies = jax.checkpoint_policies
-    if name not in REMAT:
-        raise UserError(f"model.remat={name!r} is not one of {', '.join(REMAT)}{hint(name, REMAT)}")
+def with_remat(body: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """The scan body under a rematerialisation policy.
+
+    none keeps everything, full nothing but the residual stream between layers, dots the results of products, offload
+    the same in host memory; names of `NAMED` joined by + keep just those, e.g. "attention+output".
+    """
+    policies, kept = jax.checkpoint_policies, name.split("+")
     if name == "none":
         return body
-    policy = {
-        "full": policies.nothing_saveable,
-        "dots": policies.save_only_these_names(*NAMED),
-        "offload": policies.save_and_offload_only_these_names(
+    if name == "full":
+        policy = policies.nothing_saveable
+    elif name == "offload":
+        policy = policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[], names_which_can_be_offloaded=list(NAMED), offload_src="device",
-            offload_dst="pinned_host"),
-    }[name]
+            offload_dst="pinned_host")
+    elif name == "dots" or set(kept) <= set(NAMED):
+        policy = policies.save_only_these_names(*(NAMED if name == "dots" else kept))
+    else:
+        raise UserError(f"model.remat={name!r} is not one of {', '.join(REMAT)}{hint(name, REMAT)}")
     return jax.checkpoint(body, policy=policy, prevent_cse=False)

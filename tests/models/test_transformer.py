@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
 from crossin_jax import config as settings
 from crossin_jax.config import Lora, UserError
 from crossin_jax.models.attention import Kernel, attend
-from crossin_jax.models.layers import rope_frequencies, rope_tables
+from crossin_jax.models.layers import Adapter, rope_frequencies, rope_tables
 from crossin_jax.models.transformer import REMAT, Transformer
 from crossin_jax.parallel.mesh import make_mesh, shardings
 from tests.models.models import GEMMA, LLAMA, MISTRAL, SPECS, make_model, make_rows, make_tokens
@@ -134,6 +135,29 @@ def test_every_remat_policy_gives_the_same_gradients_and_an_unknown_one_is_refus
         jax.tree.map(same, gradient(state, name), expected)
     with pytest.raises(UserError, match="did you mean dots"):
         model.hidden(tokens, remat="dot")
+
+
+@pytest.mark.parametrize("spec", [LLAMA, GEMMA], ids=["llama", "gemma3_text"])
+def test_with_dots_kept_no_product_is_taken_twice(spec):
+    model, tokens = make_model(spec, lora=Lora(rank=2)), make_tokens(2, 9)
+    graphdef, adapters, rest = nnx.split(model, Adapter, ...)
+
+    def products(remat):
+        def loss(adapters):
+            return nnx.merge(graphdef, adapters, rest).hidden(tokens, remat=remat)[0].sum()
+        return _count_products(jax.make_jaxpr(jax.grad(loss))(adapters).jaxpr, weights)
+
+    weights = {leaf.shape[1:] for path, leaf in nnx.to_flat_state(rest) if path[0] == "layers" and len(leaf.shape) > 2}
+    none, dots, some, full = (products(name) for name in ("none", "dots", "gate+up+attention", "full"))
+    assert none == dots == 14 and dots < some < full  # seven weights, once in each direction
+
+
+def _count_products(jaxpr, weights):
+    """Matrix products in a program with an operand of one of these shapes."""
+    count = sum(eqn.primitive.name == "dot_general" and any(v.aval.shape in weights for v in eqn.invars)
+                for eqn in jaxpr.eqns)
+    inner = (jaxpr for eqn in jaxpr.eqns for jaxpr in jaxprs_in_params(eqn.params))
+    return count + sum(_count_products(jaxpr, weights) for jaxpr in inner)
 
 
 def test_sharded_equals_unsharded():
