@@ -189,7 +189,8 @@ def _sample(seeds: dict[int, list[Predictions]], mode: Mode) -> dict[int, dict[s
         for predictions in several:
             scores = item_scores(predictions, mode, seed=seed)
             if others := [f"accuracy/{code}" for code in predictions.languages if code not in PIVOTS]:
-                scores[OTHERS] = np.mean([scores[name] for name in others], axis=0)
+                mean = {OTHERS: np.mean([scores[name] for name in others], axis=0)}
+                scores = {"accuracy": scores["accuracy"]} | mean | scores  # in the order of the tables
             weighed.append(weigh_scores(scores, weights_RI))
         samples[seed] = {name: np.median([scores[name] for scores in weighed], axis=0) for name in weighed[0]}
     return samples
