@@ -34,11 +34,12 @@ class Kernel:
     interpret: bool = False
 
 
-def choose_kernel(attention: str, spec: ModelSpec, length: int, compute_dtype: Any, platform: str) -> Kernel:
-    """The kernel for training rows of `length` on `platform` (tpu, gpu or cpu).
+def choose_kernel(attention: str, spec: ModelSpec, length: int, compute_dtype: Any, platform: str, *,
+                  required: bool = True) -> Kernel:
+    """The kernel for rows of `length` on `platform` (tpu, gpu or cpu).
 
     `auto` takes the platform's own kernel where it can do the work, else the reference; a kernel asked for by name that
-    cannot raises `UserError` with the reason.
+    cannot raises `UserError` with the reason, or gives way to the reference where it is not `required`.
     """
     if attention not in KERNELS:
         raise UserError(f"model.attention={attention!r} is not one of {', '.join(KERNELS)}{hint(attention, KERNELS)}")
@@ -56,7 +57,7 @@ def choose_kernel(attention: str, spec: ModelSpec, length: int, compute_dtype: A
         obstacle = "it takes bfloat16 only; set model.compute_dtype=bfloat16"
     if obstacle is None:
         return Kernel(name)
-    if attention == "auto":
+    if attention == "auto" or not required:
         return Kernel("reference")
     raise UserError(f"model.attention={name}: {obstacle}; use auto or reference")
 

@@ -121,7 +121,8 @@ class Transformer(nnx.Module):
         Positions count within a segment and default to 0, 1, … (after what the cache holds). Tokens see only their own
         segment; segment 0 is padding. With a cache they also see what it holds, padding excepted, whatever the
         segment; `fresh` promises an empty cache, so that only the new tokens are looked at and a kernel can serve.
-        Dropout acts only where `dropout_key` is given. `remat`: none, full, dots or offload.
+        Dropout acts only where `dropout_key` is given. `remat`: see `with_remat`. `attention`: a name for
+        `choose_kernel`, or the kernel itself.
         """
         spec, (B, T) = self.spec, tokens_BT.shape
         if segment_ids_BT is None:
@@ -130,7 +131,9 @@ class Transformer(nnx.Module):
             start = jnp.zeros((1, 1), jnp.int32) if cache is None else cache["length"].reshape(-1, 1)
             positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None] + start, (B, T))
         if isinstance(attention, str):
-            attention = choose_kernel(attention, spec, T, self.compute_dtype, jax.default_backend())
+            # prompts are cut into lengths that nobody chose; rows of training are the user's to mend
+            attention = choose_kernel(attention, spec, T, self.compute_dtype, jax.default_backend(),
+                                      required=cache is None)
 
         x = self.embed_tokens.embed(tokens_BT)
         if spec.scale_embedding:  # rounded like the weights it meets, as in the published models

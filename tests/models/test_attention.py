@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from crossin_jax import config as settings
 from crossin_jax.config import UserError
-from crossin_jax.models.attention import Kernel, attend, choose_kernel
+from crossin_jax.models.attention import KERNELS, Kernel, attend, choose_kernel
 from crossin_jax.parallel.mesh import make_mesh
 from tests.models.models import GEMMA, LLAMA, make_rows
 
@@ -95,5 +95,9 @@ def test_auto_takes_the_kernel_of_the_platform_where_it_can_serve():
     ("splsh", "tpu", {}, "did you mean splash")])
 def test_a_kernel_asked_for_that_cannot_serve_is_refused(name, platform, changes, words):
     spec = dataclasses.replace(LLAMA, head_width=64, attention_soft_cap=changes.get("soft_cap"))
+    choose = functools.partial(choose_kernel, name, spec, changes.get("length", 256), changes.get("dtype", "bfloat16"),
+                               platform)
     with pytest.raises(UserError, match=words):
-        choose_kernel(name, spec, changes.get("length", 256), changes.get("dtype", "bfloat16"), platform)
+        choose()
+    if name in KERNELS:
+        assert choose(required=False) == REFERENCE

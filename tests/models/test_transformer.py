@@ -137,6 +137,26 @@ def test_every_remat_policy_gives_the_same_gradients_and_an_unknown_one_is_refus
         model.hidden(tokens, remat="dot")
 
 
+def test_a_kernel_in_the_scan_under_remat_and_with_a_fresh_cache_equals_the_reference():
+    model, tokens = make_model(GEMMA), make_tokens(1, 128)
+    positions, segments = make_rows(1, 128, seed=3)
+    graphdef, state = nnx.split(model)
+
+    @functools.partial(jax.jit, static_argnames="kernel")
+    def run(state, kernel):
+        def loss(state):
+            model = nnx.merge(graphdef, state)
+            hidden, _ = model.hidden(tokens, positions, segments, remat="dots", attention=kernel)
+            return jnp.square(model.unembed(hidden)).mean()
+        model = nnx.merge(graphdef, state)
+        prefilled, cache = model.hidden(tokens, positions, segments, cache=model.init_cache(1, 130, "float32"),
+                                        fresh=True, attention=kernel)
+        return jax.value_and_grad(loss)(state), prefilled, cache
+
+    same = functools.partial(np.testing.assert_allclose, atol=2e-4, rtol=1e-3)
+    jax.tree.map(same, run(state, Kernel("splash", 128, interpret=True)), run(state, Kernel("reference")))
+
+
 @pytest.mark.parametrize("spec", [LLAMA, GEMMA], ids=["llama", "gemma3_text"])
 def test_with_dots_kept_no_product_is_taken_twice(spec):
     model, tokens = make_model(spec, lora=Lora(rank=2)), make_tokens(2, 9)
