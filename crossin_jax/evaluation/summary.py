@@ -139,14 +139,14 @@ def summarise(runs: Sequence[Run], baselines: dict[str, list[Predictions]] | Non
 
 def _block(benchmark: str, method: str, tag: str | None, arms: dict[str, dict[int, list[Predictions]]],
            rules: dict[str, dict[int, list[Predictions]]], mode: Mode) -> Block:
-    base = next(iter(arms.values()))
+    first_arm, base = next(iter(arms.items()))
     first = next(iter(base.values()))[0]
-    base_samples = _sample(base, mode)
-    rows = []
-    for name, seeds in (*arms.items(), *rules.items()):
+    base_samples, rows = _sample(base, mode), []
+    for name, given in (*arms.items(), *rules.items()):
         seeds = {seed: [in_order_of(base[seed][0] if seed in base else several[0], p) for p in several]
-                 for seed, several in seeds.items()}
-        rows.append(_row(name, seeds, base_samples if seeds is not base and name in arms else {}, mode, name in rules))
+                 for seed, several in given.items()}
+        compared = base_samples if name in arms and name != first_arm else {}
+        rows.append(_row(name, seeds, compared, mode, name in rules))
     chance = float(np.mean([1 / item.num_choices for item in first.items]))
     return Block(benchmark, method, tag, first.languages, len(first.items), chance, tuple(rows))
 
