@@ -39,7 +39,8 @@ def export(checkpoint: str | Path, format: str, out: str | Path, dtype: str | No
     tokenizer = tokenizer_folder(config, restored)
     if format == "peft":
         lora = resolve(config.lora, restored.spec)
-        peft.save_adapter(out, restored.spec, lora, restored.state, base=base_name(config),
+        multimodal = hf.read_json(restored.base / "config.json").get("model_type") == "gemma3"
+        peft.save_adapter(out, restored.spec, lora, restored.state, base=base_name(config), multimodal=multimodal,
                           revision=config.model.revision, tokenizer=tokenizer, card=card)
         return Path(out)
     ids = {name: value for name in ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from crossin_jax.checkpoint.hf import (
     fill,
     misfits,
     read_json,
+    resolve_folder,
     state_leaves,
     write_json,
     write_leaves,
@@ -39,6 +41,7 @@ _REFUSED = ("alora_invocation_tokens", "alpha_pattern", "arrow_config", "fan_in_
             "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config")
 _STARTS = (True, False, "gaussian", "orthogonal", "eva")  # others (pissa, olora, loftq …) also change the base weights
 _HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
+_TEXT_PART = "model.language_model."  # where transformers 5 keeps the text part of a multimodal model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +58,11 @@ class AdapterFile:
 
 
 def read_adapter(folder: str | os.PathLike, spec: ModelSpec, lora: Lora | None = None) -> AdapterFile:
-    """Reads the headers of an adapter for a model of this spec; strict about settings, names and shapes.
+    """Reads the headers of an adapter (folder or Hub id) for a model of this spec; strict about settings and shapes.
 
     Where `lora` is given, rank, alpha, targets and the like must agree with the adapter; dropout is the caller's.
     """
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"lora.path={folder}: no such folder; pass a PEFT adapter with {CONFIG} and {WEIGHTS}")
+    folder = resolve_folder(folder)
     config = read_json(folder / CONFIG)
     _check_config(config, folder / CONFIG)
     if not (folder / WEIGHTS).is_file():
@@ -148,11 +149,11 @@ def load_adapter(adapter: AdapterFile, state: Any, *, progress: bool = True) -> 
 
 def save_adapter(folder: str | os.PathLike, spec: ModelSpec, lora: Lora, state: Any, *, base: str | None,
                  revision: str | None = None, tokenizer: str | os.PathLike | None = None, card: str | None = None,
-                 progress: bool = True) -> None:
+                 multimodal: bool = False, progress: bool = True) -> None:
     """Writes an adapter that `peft.PeftModel.from_pretrained` loads onto `base`; whole or not at all.
 
     `lora` is as `models.lora.resolve` gives it. Tied embeddings that were trained are stored under both names and
-    marked, so that PEFT ties them too.
+    marked, so that PEFT ties them too. `multimodal`: the base is the text part of a larger model.
     """
     keys = adapter_keys(spec, lora.targets, lora.rank, use_dora=lora.use_dora) | saved_keys(spec, lora.modules_to_save)
     leaves = {path: leaf for path, leaf in state_leaves(state).items() if path in keys}
@@ -164,12 +165,19 @@ def save_adapter(folder: str | os.PathLike, spec: ModelSpec, lora: Lora, state: 
     names = {"norm": "model.norm"}  # PEFT goes by the end of a name: "norm" would mean every norm of every layer
     modules = sorted({names.get(module, module) for module in lora.modules_to_save} | (
         {"embed_tokens", "lm_head"} if tied else set()))
+    targets: Any = sorted(lora.targets)
+    if multimodal:  # the vision tower has projections of the same names
+        text = PEFT_PREFIX + _TEXT_PART
+        keys = {path: dataclasses.replace(key, name=key.name.replace(PEFT_PREFIX + "model.", text))
+                for path, key in keys.items()}
+        targets = rf"{re.escape(_TEXT_PART)}layers\..*\.({'|'.join(targets)})"
+        modules = [re.sub(r"^model\.", _TEXT_PART, module) for module in modules]
     alpha = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha
     config = {
         "alpha_pattern": {}, "base_model_name_or_path": base, "bias": "none", "fan_in_fan_out": False,
         "inference_mode": True, "init_lora_weights": True, "lora_alpha": alpha, "lora_dropout": lora.dropout,
         "modules_to_save": modules or None, "peft_type": "LORA", "r": lora.rank, "rank_pattern": {},
-        "revision": revision, "target_modules": sorted(lora.targets), "task_type": "CAUSAL_LM",
+        "revision": revision, "target_modules": targets, "task_type": "CAUSAL_LM",
         "use_dora": lora.use_dora, "use_rslora": lora.use_rslora} | ({"ensure_weight_tying": True} if tied else {})
     with atomic_folder(folder) if jax.process_index() == 0 else contextlib.nullcontext(Path(folder)) as target:
         write_leaves(target, leaves, keys, spec.num_layers, name=WEIGHTS, shard_bytes=np.iinfo(np.int64).max,

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from crossin_jax.checkpoint.load import abstract_transformer, load_model
 from crossin_jax.config import Lora, Mesh, UserError
 from crossin_jax.parallel.mesh import make_mesh
 from tests.checkpoint.checkpoints import LLAMA, write_checkpoint
+from tests.conftest import REPOSITORY
 
 MESHES = {"data8": Mesh(), "fsdp8": Mesh(fsdp=8), "grid": Mesh(data=2, fsdp=2, tensor=2), "tensor4": Mesh(tensor=4)}
 
@@ -346,6 +349,14 @@ def test_load_model_gives_equal_logits_on_a_mesh_and_refuses_bad_input(tmp_path)
         model([1, 2, 3])
     with pytest.raises(UserError, match="float32 or bfloat16"):
         load_model(tmp_path / "m", dtype="float16")
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    script = "import crossin_jax as c, sys; assert c.__version__; assert not {'jax', 'numpy', 'flax'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=REPOSITORY)
+    assert crossin_jax.load_model is load_model
+    with pytest.raises(AttributeError, match="no attribute 'load_modle'"):
+        crossin_jax.load_modle  # noqa: B018
 
 
 # ---- saving
