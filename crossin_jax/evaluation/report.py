@@ -9,7 +9,7 @@ import json
 import os
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from crossin_jax.evaluation.wording import MODES_IN_WORDS, describe_score, metho
 FORMAT = 1
 ANSWERS = "answers.json.gz"
 
-__all__ = ["Run", "print_table", "read_results", "write_results"]
+__all__ = ["Run", "print_table", "read_pair", "read_results", "write_results"]
 
 
 def write_results(folder: str | Path, runs: Sequence[Run], provenance: dict[str, Any] | None = None, *,
@@ -78,6 +78,22 @@ def read_results(folder: str | Path) -> list[Run]:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{file}: damaged ({type(error).__name__}: {error}); evaluate again") from None
+
+
+def read_pair(first: str | Path, second: str | Path) -> list[Run]:
+    """The runs of two result folders, for a before and after: the first folder's first arm is the one compared with.
+
+    Arms of the same name take their folder's. Raises UserError where the folders share no benchmark and method.
+    """
+    pair = read_results(first), read_results(second)
+    asked = [{(p.benchmark, p.method) for run in runs for p in run.predictions} for runs in pair]
+    if not asked[0] & asked[1]:
+        names = [", ".join(sorted({f"{benchmark} ({method})" for benchmark, method in each})) for each in asked]
+        raise UserError(f"nothing to compare: {first} holds {names[0]}\n{second} holds {names[1]}\n"
+                        "evaluate both on the same benchmark by the same method")
+    taken = {run.name for run in pair[0]} & {run.name for run in pair[1]}
+    return [replace(run, name=f"{run.name} ({folder})") if run.name in taken else run
+            for folder, runs in zip((first, second), pair, strict=True) for run in runs]
 
 
 def _store_predictions(predictions: Predictions) -> dict[str, Any]:

@@ -195,3 +195,11 @@ def test_shots_are_the_same_items_in_every_language(tmp_path):
     assert draw_shot_items(whole, first, 5, 3) == draw_shot_items(benchmark, first, 5, 3)  # --limit changes no prompt
     with pytest.raises(UserError, match=r"'0'.*only 10 other items"):
         draw_shots(benchmark, first, "en", 11, 3)
+
+
+def test_the_example_of_the_documentation_loads(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    (tmp_path / "own.json").write_text(page.split("```json\n")[1].split("```")[0])
+    item = load_benchmark(str(tmp_path / "own.json"), ("en", "es")).items[0]
+    assert item.versions["es"] == Version("¿Qué río pasa por Viena?", ("(A) Rin", "(B) Danubio"), 1)
+    assert item.tags == ("geography",)

@@ -17,7 +17,7 @@ from crossin_jax.evaluation import figures
 from crossin_jax.evaluation.benchmarks import Benchmark, Item, Version, load_benchmark
 from crossin_jax.evaluation.intervals import bootstrap, compare, restrict
 from crossin_jax.evaluation.metrics import evaluate
-from crossin_jax.evaluation.report import Run, print_table, read_results, write_results
+from crossin_jax.evaluation.report import Run, print_table, read_pair, read_results, write_results
 from crossin_jax.evaluation.summary import OTHERS, summarise
 from tests.evaluation.made_up import answer_benchmark, know
 
@@ -145,6 +145,18 @@ def test_files_hold_the_same_numbers_and_answers_come_back(world, tmp_path):
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     write_results(tmp_path, read_results(tmp_path), {"data": "abc"}, benchmarks=[world])
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_two_folders_side_by_side(world, tmp_path):
+    before, after = make_runs(world)
+    write_results(tmp_path / "a", [before])
+    write_results(tmp_path / "b", [replace(after, name="base")])
+    pair = read_pair(tmp_path / "a", tmp_path / "b")
+    assert [run.name for run in pair] == [f"base ({tmp_path / 'a'})", f"base ({tmp_path / 'b'})"]
+    assert summarise(pair)[0].rows[1].scores["AC3_3"].change.clear
+    write_results(tmp_path / "c", make_runs(world, method="sum", unclear=0))
+    with pytest.raises(UserError, match=r"nothing to compare.*generate"):
+        read_pair(tmp_path / "a", tmp_path / "c")
 
 
 def test_terminal_table_is_aligned_whatever_the_names(world):
