@@ -22,6 +22,7 @@ from crossin_jax.languages import LANGUAGES
 
 CACHE_BYTES = 64 << 20  # sources larger than this go to the cache folder
 BATCH_ROWS = 2048
+TEXT_COLUMNS = ("instruction", "input", "output", "messages")
 FORMAT = 1  # raised when the cached layout changes
 
 
@@ -61,6 +62,10 @@ class Corpus(Sequence):
 
     def __getitem__(self, i: int) -> Record:
         return self._records[i]
+
+    def pick(self, i: int, codes: Sequence[str]) -> Record:
+        """Record i in some of its languages; cheaper than all of them where texts lie on disk."""
+        return self[i]
 
     def ids(self) -> Iterator[str]:
         """The row ids in order."""
@@ -146,12 +151,17 @@ class ArrowCorpus(Corpus):
     def __getitem__(self, i: int) -> Record:
         if not -len(self) <= i < len(self):
             raise IndexError(f"record {i} of {len(self)}")
-        rows = {code: int(self._rows[i, j]) for j, code in enumerate(self._codes) if self._rows[i, j] >= 0}
+        return self.pick(i, self._codes)
+
+    def pick(self, i: int, codes: Sequence[str]) -> Record:
         texts = {}
-        for code, row in rows.items():
-            messages = self._cell(row, "messages")
-            texts[code] = Text(self._cell(row, "instruction"), self._cell(row, "input"), self._cell(row, "output"),
-                               tuple(tuple(turn) for turn in json.loads(messages)) if messages else None)
+        for code in codes:
+            row = int(self._rows[i, self._codes.index(code)])
+            if row < 0:
+                continue
+            batch, k = self._batches[row // BATCH_ROWS], row % BATCH_ROWS
+            *fields, messages = (batch.column(name)[k].as_py() for name in TEXT_COLUMNS)
+            texts[code] = Text(*fields, tuple(map(tuple, json.loads(messages))) if messages else None)
         return Record(self._id(i), texts)
 
     def _id(self, i: int) -> str:
@@ -237,7 +247,7 @@ def _write_texts(source: Source, codes: Sequence[str], files: list[File], sink: 
     from tqdm import tqdm
     numbers = {"key": pa.uint64(), "language": pa.uint8(), "file": pa.uint16(), "number": pa.uint32(),
                "fault": pa.uint8()}
-    schema = pa.schema(numbers | dict.fromkeys(("id", "instruction", "input", "output", "messages"), pa.string()))
+    schema = pa.schema(numbers | dict.fromkeys(("id", *TEXT_COLUMNS), pa.string()))
     reader = TextReader(source, codes, files)
     columns: list[list] = [[] for _ in schema]
     fingerprint = 0

@@ -236,7 +236,8 @@ class Mixture(Sequence):
     def make(self, component: int, row: int, prompt: int, answer: int) -> Example:
         """The example of one line of `draw`."""
         pool, codes = self.pools[component], self.data.languages
-        return make_example(pool.corpus[row], pool.component.kind, codes[prompt], codes[answer], tag=self.data.tag,
+        record = pool.corpus.pick(row, (codes[prompt], codes[answer]) if prompt != answer else (codes[prompt],))
+        return make_example(record, pool.component.kind, codes[prompt], codes[answer], tag=self.data.tag,
                             component=self.labels[component], translate_what=pool.component.translate_what)
 
     def take(self, positions: np.ndarray) -> list[Example]:

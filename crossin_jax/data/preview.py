@@ -1,7 +1,6 @@
 """What the model will learn, token by token: in colour on a terminal, and as one HTML page."""
 
 import html
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 
 from crossin_jax.data.crosslingual import Example
 from crossin_jax.data.mixture import Mixture
-from crossin_jax.data.prompts import Rendered, Renderer, RowFault
+from crossin_jax.data.prompts import Rendered, Renderer, RowFault, token_bytes
 
 LEARNED, DIM, SPECIAL, RESET = "\x1b[30;42m", "\x1b[2m", "\x1b[1;35m", "\x1b[0m"
 STYLE = """body{font:15px/1.7 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
@@ -19,29 +18,14 @@ h2{font-size:1rem;margin:2rem 0 .3rem}pre{white-space:pre-wrap;background:#f6f6f
 .bar .e{background:#eee}"""
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """The printable character that byte-level tokenizers write for each byte."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
 def show_pieces(renderer: Renderer, rendered: Rendered) -> list[str]:
     """Readable text of each token; a character cut into several tokens stands at its last one.
 
     Bytes that no character completes, also where learning starts in its midst, are written as \\xNN.
     """
-    alphabet = _byte_alphabet() if renderer.is_byte_level else {}
     pieces, pending = [], b""
-    for t, i in enumerate(rendered.ids):
-        token = renderer.id_to_token(int(i))
-        if alphabet and int(i) not in renderer.special_ids and all(char in alphabet for char in token):
-            raw = bytes(alphabet[char] for char in token)
-        elif re.fullmatch("<0x[0-9A-F]{2}>", token):
-            raw = bytes([int(token[3:5], 16)])
-        else:
-            raw = token.replace("▁", " ").encode()
-        pending += raw
+    for t, i in enumerate(rendered.ids.tolist()):
+        pending += token_bytes(renderer.id_to_token(i), renderer.is_byte_level, i in renderer.special_ids)
         border = t + 1 == len(rendered.ids) or rendered.learned[t + 1] != rendered.learned[t]
         try:
             piece, pending = pending.decode(), b""

@@ -166,6 +166,13 @@ def test_limit_takes_the_same_rows_in_any_order(tmp_path):
     assert chosen[0] == chosen[1] < chosen[2] and len(chosen[0]) == 10
 
 
+def test_portions_part_the_rows(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", ROWS)
+    one, two = (load(path, portion=portion) for portion in ((0.0, 0.5), (0.5, 1.0)))
+    assert set(one.ids()) | set(two.ids()) == set(EXPECTED) and not set(one.ids()) & set(two.ids())
+    assert one.fingerprint != two.fingerprint and len(load(path, portion=(0.5, 1.0), limit=3)) == 3
+
+
 def test_languages_may_be_missing_but_are_known(tmp_path):
     rows = [{k: v for k, v in row.items() if k != "vi" or i} for i, row in enumerate(ROWS)]
     corpus = load(write_lines(tmp_path / "rows.jsonl", rows))

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from crossin_jax.config import UserError
 from crossin_jax.data.crosslingual import Example
-from crossin_jax.data.prompts import TEMPLATES, Renderer, RowFault, load_template, load_tokenizer
+from crossin_jax.data.prompts import Renderer, RowFault, _find_tokens, load_tokenizer
+from crossin_jax.data.templates import TEMPLATES, load_template
 from tests.golden.make_templates import render
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -233,3 +234,27 @@ def test_faults_of_templates_and_tokenizers(tokenizer, tmp_path, make, message):
 def write(folder, text) -> str:
     (folder / "template.json").write_text(text)
     return str(folder / "template.json")
+
+
+@pytest.mark.parametrize("name", ["small", "llama2", "mistral"])
+def test_counting_bytes_finds_the_same_border_as_offsets(tokenizers, name, shared):
+    tokenizer, codes = tokenizers[name], ("ar", "de", "el", "en", "es", "hi", "ru", "th", "tr", "vi", "zh")
+    renderer = Renderer(tokenizer, "alpaca")
+    files = [json.loads((shared / "xquad" / f"xquad.{code}.json").read_text()) for code in codes]
+    texts = [file["data"][3]["paragraphs"][1] for file in files]
+    examples = [example(paragraph["qas"][0]["question"], paragraph["context"], qa["answers"][0]["text"])
+                for paragraph in texts for qa in paragraph["qas"]]
+    for result, one in zip(renderer.render_many(examples), examples, strict=True):
+        (piece,) = renderer._plan(one)
+        encoding = renderer._tokenizer.encode(piece.text, add_special_tokens=False)
+        ((start, stop),) = _find_tokens(encoding, piece)
+        assert result.learned.tolist() == [False] * (start + 1) + [True] * (stop - start + 1)
+        assert result.ids[1:-1].tolist() == encoding.ids
+
+
+def test_a_tokenizer_that_rewrites_text_falls_back_to_offsets(tokenizer):
+    from tokenizers import normalizers
+    rewriting = copy.deepcopy(tokenizer)
+    rewriting.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
+    rendered = Renderer(rewriting, "gemma").render(example("¿Cuál es?", "", "París ñandú"))
+    assert rewriting.decode(rendered.ids[rendered.learned]) == "Paris nandu</s>"

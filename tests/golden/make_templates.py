@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from crossin_jax.data.prompts import TEMPLATES
+from crossin_jax.data.templates import TEMPLATES
 
 CASES = {"input": ("Name the river.", "It flows through Paris.\n[zh]"), "no_input": ("Name the river.", "")}
 
