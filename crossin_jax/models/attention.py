@@ -27,7 +27,7 @@ _PREFERRED = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A kernel with its tile; `interpret` runs splash without a TPU, for tests."""
+    """A kernel with its tile; `interpret` runs what stands for it where its device is not there, for tests."""
 
     name: str
     block: int = 512
@@ -158,6 +158,7 @@ def _cudnn(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_
     assert soft_cap is None
     same_segment = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None]
     context = jax.nn.dot_product_attention(
-        q_BTNH, k_BTKH, v_BTKH, mask=same_segment, scale=1.0, is_causal=True, implementation="cudnn",
+        q_BTNH, k_BTKH, v_BTKH, mask=same_segment, scale=1.0, is_causal=True,
+        implementation="xla" if kernel.interpret else "cudnn",
         local_window_size=None if window is None else (window - 1, 0))
     return checkpoint_name(context, SAVED)

@@ -66,6 +66,15 @@ def test_splash_and_its_gradients_equal_the_reference_on_packed_rows(N, K, windo
     jax.tree.map(same, run(q, k, v, SPLASH), run(q, k, v, REFERENCE))
 
 
+@pytest.mark.parametrize(("N", "K", "window", "is_local"), [(4, 2, None, None), (4, 1, 40, None), (2, 1, 40, True)])
+def test_the_options_given_to_cudnn_mean_the_reference_on_packed_rows(N, K, window, is_local):
+    q, k, v, positions, segments = make_inputs(N, K)
+    rules = {"window": window, "is_local": None if is_local is None else jnp.asarray(is_local), "soft_cap": None}
+    got, expected = (attend(q, k, v, positions, segments, kernel=kernel, **rules)
+                     for kernel in (Kernel("cudnn", interpret=True), REFERENCE))
+    np.testing.assert_allclose(np.asarray(got)[segments > 0], expected[segments > 0], atol=2e-5)
+
+
 def test_splash_on_a_mesh_equals_the_reference_and_repeats_heads_that_do_not_divide():
     mesh = make_mesh(settings.Mesh(data=2, fsdp=2, tensor=2))
     for K in (2, 1):
