@@ -9,6 +9,8 @@ logs in SeaEval's layout).
 """
 
 import dataclasses
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,13 @@ from crossin_jax import program, provenance
 from crossin_jax.checkpoint.restore import restore_params
 from crossin_jax.config import Config, UserError
 from crossin_jax.data.pipeline import open_renderer, open_tokenizer
+from crossin_jax.evaluation.benchmarks import load_benchmark
 from crossin_jax.evaluation.predictions import Predictions
-from crossin_jax.evaluation.report import Run, print_table, write_results
+from crossin_jax.evaluation.report import Run, print_table, read_pair, write_results
 from crossin_jax.evaluation.runner import run_benchmarks
 from crossin_jax.generation.engine import Engine
 from crossin_jax.parallel.mesh import make_mesh
+from crossin_jax.score import write_log
 from crossin_jax.training.state import abstract_model, check_tokenizer, load_base, model_spec
 
 
@@ -73,6 +77,20 @@ def define_flags() -> None:
     """Flags beside the configuration."""
     flags.DEFINE_string("checkpoint", None, "run folder or one of its checkpoints/STEP; none: the base model")
     flags.DEFINE_string("out", None, "folder for results (default: output_dir/evaluation)")
+    flags.DEFINE_string("compare", None, "two folders of results, A B: what changed from A to B, and how clearly")
+    flags.DEFINE_string("after", None, "the second folder of --compare")
+
+
+def write_run(config: Config, run: Run, out: Path) -> None:
+    """Writes the report of one run, and its answers as logs in SeaEval's layout."""
+    languages = config.evaluation.languages or config.data.languages
+    benchmarks = [load_benchmark(name, languages, limit=config.evaluation.limit, seed=config.seed)
+                  for name in config.evaluation.benchmarks]
+    write_results(out, [run], mode=config.evaluation.mode, title=run.name, benchmarks=benchmarks)
+    items = {benchmark.name: benchmark.items for benchmark in benchmarks}
+    for predictions in run.predictions:
+        name = re.sub(r"[^\w.]+", "_", f"{predictions.benchmark}_{predictions.method}_p{predictions.prompt}")
+        write_log(out / "logs" / f"{name}.json", items[predictions.benchmark], predictions)
 
 
 def main(config: Config, arguments: Any) -> None:
@@ -80,11 +98,35 @@ def main(config: Config, arguments: Any) -> None:
     out = Path(arguments.out or f"{config.output_dir}/evaluation").expanduser()
     predictions, source = evaluate(config, arguments.checkpoint, out)
     if jax.process_index() == 0:
-        runs = [Run(config.name, config.seed, predictions, source)]
-        write_results(out, runs, mode=config.evaluation.mode)
-        print(print_table(runs, mode=config.evaluation.mode))
-        print(f"report: {out / 'report.html'}")
+        run = Run(config.name if arguments.checkpoint else "base model", config.seed, predictions, source)
+        write_run(config, run, out)
+        print(print_table([run], mode=config.evaluation.mode))
+        print(f"report: {out / 'report.html'}; logs in SeaEval's layout: {out / 'logs'}")
+
+
+def compare(arguments: Any) -> None:
+    """Before and after, from two folders of results."""
+    if not arguments.after:
+        raise UserError("--compare takes two folders: --compare A B")
+    runs = read_pair(arguments.compare, arguments.after)
+    out = Path(arguments.out or arguments.after).expanduser() / "comparison"
+    write_results(out, runs, title=f"{runs[0].name} and {runs[-1].name}")
+    print(print_table(runs))
+    print(f"report: {out / 'report.html'}")
+
+
+def split_pair(argv: list[str]) -> bool:
+    """Turns `--compare A B` into flags; True where the command line asks for a comparison."""
+    for i, argument in enumerate(argv):
+        if argument.lstrip("-").split("=")[0] == "compare" and argument.startswith("-"):
+            last = i + (1 if "=" in argument else 2)
+            if last < len(argv) and not argv[last].startswith("-"):
+                argv[last] = f"--after={argv[last]}"
+            return True
+    return False
 
 
 if __name__ == "__main__":
+    if split_pair(sys.argv):
+        program.run(compare, define=define_flags, takes_config=False)
     program.run(main, define=define_flags)

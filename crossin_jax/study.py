@@ -21,8 +21,8 @@ from crossin_jax import config as settings
 from crossin_jax import program, provenance
 from crossin_jax.checkpoint.store import MAY_CHANGE, flatten_dict
 from crossin_jax.config import Cell, Study, UserError, check
-from crossin_jax.evaluate import evaluate
-from crossin_jax.evaluation.report import Run, print_table, write_results
+from crossin_jax.evaluate import evaluate, write_run
+from crossin_jax.evaluation.report import Run, print_table, read_results, write_results
 from crossin_jax.evaluation.runner import answer_without_model
 from crossin_jax.export import export
 from crossin_jax.train import train
@@ -34,34 +34,42 @@ def run_study(study: Study, chosen: slice = slice(None)) -> list[Run]:
     """Brings the chosen cells up to date; returns the results of every evaluated cell that is."""
     keys, runs = cell_keys(study), []
     for cell in study.cells[chosen]:
-        done = Path(cell.config.output_dir) / "done.json"
-        if read_key(done) == keys[cell.name]:
+        if is_done(cell, keys):
             logging.info("%s is done", cell.name)
         else:
-            run_cell(cell, keys[cell.name], done)
+            run_cell(cell, keys)
     for cell in study.cells:
-        folder = Path(cell.config.output_dir)
-        if cell.config.evaluation.benchmarks and read_key(folder / "done.json") == keys[cell.name]:
-            predictions, source = evaluate(cell.config, folder, folder / "evaluation")
-            runs.append(Run(cell.config.name, cell.config.seed, predictions, source))
+        if cell.config.evaluation.benchmarks and is_done(cell, keys):
+            runs += read_results(Path(cell.config.output_dir) / "evaluation")
     return runs
 
 
-def run_cell(cell: Cell, key: str, done: Path) -> None:
-    """Trains a cell anew or to its end, exports it where others need it, answers its benchmarks, and notes the key."""
+def is_done(cell: Cell, keys: dict[str, str]) -> bool:
+    """Whether a cell's results are those of its present settings and bases."""
+    return read_key(Path(cell.config.output_dir) / "done.json") == evaluation_key(cell, keys)
+
+
+def evaluation_key(cell: Cell, keys: dict[str, str]) -> str:
+    """A hash of the trained weights' key and of how they are evaluated."""
+    return provenance.content_hash([keys[cell.name], settings.to_dict(cell.config)["evaluation"]])
+
+
+def run_cell(cell: Cell, keys: dict[str, str]) -> None:
+    """Trains a cell anew or to its end, exports it where others need it, and answers its benchmarks."""
     folder = Path(cell.config.output_dir)
-    if folder.exists() and read_key(folder / "key.json") != key:
+    if folder.exists() and read_key(folder / "key.json") != keys[cell.name]:
         shutil.rmtree(folder)  # of other settings
     folder.mkdir(parents=True, exist_ok=True)
-    write_key(folder / "key.json", key)
+    write_key(folder / "key.json", keys[cell.name])
     start = time.time()
     train(cell.config)
     if cell.exports:
         shutil.rmtree(folder / "model", ignore_errors=True)
         export(folder, "hf", folder / "model")
     if cell.config.evaluation.benchmarks:
-        evaluate(cell.config, folder, folder / "evaluation")
-    write_key(done, key, seconds=round(time.time() - start, 1))
+        predictions, source = evaluate(cell.config, folder, folder / "evaluation")
+        write_run(cell.config, Run(cell.config.name, cell.config.seed, predictions, source), folder / "evaluation")
+    write_key(folder / "done.json", evaluation_key(cell, keys), seconds=round(time.time() - start, 1))
 
 
 def cell_keys(study: Study) -> dict[str, str]:
@@ -123,7 +131,7 @@ def main(arguments: Any) -> None:
             raise UserError(f"--cells={arguments.cells}: give FIRST:LAST, e.g. 0:4") from None
     if arguments.dry_run:
         for i, cell in enumerate(study.cells):
-            state = "done" if read_key(Path(cell.config.output_dir) / "done.json") == keys[cell.name] else "to do"
+            state = "done" if is_done(cell, keys) else "to do"
             print(f"{i:3d}  {state:6s} {cell.name:28s} {cell.config.train.steps} steps  -> {cell.config.output_dir}")
         return
     start = time.time()

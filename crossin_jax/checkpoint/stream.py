@@ -52,14 +52,19 @@ class Wanted:
         return self.scale is None and is_on_host(self.boxes)
 
 
+WORTH_TELLING = 32 << 20  # bytes; less is read in a moment
+
+
 def load_arrays(wanted: Sequence[Wanted], place: str, *, progress: bool = True) -> list[tuple[jax.Array, ...]]:
     """(array,) or (codes, scales) for each of the wanted, with its shape, dtype and sharding (None: default device).
 
-    Prints the predicted peak of host memory before and the measured one after; warns about tensors with NaN.
+    Prints the predicted peak of host memory before and the measured one after, where there is much to read; warns about
+    tensors with NaN.
     """
     progress = progress and jax.process_index() == 0
     largest = max((t.nbytes for want in wanted for t in want.tensors), default=0)
     to_read = sum(volume(box) * want.tensors[0].dtype.itemsize for want in wanted for box in want.boxes)
+    progress = progress and to_read >= WORTH_TELLING
     reset_peak()
     if progress:
         resident = sum(volume(box) * want.array.dtype.itemsize

@@ -1,6 +1,7 @@
 """What a model answered to a parallel benchmark: the one type that metrics consume and reports show."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,3 +43,23 @@ class Predictions:
     prompt: int
     languages: tuple[str, ...]
     items: tuple[ItemAnswers, ...] = field(repr=False)
+
+
+def encode(predictions: Predictions) -> dict[str, Any]:
+    """The predictions as plain JSON types."""
+    def shallow(value: Any) -> dict[str, Any]:  # `asdict` copies every tuple: ten times the time
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    return shallow(predictions) | {"items": [
+        shallow(item) | {"answers": {code: shallow(answer) for code, answer in item.answers.items()}}
+        for item in predictions.items]}
+
+
+def decode(stored: dict[str, Any]) -> Predictions:
+    """What `encode` made; raises KeyError or TypeError for anything else."""
+    def answer(a: dict[str, Any]) -> Answer:
+        scores = None if a["scores"] is None else tuple(a["scores"])
+        return Answer(tuple(a["candidates"]), a["reason"], a["text"], scores)
+    items = tuple(ItemAnswers(item["id"], item["gold"], item["num_choices"],
+                              {code: answer(a) for code, a in item["answers"].items()}, tuple(item["tags"]))
+                  for item in stored["items"])
+    return Predictions(stored["benchmark"], stored["method"], stored["prompt"], tuple(stored["languages"]), items)

@@ -9,7 +9,7 @@ import json
 import os
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from crossin_jax.evaluation.benchmarks import Benchmark, load_benchmark
 from crossin_jax.evaluation.figures import number, text_width
 from crossin_jax.evaluation.metrics import Mode
 from crossin_jax.evaluation.page import build_page
-from crossin_jax.evaluation.predictions import Answer, ItemAnswers, Predictions
+from crossin_jax.evaluation.predictions import Predictions, decode, encode
 from crossin_jax.evaluation.summary import LEVEL, NUM_RESAMPLES, Block, Estimate, Row, Run, summarise
 from crossin_jax.evaluation.wording import MODES_IN_WORDS, describe_score, method_name
 
@@ -45,7 +45,7 @@ def write_results(folder: str | Path, runs: Sequence[Run], provenance: dict[str,
                "blocks": [asdict(block) for block in blocks]}
     page = build_page(title, blocks, runs, _find_texts(runs, benchmarks), mode, provenance or {})
     answers = [{"name": run.name, "seed": run.seed, "provenance": run.provenance,
-                "predictions": [_store_predictions(predictions) for predictions in run.predictions]} for run in runs]
+                "predictions": [encode(predictions) for predictions in run.predictions]} for run in runs]
     contents = {"results.json": _to_json(results, indent=1), "results.md": to_markdown(title, blocks, mode).encode(),
                 "report.html": page.encode("utf-8", "replace"),
                 ANSWERS: gzip.compress(_to_json({"format": FORMAT, "runs": answers}), mtime=0)}
@@ -70,7 +70,7 @@ def read_results(folder: str | Path) -> list[Run]:
         stored = json.loads(gzip.decompress(file.read_bytes()))
         if stored["format"] != FORMAT:
             raise UserError(f"{file}: format {stored['format']}, but this version reads {FORMAT}; evaluate again")
-        return [Run(run["name"], run["seed"], [_read_predictions(p) for p in run["predictions"]], run["provenance"])
+        return [Run(run["name"], run["seed"], [decode(p) for p in run["predictions"]], run["provenance"])
                 for run in stored["runs"]]
     except FileNotFoundError:
         raise UserError(f"{file} does not exist; give a folder that evaluate wrote its results to") from None
@@ -94,24 +94,6 @@ def read_pair(first: str | Path, second: str | Path) -> list[Run]:
     taken = {run.name for run in pair[0]} & {run.name for run in pair[1]}
     return [replace(run, name=f"{run.name} ({folder})") if run.name in taken else run
             for folder, runs in zip((first, second), pair, strict=True) for run in runs]
-
-
-def _store_predictions(predictions: Predictions) -> dict[str, Any]:
-    def shallow(value: Any) -> dict[str, Any]:  # `asdict` copies every tuple: ten times the time
-        return {field.name: getattr(value, field.name) for field in fields(value)}
-    return shallow(predictions) | {"items": [
-        shallow(item) | {"answers": {code: shallow(answer) for code, answer in item.answers.items()}}
-        for item in predictions.items]}
-
-
-def _read_predictions(stored: dict[str, Any]) -> Predictions:
-    def answer(a: dict[str, Any]) -> Answer:
-        scores = None if a["scores"] is None else tuple(a["scores"])
-        return Answer(tuple(a["candidates"]), a["reason"], a["text"], scores)
-    items = tuple(ItemAnswers(item["id"], item["gold"], item["num_choices"],
-                              {code: answer(a) for code, a in item["answers"].items()}, tuple(item["tags"]))
-                  for item in stored["items"])
-    return Predictions(stored["benchmark"], stored["method"], stored["prompt"], tuple(stored["languages"]), items)
 
 
 def _to_json(value: Any, indent: int | None = None) -> bytes:
@@ -165,8 +147,8 @@ def explain_marks(blocks: Sequence[Block]) -> str:
 
 def print_table(runs: Sequence[Run], *, baselines: dict[str, list[Predictions]] | None = None,
                 mode: Mode = "expectation") -> str:
-    """The headline scores of every block as text for the terminal."""
-    blocks = summarise(runs, baselines, mode)
+    """The headline scores of every block as text for the terminal; those by bytes stand in results.md."""
+    blocks = [block for block in summarise(runs, baselines, mode) if block.method != "byte"]
     lines, names = [], {block.benchmark for block in blocks}
     for block in blocks:
         if f"{block.benchmark}/{block.tag}" in names:  # a benchmark of its own, with better distractors

@@ -5,9 +5,11 @@ interrupted evaluation goes on where it stopped and a changed template starts an
 """
 
 import dataclasses
+import gzip
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from crossin_jax.data.prompts import Renderer
 from crossin_jax.data.world_baselines import choose_by_frequency, choose_by_string
 from crossin_jax.evaluation.answers import align
 from crossin_jax.evaluation.benchmarks import Benchmark, Item, draw_shots, load_benchmark, make_prompt
-from crossin_jax.evaluation.predictions import Answer, ItemAnswers, Predictions
+from crossin_jax.evaluation.predictions import Answer, ItemAnswers, Predictions, decode, encode
 from crossin_jax.generation.engine import Engine
 from crossin_jax.languages import LANGUAGES
 from crossin_jax.provenance import content_hash
@@ -42,7 +44,7 @@ def run_benchmarks(config: Config, engine: Engine, renderer: Renderer, *, cache:
             for method in ("choices", "generate") if settings.method == "both" else (settings.method,):
                 asked = dataclasses.asdict(settings) | {"benchmarks": name, "prompts": number, "method": method}
                 key = content_hash([weights, renderer.hash, config.data.tag, config.seed, asked, benchmark.fingerprint])
-                file = cache / f"{method}-{key}.json" if cache else None
+                file = cache / f"{method}-{key}.json.gz" if cache else None
                 parts = load(file) if file else None
                 if parts is None:
                     ask = score_choices if method == "choices" else generate_answers
@@ -157,21 +159,13 @@ def save(parts: list[Predictions], file: Path) -> None:
     """Writes finished predictions whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
-    part.write_text(json.dumps([dataclasses.asdict(p) for p in parts], ensure_ascii=False))
+    part.write_bytes(gzip.compress(json.dumps([encode(p) for p in parts], ensure_ascii=False).encode(), mtime=0))
     os.replace(part, file)
 
 
 def load(file: Path) -> list[Predictions] | None:
     """Predictions written by `save`; None where there are none that can be read."""
     try:
-        parts = json.loads(file.read_text())
-    except (OSError, ValueError):
+        return [decode(stored) for stored in json.loads(gzip.decompress(file.read_bytes()))]
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error):
         return None
-
-    def answer(values: dict) -> Answer:
-        scores = values["scores"]
-        return Answer(tuple(values["candidates"]), values["reason"], values["text"], tuple(scores) if scores else None)
-
-    return [Predictions(p["benchmark"], p["method"], p["prompt"], tuple(p["languages"]), tuple(
-        ItemAnswers(i["id"], i["gold"], i["num_choices"], {k: answer(a) for k, a in i["answers"].items()},
-                    tuple(i["tags"])) for i in p["items"])) for p in parts]
