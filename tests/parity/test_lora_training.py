@@ -53,7 +53,8 @@ def our_losses(base, adapter):
     graphdef, trainable, frozen = nnx.split(nnx.merge(graphdef, state), lambda p, v: is_trainable(p, v, file.lora), ...)
     optimizer = optax.adamw(RATE, b1=0.9, b2=0.999, eps=1e-8, weight_decay=DECAY)
     step = jax.jit(make_train_step(graphdef, optimizer, StepSettings(
-        accumulation=1, loss_chunk=8, remat="none", attention="reference", seed=0, num_groups=1)))
+        accumulation=1, loss_chunk=8, remat="none", attention="reference", seed=0, num_groups=1)),
+        compiler_options={"xla_backend_optimization_level": 0})  # ten tiny steps: compiling is what takes time
     state, losses = init_state(trainable, frozen, optimizer), []
     for tokens, learned in batches():
         batch = {"tokens_BT": tokens[:, :-1], "targets_BT": tokens[:, 1:], "learned_BT": learned,
@@ -64,7 +65,7 @@ def our_losses(base, adapter):
     return losses, file, (state.trainable, state.frozen)
 
 
-@pytest.mark.parametrize("name", ["released_recipe", "rslora", "dora", "tied_kept"])
+@pytest.mark.parametrize("name", ["released_recipe", "dora", "tied_kept"])
 def test_ten_steps(tmp_path, name):
     base, adapter = make_adapter(tmp_path, name, lora_dropout=0.0)
     wanted, model = torch_losses(base, adapter)
