@@ -19,7 +19,7 @@ from absl import flags
 from tqdm import tqdm
 
 from crossin_jax import program
-from crossin_jax.config import Config, UserError, hint
+from crossin_jax.config import Config, Source, UserError, hint
 from crossin_jax.data.mixture import Mixture, load_corpora
 
 BATCH = 4096
@@ -31,7 +31,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("format", "parquet", ["parquet", "jsonl"], "file format of build")
     flags.DEFINE_integer("n", 5, "examples in preview", lower_bound=1)
     flags.DEFINE_string("html", None, "page that preview writes")
-    flags.DEFINE_string("source", None, "source that translate fills; needed where there are several")
+    flags.DEFINE_string("source", None, "source that translate and cross_xquad read; needed where there are several")
     flags.DEFINE_string("command", None, "shell command that translates; without it the configured model does")
     flags.DEFINE_integer("max_new_tokens", 512, "longest translation of a text, tokens", lower_bound=1)
 
@@ -153,12 +153,8 @@ def translate(config: Config, arguments: Any) -> None:
     """Fills the languages that a source lacks, with the configured model or an external command."""
     from crossin_jax.data.corpus import load_corpus
     from crossin_jax.data.translate import fill, run_command
-    names = [source.name for source in config.data.sources]
-    name = arguments.source or (names[0] if len(names) == 1 else None)
-    if name not in names:
-        raise UserError(f"--source={name}: name one of the sources {', '.join(names)}{hint(name, names)}")
-    source = dataclasses.replace(config.data.sources[names.index(name)])
-    out = Path(arguments.out or Path(config.output_dir) / f"{name}.jsonl").expanduser()
+    source = find_source(config, arguments.source)
+    out = Path(arguments.out or Path(config.output_dir) / f"{source.name}.jsonl").expanduser()
     corpus = load_corpus(source, config.data.languages, seed=config.seed)
     if arguments.command:
         translator, engine = run_command(arguments.command), arguments.command
@@ -167,6 +163,26 @@ def translate(config: Config, arguments: Any) -> None:
     counts = fill(corpus, config.data.languages, config.data.pivot, translator, out, engine=engine)
     print("\n".join(f"{name:<36} {n:>8}" for name, n in sorted(counts.items())))
     print(f"wrote {out}; suspicious rows carry a field flags")
+
+
+def find_source(config: Config, name: str | None) -> Source:
+    """The source that --source names, or the only one."""
+    sources = {source.name: source for source in config.data.sources}
+    name = next(iter(sources)) if name is None and len(sources) == 1 else name
+    if name not in sources:
+        raise UserError(f"--source={name}: name one of the sources {', '.join(sources)}{hint(name, sources)}")
+    return sources[name]
+
+
+def cross_xquad(config: Config, arguments: Any) -> None:
+    """Writes a benchmark in Cross-XQuAD's form from an XQuAD source; its choices are not those of SeaEval."""
+    from crossin_jax.evaluation.cross_xquad import build_cross_xquad
+    source = find_source(config, arguments.source)
+    rows = build_cross_xquad(source.path, source.languages or config.data.languages, config.seed)
+    out = Path(arguments.out or Path(config.output_dir) / "cross_xquad.json").expanduser()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    print(f"wrote {len(rows)} items to {out}; evaluate with --config.evaluation.benchmarks={out},")
 
 
 def open_translator(config: Config, max_new_tokens: int) -> tuple[Any, str]:
@@ -195,7 +211,7 @@ def open_translator(config: Config, max_new_tokens: int) -> tuple[Any, str]:
     return translator, f"{config.model.path} {config.model.revision} {renderer.hash} {max_new_tokens}"
 
 
-COMMANDS = {"build": build, "preview": preview, "audit": audit, "translate": translate}
+COMMANDS = {"build": build, "preview": preview, "audit": audit, "translate": translate, "cross_xquad": cross_xquad}
 
 
 def main() -> None:

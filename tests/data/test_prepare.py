@@ -17,6 +17,7 @@ from crossin_jax.data.corpus import load_corpus
 from crossin_jax.data.crosslingual import Example
 from crossin_jax.data.mixture import Mixture, load_corpora
 from crossin_jax.data.prompts import Renderer, RowFault, load_tokenizer
+from crossin_jax.evaluation.benchmarks import load_benchmark
 from tests.data.conftest import parallel_rows, write_lines
 
 
@@ -131,6 +132,13 @@ def test_translate_fills_a_source_through_a_command(config, tmp_path, capsys):
     assert len(Mixture(config.data, load_corpora(config.data, 0), 0)) == 6
     with pytest.raises(UserError, match="--source=rwos: name one of the sources rows; did you mean rows"):
         prepare.translate(config, arguments(source="rwos"))
+
+
+def test_cross_xquad_writes_a_benchmark_that_loads(config, shared, tmp_path):
+    config.data.sources[0].path = str(shared / "xquad")
+    prepare.cross_xquad(config, arguments())
+    benchmark = load_benchmark(str(tmp_path / "run" / "cross_xquad.json"), config.data.languages)
+    assert len(benchmark.items) == 1190 and len(benchmark.items[0].versions) == 4
 
 
 def run(*words):
