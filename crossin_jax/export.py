@@ -91,23 +91,25 @@ def tokenizer_folder(config: Config, restored: Any) -> Path | None:
 
 
 def read_scores(run: Path) -> list[dict[str, Any]]:
-    """Rows of every results.json below the run: benchmark, and its scores as far as they are single numbers."""
+    """The headline scores in every results.json below the run: one row for a benchmark and a way of answering."""
     rows = []
     for file in sorted(run.glob("**/results.json")):
         try:
             results = json.loads(file.read_text())
-        except (OSError, ValueError):
-            continue
-        rows += [{"file": str(file.relative_to(run)), **row} for row in _score_rows(results)]
+            steps = {told["name"]: ((told.get("provenance") or {}).get("model") or {}).get("step")
+                     for told in results["runs"]}
+            for block in results["blocks"]:
+                size = min(3, len(block["languages"]))
+                names = {"accuracy": "accuracy", "consistency": f"consistency_{size}", "AC3": f"AC3_{size}"}
+                shown = {"benchmark": block["benchmark"], "answers": block["method"], "languages": block["languages"],
+                         "items": block["num_items"]}
+                for row in block["rows"] if block["tag"] is None else ():
+                    if not row["is_baseline"]:
+                        rows.append({**shown, "arm": row["arm"], "step": steps.get(row["arm"]),
+                                     **{name: row["scores"].get(key) for name, key in names.items()}})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # written by another version: the card then says less, the model is the same
     return rows
-
-
-def _score_rows(results: Any, names: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    if not isinstance(results, dict):
-        return []
-    numbers = {name: value for name, value in results.items() if isinstance(value, float)}
-    rows = [{"name": "/".join(names), **numbers}] if numbers and names else []
-    return rows + [row for name, value in results.items() for row in _score_rows(value, (*names, name))]
 
 
 def model_card(config: Config, format: str, step: int, provenance: dict[str, Any], scores: list[dict[str, Any]]) -> str:
@@ -137,14 +139,17 @@ def model_card(config: Config, format: str, step: int, provenance: dict[str, Any
                 "length": config.data.length, "packing": config.data.packing, "seed": config.seed}
         lines += [f"| {title}.{name} | {_cell(value)} |" for name, value in shown.items() if value is not None]
     lines += ["", "## Scores", ""]
-    for row in scores:
-        numbers = ", ".join(f"{name} {value:.4f}" for name, value in row.items() if isinstance(value, float))
-        lines.append(f"- {row['name']} ({row['file']}): {numbers}")
+    if scores:
+        lines += ["Estimate and 95 % interval; consistency and AC3 over combinations of three languages, or of all "
+                  "where there are fewer.", "", f"| {' | '.join(scores[0])} |", "|" + "---|" * len(scores[0])]
+    lines += [f"| {' | '.join(map(_cell, row.values()))} |" for row in scores]
     return "\n".join(lines + ([] if scores else ["None recorded with this checkpoint."])) + "\n"
 
 
 def _cell(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+    if isinstance(value, dict):
+        return f"{value['value']:.3f} ({value['low']:.3f} to {value['high']:.3f})"
+    return ", ".join(map(str, value)) if isinstance(value, (tuple, list)) else "" if value is None else str(value)
 
 
 def define() -> None:

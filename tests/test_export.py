@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from crossin_jax.checkpoint.load import load_model
 from crossin_jax.checkpoint.restore import restore_params
 from crossin_jax.checkpoint.store import Store
 from crossin_jax.config import Architecture, Component, Config, Lora, Model, Source, UserError
+from crossin_jax.evaluation.summary import Block, Estimate, Row
 from crossin_jax.export import export
 from crossin_jax.parallel.mesh import make_mesh
 from crossin_jax.training.state import abstract_model, load_base, model_spec
@@ -107,13 +109,21 @@ def test_a_full_model(tmp_path, family):
 def test_an_adapter(tmp_path, family):
     make_run(tmp_path, family, LORA)
     (tmp_path / "run/evaluation").mkdir()
-    (tmp_path / "run/evaluation/results.json").write_text('{"cross_mmlu": {"AC3_3": 0.41234, "items": 150}}')
+    scores = {name: Estimate(0.41234, 0.3, 0.5) for name in ("accuracy", "consistency_3", "AC3_3")}
+    rows = [Row(arm, (0,), 150, scores, {}, {}, [], {}, is_baseline=arm == "blind") for arm in ("tiny", "blind")]
+    blocks = [asdict(Block("cross_mmlu", "choices", tag, ("en", "zh", "vi", "es"), 150, 0.25, tuple(rows)))
+              for tag in (None, "tagged")]
+    (tmp_path / "run/evaluation/results.json").write_text(json.dumps(
+        {"runs": [{"name": "tiny", "provenance": {"model": {"step": 7}}}], "blocks": blocks}))
     out = export(tmp_path / "run/checkpoints/0", "peft", tmp_path / "out")
     wanted = our_logits(tmp_path / "run")
     np.testing.assert_allclose(logits_of(load_peft(tmp_path / "base", out), TOKENS), wanted, atol=2e-4)
     assert peft.PeftConfig.from_pretrained(out).base_model_name_or_path == str(tmp_path / "base")
     np.testing.assert_allclose(np.asarray(load_model(out, progress=False)(TOKENS)), wanted, atol=1e-5)
-    assert "cross_mmlu (evaluation/results.json): AC3_3 0.4123" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert card.count("cross_mmlu") == 1
+    estimate = "0.412 (0.300 to 0.500)"
+    assert f"| cross_mmlu | choices | en, zh, vi, es | 150 | tiny | 7 | {' | '.join([estimate] * 3)} |" in card
 
 
 @pytest.mark.parametrize("family, lora", [
