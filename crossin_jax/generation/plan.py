@@ -1,14 +1,18 @@
-"""Which prompts share a program and a prefix: fixed lengths, so that compilations are few, and common beginnings."""
+"""What the host decides: which prompts share a program and a prefix, and where an answer stops."""
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 LENGTH_BUCKETS = tuple(sorted(scale << k for scale in (2, 3) for k in range(3, 17)))  # 16, 24, 32, 48, 64, 96 …
+CHOICE_BUCKETS = (1, 2, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64, 128)
+MIN_SAVED = 4096  # padding, in tokens, that one more program must save
 MIN_SHARED = 32  # tokens that a common prefix saves per prompt before it is worth its own pass
 MIN_SHARING = 4  # prompts
+
+Stop = str | Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +28,18 @@ def bucket(size: int, buckets: Sequence[int]) -> int:
     i = bisect_left(buckets, size)
     assert i < len(buckets), f"{size} is longer than every bucket of {buckets}"
     return buckets[i]
+
+
+def coarsen(sizes: Sequence[int], buckets: Sequence[int]) -> list[int]:
+    """The bucket of each size, where a bucket that saves little padding is left out for the next larger in use."""
+    result = [bucket(size, buckets) for size in sizes]
+    used = sorted(set(result))
+    for small, large in zip(used, used[1:], strict=False):
+        members = [i for i, size in enumerate(result) if size == small]
+        if len(members) * (large - small) < MIN_SAVED:
+            for i in members:
+                result[i] = large
+    return result
 
 
 def power_of_two(size: int) -> int:
@@ -79,3 +95,22 @@ def pad(rows: Sequence[np.ndarray], length: int, value: int) -> np.ndarray:
     for row, tokens in zip(out, rows, strict=True):
         row[:len(tokens)] = tokens
     return out
+
+
+def find_stop(answer: list[int], added: int, stop: Sequence[Stop],
+              detokenize: Callable[[list[int]], str] | None) -> int | None:
+    """How many tokens of an answer stand before its first stop, or None; the last `added` tokens are new.
+
+    Before a stop that is a text: as few tokens as hold the text before it.
+    """
+    ends, texts = [], [entry for entry in stop if isinstance(entry, str)]
+    for ids in (list(entry) for entry in stop if not isinstance(entry, str)):
+        first = max(0, len(answer) - added - len(ids) + 1)
+        ends += [i for i in range(first, len(answer) - len(ids) + 1) if answer[i:i + len(ids)] == ids][:1]
+    if texts and added:
+        text = detokenize(answer)
+        starts = [start for start in (text.find(entry) for entry in texts) if start >= 0]
+        if starts:
+            kept = text[:min(starts)]
+            ends.append(next(k for k in range(len(answer) + 1) if detokenize(answer[:k]).startswith(kept)))
+    return min(ends, default=None)

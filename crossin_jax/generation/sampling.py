@@ -49,7 +49,7 @@ def draw(logits_BV: jax.Array, seeds_B: jax.Array, positions_B: jax.Array, sampl
     allowed are allowed too.
     """
     if sampling.temperature is None:
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        return _argmax(logits_BV)
     scores_BV = logits_BV / sampling.temperature
     if sampling.top_k is not None:
         p_BV = jax.nn.softmax(scores_BV, axis=-1)
@@ -62,7 +62,14 @@ def draw(logits_BV: jax.Array, seeds_B: jax.Array, positions_B: jax.Array, sampl
     def noise(seed, position):
         return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), logits_BV.shape[1:], jnp.float32)
 
-    return jnp.argmax(scores_BV + jax.vmap(noise)(seeds_B, positions_B), axis=-1).astype(jnp.int32)
+    return _argmax(scores_BV + jax.vmap(noise)(seeds_B, positions_B))
+
+
+def _argmax(scores_BV: jax.Array) -> jax.Array:
+    """The first index of the largest score, (B,) int32; two plain reductions, which a CPU vectorizes and argmax not."""
+    index = jnp.arange(scores_BV.shape[-1], dtype=jnp.int32)[None]
+    best = scores_BV.max(axis=-1, keepdims=True)
+    return jnp.where(scores_BV == best, index, scores_BV.shape[-1] - 1).min(axis=-1)
 
 
 def _threshold(p_BV: jax.Array, weight_BV: jax.Array, target: jax.Array) -> jax.Array:

@@ -1,7 +1,6 @@
 """The compiled programs of the engine as pure functions: prefill, insert, resize, decode, score."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,6 @@ import jax.numpy as jnp
 
 from crossin_jax.generation.sampling import Sampling, draw
 from crossin_jax.models.transformer import Cache, Transformer
-from crossin_jax.parallel.mesh import RULES
 
 LOGITS_AT_ONCE = 1 << 24  # float32 numbers: 64 MiB
 
@@ -18,7 +16,11 @@ LOGITS_AT_ONCE = 1 << 24  # float32 numbers: 64 MiB
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class State:
-    """Everything that decoding changes, for B rows; a row's slot in the cache is its position."""
+    """Everything that decoding changes, for B rows.
+
+    The cache has a region for prompts, R slots per row, and a ring of W slots for what is drawn. One scalar,
+    cache["length"], is the slot all rows write next; a row must end before the ring comes round to its first token.
+    """
 
     cache: Cache
     token_B: jax.Array  # drawn last, not yet read by the model
@@ -29,50 +31,53 @@ class State:
     finite: jax.Array  # () bool: no draw has met logits that are not numbers
 
 
-def cache_axes(model: Transformer, dtype: Any) -> dict[str, tuple[str, ...]]:
-    """The logical axes of each array of the cache, read off its shape."""
+@dataclass(frozen=True)
+class Axes:
+    """What the dimensions of one array of the cache are, as logical axes."""
+
+    names: tuple[str, ...]
+
+    @property
+    def batch(self) -> int:
+        return self.names.index("batch")
+
+    @property
+    def length(self) -> int:
+        return self.names.index("length")
+
+
+def cache_axes(model: Transformer, dtype: Any) -> Any:
+    """The `Axes` of every array of the cache, read off its shape; the cache may be stacked over layers or not."""
     B, S = 10_007, 10_009  # primes that are no size of a model
-    shapes = jax.eval_shape(lambda: model.init_cache(B, S, dtype))
-    named = {B: "batch", S: "length"}
 
-    def axes(name: str, shape: tuple[int, ...]) -> tuple[str, ...]:
-        if name in ("positions", "length"):
-            return tuple(named[size] for size in shape)
-        others = iter(("layers", "kv_heads", "head"))
-        return tuple(named.get(size) or next(others) for size in shape)
+    def axes(leaf):
+        others = iter(("kv_heads", "head"))
+        named = {B: "batch", S: "length"}
+        return Axes(tuple(named.get(size) or ("layers" if i == 0 else next(others))
+                          for i, size in enumerate(leaf.shape)))
 
-    return {name: axes(name, leaf.shape) for name, leaf in shapes.items()} | {"length": ("batch",)}
+    return jax.tree.map(axes, jax.eval_shape(lambda: model.init_cache(B, S, dtype)))
 
 
-def partition(axes: tuple[str, ...], shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> jax.sharding.PartitionSpec:
-    """Where an array of the cache lies on the mesh; a dimension that does not divide is whole on every device."""
-    def divided(axis, size):
-        names = RULES[axis][1]
-        parts = math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ()))
-        return names if size % parts == 0 else None
-
-    return jax.sharding.PartitionSpec(*map(divided, axes, shape))
-
-
-def empty_state(model: Transformer, B: int, S: int, dtype: Any) -> State:
-    """B rows with nothing to do and S cache slots each."""
+def empty_state(model: Transformer, B: int, R: int, W: int, dtype: Any) -> State:
+    """B rows with nothing to do."""
     zero = jnp.zeros((B,), jnp.int32)
-    cache = model.init_cache(B, S, dtype) | {"length": zero}
+    cache = model.init_cache(B, R + W, dtype) | {"length": jnp.int32(R)}
     return State(cache, zero, zero, zero, zero.astype(jnp.uint32), jnp.ones((B,), bool), jnp.ones((), bool))
 
 
-def extend_prefix(model: Transformer, axes: dict[str, tuple[str, ...]], prefix: Cache | None, rows: int, slots: int,
-                  dtype: Any) -> Cache:
+def extend_prefix(model: Transformer, axes: Any, prefix: Cache | None, rows: int, slots: int, dtype: Any) -> Cache:
     """A cache that holds the prefix in every row and has `slots` more after its last token."""
     if prefix is None:
         return model.init_cache(rows, slots, dtype)
-    cache = model.init_cache(rows, prefix["positions"].shape[1] + slots, dtype)
-    for name, stored in cache.items():
-        if name != "length":
-            shape = list(prefix[name].shape)
-            shape[axes[name].index("batch")] = rows
-            cache[name] = jax.lax.dynamic_update_slice(stored, jnp.broadcast_to(prefix[name], shape), (0,) * stored.ndim)
-    return cache | {"length": prefix["length"]}
+
+    def put(empty, stored, names):
+        if not names.names:
+            return stored
+        repeated = jnp.broadcast_to(stored, [rows if i == names.batch else n for i, n in enumerate(stored.shape)])
+        return jax.lax.dynamic_update_slice(empty, repeated, (0,) * empty.ndim)
+
+    return jax.tree.map(put, model.init_cache(rows, prefix["positions"].shape[1] + slots, dtype), prefix, axes)
 
 
 def read_prefix(model: Transformer, tokens_1P: jax.Array, length: jax.Array, dtype: Any) -> Cache:
@@ -84,65 +89,83 @@ def read_prefix(model: Transformer, tokens_1P: jax.Array, length: jax.Array, dty
 
 
 def read_prompts(model: Transformer, cache: Cache, tokens_BT: jax.Array, lengths_B: jax.Array,
-                 attention: str) -> tuple[jax.Array, Cache]:
-    """Logits (B, V) after the last token of each right-padded prompt, and the cache that holds the prompts."""
+                 attention: str, fresh: bool) -> tuple[jax.Array, Cache]:
+    """Logits (B, V) after the last token of each right-padded prompt, and the cache that holds the prompts.
+
+    `fresh` promises that the cache was empty.
+    """
     T = tokens_BT.shape[1]
     real = (jnp.arange(T)[None] < lengths_B[:, None]).astype(jnp.int32)
-    hidden, cache = model.hidden(tokens_BT, None, real, cache=cache, attention=attention)
+    hidden, cache = model.hidden(tokens_BT, None, real, cache=cache, attention=attention, fresh=fresh)
     last = jnp.take_along_axis(hidden, (lengths_B - 1)[:, None, None], axis=1)
     return model.unembed(last)[:, 0], cache
 
 
 def prefill(model: Transformer, cache: Cache, tokens_BT: jax.Array, lengths_B: jax.Array, left_B: jax.Array,
-            seed_B: jax.Array, sampling: Sampling, eos: jax.Array, attention: str) -> State:
+            seed_B: jax.Array, sampling: Sampling, eos: jax.Array, attention: str,
+            fresh: bool) -> State:
     """Rows whose prompts are read and whose first token is drawn."""
-    position_B = cache["length"] + lengths_B
-    logits, cache = read_prompts(model, cache, tokens_BT, lengths_B, attention)
+    position_B = cache["length"] + lengths_B  # slots are positions here
+    logits, cache = read_prompts(model, cache, tokens_BT, lengths_B, attention, fresh)
     token_B = draw(logits, seed_B, position_B, sampling)
     done_B = (left_B <= 1) | _is_any(token_B, eos)
     finite = jnp.isfinite(logits.max())
-    return State(cache | {"length": position_B}, token_B, position_B, left_B - 1, seed_B, done_B, finite)
+    return State(cache, token_B, position_B, left_B - 1, seed_B, done_B, finite)
 
 
-def insert(state: State, rows: State, index_A: jax.Array, axes: dict[str, tuple[str, ...]]) -> State:
+def insert(state: State, rows: State, index_A: jax.Array, R: int, axes: Any) -> State:
     """The state with `rows` in place of the rows `index_A`; an index past the last row is left out."""
     def put(stored, new, names):
+        if not names.names:  # the slot to write belongs to all rows
+            return stored
         where: list[Any] = [slice(None)] * stored.ndim
-        where[names.index("batch")] = index_A
-        if "length" in names:  # slots past the prompt's are never read: their stored positions are -1
-            axis = names.index("length")
-            size = min(stored.shape[axis], new.shape[axis])
-            where[axis], new = slice(size), jax.lax.slice_in_dim(new, 0, size, axis=axis)
+        where[names.batch] = index_A
+        if "length" in names.names:
+            size = min(R, new.shape[names.length])
+            where[names.length], new = slice(size), jax.lax.slice_in_dim(new, 0, size, axis=names.length)
         return stored.at[tuple(where)].set(new, mode="drop")
 
+    # slots whose position is -1 are never read, whatever an earlier row left there
     cleared = state.cache | {"positions": state.cache["positions"].at[index_A].set(-1, mode="drop")}
-    cache = {name: put(cleared[name], rows.cache[name], names) for name, names in axes.items()}
-    vectors = {name: put(getattr(state, name), getattr(rows, name), ("batch",))
+    cache = jax.tree.map(put, cleared, rows.cache, axes)
+    vectors = {name: put(getattr(state, name), getattr(rows, name), Axes(("batch",)))
                for name in ("token_B", "position_B", "left_B", "seed_B", "done_B")}
     return State(cache, **vectors, finite=state.finite & rows.finite)
 
 
-def resize(state: State, S: int, axes: dict[str, tuple[str, ...]]) -> State:
-    """The state with S cache slots per row."""
-    def fit(name, stored):
-        if name == "length":
-            return stored
-        axis = axes[name].index("length")
-        if stored.shape[axis] >= S:
-            return jax.lax.slice_in_dim(stored, 0, S, axis=axis)
-        padding = [(0, S - stored.shape[axis] if i == axis else 0) for i in range(stored.ndim)]
-        return jnp.pad(stored, padding, constant_values=-1 if name == "positions" else 0)
+def resize(state: State, R: int, to_R: int, to_W: int, axes: Any) -> State:
+    """The state with other sizes of prompt region and ring; the ring is turned so that its oldest slot comes first."""
+    slot = state.cache["length"]
+    W = state.cache["positions"].shape[1] - R
 
-    return dataclasses.replace(state, cache={name: fit(name, stored) for name, stored in state.cache.items()})
+    def fit(stored, names):
+        if "length" not in names.names:
+            return stored
+        axis = names.length
+        prompts = jax.lax.slice_in_dim(stored, 0, R, axis=axis)
+        ring = jnp.roll(jax.lax.slice_in_dim(stored, R, R + W, axis=axis), R - slot, axis)
+        empty = -1 if stored.dtype == jnp.int32 else 0  # positions, or keys and values
+        return jnp.concatenate([_resize(prompts, axis, 0, to_R, empty),
+                                _resize(ring, axis, max(0, W - to_W), to_W, empty)], axis=axis)
+
+    cache = jax.tree.map(fit, state.cache, axes)
+    return dataclasses.replace(state, cache=cache | {"length": jnp.int32(to_R + (W if to_W > W else 0))})
+
+
+def _resize(x: jax.Array, axis: int, start: int, size: int, empty: int) -> jax.Array:
+    """`size` slots of x from `start` on, with empty ones at the end."""
+    x = jax.lax.slice_in_dim(x, start, min(start + size, x.shape[axis]), axis=axis)
+    return jnp.pad(x, [(0, size - n if i == axis else 0) for i, n in enumerate(x.shape)], constant_values=empty)
 
 
 def decode(model: Transformer, state: State, alive_B: jax.Array, steps: jax.Array, leave_at: jax.Array,
-           sampling: Sampling, eos: jax.Array, width: int) -> tuple[State, jax.Array]:
+           sampling: Sampling, eos: jax.Array, R: int, width: int) -> tuple[State, jax.Array]:
     """Up to `steps` tokens for every row that is alive and not done, (B, width) with -1 where there is none.
 
     Leaves as soon as `leave_at` rows are done, so that waiting prompts can take their place.
     """
     state = dataclasses.replace(state, done_B=state.done_B | ~alive_B)
+    S = state.cache["positions"].shape[1]
 
     def going(carry):
         step, state, _ = carry
@@ -161,7 +184,8 @@ def decode(model: Transformer, state: State, alive_B: jax.Array, steps: jax.Arra
         finite = state.finite & jnp.isfinite(jnp.where(active_B, logits.max(axis=-1), 0)).all()
         left_B = state.left_B - 1
         done_B = state.done_B | ended_B | (left_B <= 0)
-        state = State(cache | {"length": position_B}, token_B, position_B, left_B, state.seed_B, done_B, finite)
+        cache["length"] = jnp.where(cache["length"] == S, R, cache["length"])
+        state = State(cache, token_B, position_B, left_B, state.seed_B, done_B, finite)
         return step + 1, state, out
 
     out = jnp.full((state.token_B.shape[0], width), -1, jnp.int32)
@@ -170,13 +194,13 @@ def decode(model: Transformer, state: State, alive_B: jax.Array, steps: jax.Arra
 
 
 def score(model: Transformer, cache: Cache, tokens_BT: jax.Array, lengths_B: jax.Array, choices_CBK: jax.Array,
-          sizes_CB: jax.Array, attention: str) -> jax.Array:
-    """Log-likelihood of every token of every choice after its prompt, (C, B, K) float32; past a choice's size: anything.
+          sizes_CB: jax.Array, attention: str, fresh: bool) -> jax.Array:
+    """Log-likelihood of every token of every choice after its prompt, (C, B, K) float32; past a choice: anything.
 
     The prompts are read once. Each choice in turn is written over the one before it, in slots after the prompts.
     """
     start_B = cache["length"] + lengths_B
-    logits, cache = read_prompts(model, cache, tokens_BT, lengths_B, attention)
+    logits, cache = read_prompts(model, cache, tokens_BT, lengths_B, attention, fresh)
     first = jnp.take_along_axis(logits[None], choices_CBK[:, :, :1], axis=-1)
     first -= jax.nn.logsumexp(logits, axis=-1)[None, :, None]
     steps = jnp.arange(choices_CBK.shape[2] - 1)

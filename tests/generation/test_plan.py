@@ -1,0 +1,90 @@
+"""Buckets, groups with a common prefix, and where an answer stops."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crossin_jax.generation.plan import (
+    LENGTH_BUCKETS,
+    MIN_SAVED,
+    MIN_SHARED,
+    bucket,
+    coarsen,
+    common_length,
+    find_stop,
+    pad,
+    power_of_two,
+    share_prefixes,
+)
+
+
+def test_buckets_round_up_and_refuse_what_no_bucket_holds():
+    assert [bucket(n, (16, 24, 32)) for n in (1, 16, 17, 24, 25)] == [16, 16, 24, 24, 32]
+    assert [power_of_two(n) for n in (0, 1, 2, 3, 8, 9)] == [0, 1, 2, 4, 8, 16]
+    assert all(b / a <= 1.5 for a, b in zip(LENGTH_BUCKETS, LENGTH_BUCKETS[1:], strict=False))
+    with pytest.raises(AssertionError):
+        bucket(33, (16, 32))
+
+
+def test_a_bucket_is_used_where_it_saves_enough_padding():
+    few, many = [10] * 3 + [500] * 20, [10] * 400 + [500] * 20
+    assert coarsen(few, (16, 512)) == [512] * 23
+    assert MIN_SAVED < 400 * (512 - 16) and coarsen(many, (16, 512)) == [16] * 400 + [512] * 20
+    assert coarsen([], (16,)) == []
+
+
+def rows(*sizes, start=0):
+    return [np.arange(start, start + n, dtype=np.int32) for n in sizes]
+
+
+def test_prompts_share_the_prefix_that_saves_most_tokens():
+    rng = np.random.default_rng(0)
+    preamble = rng.integers(3, 99, 40)
+    shots = [np.concatenate([preamble, rng.integers(3, 99, 300)]) for _ in range(2)]
+    prompts = [np.concatenate([shots[i % 2], [100 + i], rng.integers(3, 99, 5)]).astype(np.int32) for i in range(20)]
+    prompts += [np.concatenate([preamble, [200 + i]]).astype(np.int32) for i in range(3)]
+    groups = share_prefixes(prompts)
+    assert sorted((len(group.prefix), len(group.members)) for group in groups) == [(0, 3), (340, 10), (340, 10)]
+    for group in groups:
+        for i in group.members:
+            assert (prompts[i][:len(group.prefix)] == group.prefix).all() and len(prompts[i]) > len(group.prefix)
+
+
+def test_equal_prompts_keep_a_token_of_their_own_and_short_beginnings_are_not_shared():
+    (group,) = share_prefixes(rows(50, 50, 50, 50))
+    assert len(group.prefix) == 49
+    (group,) = share_prefixes([np.r_[np.arange(MIN_SHARED - 1), 1000 + i].astype(np.int32) for i in range(9)])
+    assert len(group.prefix) == 0 and len(group.members) == 9
+    assert share_prefixes([]) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 90)), max_size=25))
+def test_every_prompt_is_in_one_group_and_begins_with_its_prefix(shapes):
+    prompts = [np.r_[np.full(kind * 33, kind), np.arange(size) % 7].astype(np.int32) for kind, size in shapes]
+    groups = share_prefixes(prompts)
+    assert sorted(i for group in groups for i in group.members) == list(range(len(prompts)))
+    for group in groups:
+        for i in group.members:
+            assert common_length(prompts[i], group.prefix) == len(group.prefix) < len(prompts[i])
+
+
+def test_padding_is_on_the_right():
+    assert pad(rows(2, 3), 4, 9).tolist() == [[0, 1, 9, 9], [0, 1, 2, 9]]
+
+
+def test_stops_by_ids_and_by_text():
+    words = ["<pad>", "Par", "is", "\n", "is.\nQ", ": no"]
+
+    def text(ids):
+        return "".join(words[i] for i in ids)
+
+    assert find_stop([1, 2, 3, 1], 1, (), None) is None
+    assert find_stop([1, 2, 3, 1], 2, ([2, 3],), None) == 1  # begins in what is old, ends in what is new
+    assert find_stop([1, 2, 3, 1], 1, ([2, 3],), None) is None  # was looked for before
+    assert find_stop([1, 2, 3, 1], 4, ("\n",), text) == 2
+    assert find_stop([1, 4, 5], 3, ("\n", "Q:"), text) == 2  # the second token reaches into the stop
+    assert find_stop([1, 4, 5], 3, ("\nQ: n",), text) == 2
+    assert find_stop([1, 4, 5], 3, ("\n", [1]), text) == 0
+    assert find_stop([1, 2], 2, ("\n",), text) is None
