@@ -1,10 +1,15 @@
 """Stricter than production: eight simulated devices, no network, rank promotion raises."""
 
 import os
+import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true " + os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = ("--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true "
+                           + os.environ.get("XLA_FLAGS", ""))
+_CACHE = tempfile.TemporaryDirectory(prefix="crossin_jax_tests_")  # a program that two tests share is compiled once
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -24,3 +29,22 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("real data folder ../shared/data is not beside this checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory) -> Path:
+    """A run of six uninterrupted steps, with the exported model in `model`."""
+    from crossin_jax.export import export
+    from crossin_jax.train import train
+    from tests.helpers import config_in
+    folder = train(config_in(tmp_path_factory.mktemp("tiny") / "whole"))
+    export(folder, "hf", folder / "model")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapted(pretrained) -> Path:
+    """A run of six uninterrupted LoRA steps with dropout on the pretrained model."""
+    from crossin_jax.train import train
+    from tests.helpers import config_in
+    return train(config_in(pretrained.parent / "adapted", str(pretrained / "model")))

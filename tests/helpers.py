@@ -1,9 +1,18 @@
 """Small things that several tests build."""
 
-from crossin_jax.config import Architecture
+import dataclasses
+from pathlib import Path
+
+from crossin_jax.config import Architecture, Config
+from tests.configs import tiny
 
 
 def small_architecture(**changes) -> Architecture:
     """A two-layer Llama with grouped queries; every width divides over eight devices."""
-    return Architecture(**{"width": 32, "ff_width": 48, "num_layers": 2, "num_heads": 8, "num_kv_heads": 2, "max_length": 64,
-                           "vocab_size": 300} | changes)
+    return Architecture(**{"width": 32, "ff_width": 48, "num_layers": 2, "num_heads": 8, "num_kv_heads": 2,
+                           "max_length": 64, "vocab_size": 300} | changes)
+
+
+def config_in(folder: Path, variant: str = "pretrain", **changes) -> Config:
+    """The tiny configuration with its output in a folder."""
+    return dataclasses.replace(tiny.get_config(variant), output_dir=str(folder), **changes)

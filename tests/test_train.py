@@ -16,18 +16,13 @@ import numpy as np
 import pytest
 
 from crossin_jax.checkpoint.store import Store
-from crossin_jax.config import Config, Lora, UserError
-from crossin_jax.export import export
+from crossin_jax.config import Lora, UserError
 from crossin_jax.parallel import hosts
 from crossin_jax.train import train
 from tests.configs import tiny
+from tests.helpers import config_in
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-
-
-def config_in(folder: Path, variant: str = "pretrain", **changes) -> Config:
-    """The tiny configuration with its output in a folder."""
-    return dataclasses.replace(tiny.get_config(variant), output_dir=str(folder), **changes)
 
 
 def read_arrays(folder: Path, step: int) -> dict[str, np.ndarray]:
@@ -48,21 +43,6 @@ def read_losses(folder: Path) -> dict[int, float]:
             first = record["step"] - len(record["losses"]) + 1
             losses |= {first + i: loss for i, loss in enumerate(record["losses"])}
     return losses
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory) -> Path:
-    """Six uninterrupted steps, and the exported model beside them."""
-    folder = tmp_path_factory.mktemp("train") / "whole"
-    train(config_in(folder))
-    export(folder, "hf", folder / "model")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def adapted(pretrained) -> Path:
-    """Six uninterrupted LoRA steps with dropout on the pretrained model."""
-    return train(config_in(pretrained.parent / "adapted", str(pretrained / "model")))
 
 
 def copy_run(run: Path, folder: Path, *, without: int | None = None) -> Path:

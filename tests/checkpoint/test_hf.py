@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import crossin_jax
+from crossin_jax.checkpoint import stream
 from crossin_jax.checkpoint import hf, stream
 from crossin_jax.checkpoint.hf import load_weights, read_spec, read_tensors, resolve_folder, save_model, state_leaves
 from crossin_jax.checkpoint.hf_map import summarize, weight_keys
@@ -102,7 +103,8 @@ def test_adapters_are_left_and_several_states_are_filled_at_once(tmp_path):
             np.testing.assert_array_equal(np.asarray(leaf, np.float32), leaves[path].astype(np.float32))
 
 
-def test_memory_and_bytes_are_announced(tmp_path, capfd):
+def test_memory_and_bytes_are_announced(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(stream, "WORTH_TELLING", 0)
     write_checkpoint(tmp_path / "m")
     load_model(tmp_path / "m")
     text = capfd.readouterr().err
