@@ -4,8 +4,8 @@
 
 Makes a Llama-shaped bfloat16 checkpoint of about that size, then loads it in fresh processes in turn, so that no loader
 inherits another's memory. Files come from the page cache; `--cold` drops them from it before each load. Seconds leave
-out imports and process start, and end when every page of every weight has been touched. Peak memory is the process's
-highest resident size less what it held before the load.
+out imports and process start, and end when every page of every weight has been touched; cpu s adds up all threads. Peak
+memory is the process's highest resident size less what it held before the load.
 """
 
 import argparse
@@ -94,9 +94,10 @@ def measure(loader: str, folder: Path, dtype: str) -> dict[str, float]:
             return [p.detach().view(torch.uint8).numpy() for p in model.parameters()]
 
     reset_peak()
-    before, start = resident_bytes(), time.perf_counter()
+    before, start, cpu = resident_bytes(), time.perf_counter(), time.process_time()
     touch(load())
-    return {"seconds": time.perf_counter() - start, "peak_gib": (peak_bytes() - before) / 2**30}
+    return {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu,
+            "peak_gib": (peak_bytes() - before) / 2**30}
 
 
 def main() -> None:
@@ -132,12 +133,14 @@ def main() -> None:
     plain = statistics.median(run["seconds"] for run in runs["plain read"])
     print(f"{size / 2**30:.2f} GiB of bfloat16 as {options.dtype}, {'cold' if options.cold else 'warm'}, "
           f"median of {options.repeats}, {os.cpu_count()} cores, {platform.machine()}")
-    print(f"{'':14}{'seconds':>9}{'x plain':>9}{'peak GiB':>10}")
+    print(f"{'':14}{'seconds':>9}{'x plain':>9}{'cpu s':>9}{'peak GiB':>10}")
     results = {}
     for loader in LOADERS:
-        seconds, peak = (statistics.median(run[name] for run in runs[loader]) for name in ("seconds", "peak_gib"))
-        results[loader] = {"seconds": seconds, "times_plain": seconds / plain, "peak_gib": peak, "runs": runs[loader]}
-        print(f"{loader:14}{seconds:9.2f}{seconds / plain:9.2f}{peak:10.2f}")
+        seconds, cpu, peak = (statistics.median(run[name] for run in runs[loader])
+                              for name in ("seconds", "cpu_seconds", "peak_gib"))
+        results[loader] = {"seconds": seconds, "times_plain": seconds / plain, "cpu_seconds": cpu, "peak_gib": peak,
+                           "runs": runs[loader]}
+        print(f"{loader:14}{seconds:9.2f}{seconds / plain:9.2f}{cpu:9.2f}{peak:10.2f}")
     if options.out:
         options.out.write_text(json.dumps({"bytes": size, "dtype": options.dtype, "cold": options.cold,
                                            "cores": os.cpu_count(), "results": results}, indent=1))

@@ -129,13 +129,13 @@ def model_card(config: Config, format: str, step: int, provenance: dict[str, Any
         "configuration": provenance.get("config_hash"), "commit": provenance.get("commit"),
         "device": provenance.get("device"), "versions": versions, "step": step}
     lines = ["---", *(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in front.items()), "---", "",
-             f"# {config.name}", "", f"{kind}, trained on cross-lingual instructions with crossin_jax.", "",
+             f"# {config.name}", "", f"{kind}, trained with crossin_jax.", "",
              "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items() if value), "",
              "## Recipe", "", "| setting | value |", "|---|---|"]
     for title, section in (("lora", config.lora), ("optim", config.optim), ("train", config.train)):
         shown = dataclasses.asdict(section) if section else {}
         if title == "train":
-            shown = {name: shown[name] for name in ("steps", "epochs", "batch_size")} | {
+            shown = {name: shown[name] for name in ("steps" if shown["steps"] else "epochs", "batch_size")} | {
                 "length": config.data.length, "packing": config.data.packing, "seed": config.seed}
         lines += [f"| {title}.{name} | {_cell(value)} |" for name, value in shown.items() if value is not None]
     lines += ["", "## Scores", ""]
