@@ -1,7 +1,7 @@
 """Cross-lingual instruction tuning and consistency evaluation of open language models on JAX.
 
-`load_model(folder_or_hub_id)` gives a callable model; everything else is a program: `python -m crossin_jax.train` and so
-on. Importing the package imports nothing heavy.
+`load_model(folder_or_hub_id)` gives a callable model; everything else is a program: `python -m crossin_jax.train` and
+so on. Importing the package imports nothing heavy.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -88,6 +88,7 @@ def write_run(config: Config, run: Run, out: Path) -> None:
                   for name in config.evaluation.benchmarks]
     write_results(out, [run], mode=config.evaluation.mode, title=run.name, benchmarks=benchmarks)
     items = {benchmark.name: benchmark.items for benchmark in benchmarks}
+    (out / "logs").mkdir(exist_ok=True)
     for predictions in run.predictions:
         name = re.sub(r"[^\w.]+", "_", f"{predictions.benchmark}_{predictions.method}_p{predictions.prompt}")
         write_log(out / "logs" / f"{name}.json", items[predictions.benchmark], predictions)

@@ -116,17 +116,6 @@ def activation_spec(shape: tuple[int, ...], axes: tuple[str, ...], mesh: Any) ->
     return PartitionSpec(*spec)
 
 
-def activation_spec(shape: tuple[int, ...], axes: tuple[str, ...], mesh: Any) -> PartitionSpec:
-    """The partition of an activation by its logical axes; a dimension that does not divide stays whole."""
-    assert len(shape) == len(axes), f"activation of shape {shape} but logical axes {axes}"
-    spec = [RULES[axis][1] for axis in axes]
-    for i, (dim, mesh_axis) in enumerate(zip(shape, spec, strict=True)):
-        size = np.prod([mesh.shape[name] for name in ((mesh_axis,) if isinstance(mesh_axis, str) else mesh_axis or ())])
-        if dim % int(size):
-            spec[i] = None
-    return PartitionSpec(*spec)
-
-
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
     """Pins an activation to the mesh by its logical axes; does nothing where no mesh is set."""
     mesh = jax.sharding.get_abstract_mesh()

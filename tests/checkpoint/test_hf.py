@@ -14,7 +14,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import crossin_jax
-from crossin_jax.checkpoint import stream
 from crossin_jax.checkpoint import hf, stream
 from crossin_jax.checkpoint.hf import load_weights, read_spec, read_tensors, resolve_folder, save_model, state_leaves
 from crossin_jax.checkpoint.hf_map import summarize, weight_keys

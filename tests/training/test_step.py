@@ -166,7 +166,8 @@ def test_every_optimizer_lowers_the_loss(name):
 
 
 def test_schedule_warms_up_and_decays():
-    rates = [float(make_schedule(Optim(learning_rate=1.0, warmup_share=0.1, final_share=0.1), 100)(i)) for i in range(101)]
+    schedule = make_schedule(Optim(learning_rate=1.0, warmup_share=0.1, final_share=0.1), 100)
+    rates = [float(schedule(i)) for i in range(101)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0) and rates[100] == pytest.approx(0.1)
     assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
     assert partial(make_schedule, Optim(learning_rate=2.0, schedule="constant", warmup_share=0.0))(10)(7) == 2.0
