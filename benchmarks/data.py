@@ -7,9 +7,10 @@ Both read the same instruction examples, made from XQuAD in `--data`, use the sa
 batches of 16 rows of at most 2048 tokens; both start from text and count real tokens, not padding. The peer tokenizes
 prompt and answer of each example in `datasets.map`, as instruction-tuning scripts do, with `num_proc` workers, and pads
 each batch to its longest row; "batched" is the same with 1,000 examples per call, which few scripts do.
-Ours draws languages, tokenizes jointly, packs, shards and keeps an exact position. Runs alternate; the best of the
-repeats counts, since other work on the machine only ever slows one down. The start of the worker processes (about two
-seconds) is left out on both sides. `--step` also times the quickstart's training step. `--rows` writes that many
+Ours draws languages, tokenizes jointly, packs, shards and keeps an exact position. Each figure is the difference
+between a long and a short run, so that the start of processes is left out; runs alternate, and the best of the repeats
+counts, since other work on the machine only ever slows one down. Tokens per CPU second, children included, are what a
+busy machine does not change. `--step` also times the quickstart's training step. `--rows` writes that many
 parallel rows to disk and reports what opening and reading them adds to the process's memory.
 """
 
@@ -17,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
@@ -43,24 +45,38 @@ def make_parts(data: Path, tokenizer_folder: str, workers: int):
     return Mixture(settings, load_corpora(settings, 0), 0), Renderer(tokenizer, "alpaca"), settings, tokenizer
 
 
-def time_ours(parts, epochs: int) -> tuple[int, float]:
-    """(real tokens, seconds) of whole epochs, after the first batch; nothing is remembered between examples."""
+class Clock:
+    """Wall and CPU seconds of a block, those of child processes that ended in it included."""
+
+    def __enter__(self) -> "Clock":
+        self.start = time.perf_counter(), self._cpu()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.wall, self.cpu = time.perf_counter() - self.start[0], self._cpu() - self.start[1]
+
+    @staticmethod
+    def _cpu() -> float:
+        return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def time_ours(parts, epochs: int) -> tuple[int, Clock]:
+    """Real tokens and time of whole epochs; nothing is remembered between examples."""
     from crossin_jax.data import packing
     from crossin_jax.data.loader import make_loader
     packing.MEMORY_EXAMPLES = 0
     mixture, renderer, settings, _ = parts
-    loader = make_loader(mixture, renderer, settings, batch_size=BATCH, seed=0, num_epochs=epochs)
-    next(loader)  # starts the workers
-    tokens, start = 0, time.perf_counter()
-    for batch in loader:
-        tokens += int((batch["segment_ids_BT"] > 0).sum())
-    seconds = time.perf_counter() - start
-    loader.close()
-    return tokens, seconds
+    tokens = 0
+    with Clock() as clock:
+        loader = make_loader(mixture, renderer, settings, batch_size=BATCH, seed=0, num_epochs=epochs)
+        for batch in loader:
+            tokens += int((batch["segment_ids_BT"] > 0).sum())
+        loader.close()
+    return tokens, clock
 
 
-def time_peer(parts, epochs: int, workers: int, batched: bool) -> tuple[int, float]:
-    """(real tokens, seconds) of datasets.map over the examples' texts, and of padding every batch."""
+def time_peer(parts, epochs: int, workers: int, batched: bool) -> tuple[int, Clock]:
+    """Real tokens and time of datasets.map over the examples' texts, and of padding every batch."""
     import datasets
     datasets.disable_progress_bars()
     mixture, renderer, _, tokenizer = parts
@@ -79,8 +95,7 @@ def time_peer(parts, epochs: int, workers: int, batched: bool) -> tuple[int, flo
         answers = tokenizer(batch["answer"], add_special_tokens=False).input_ids
         return {"input_ids": [(p + a + [eos])[:LENGTH] for p, a in zip(prompts, answers, strict=True)],
                 "labels": [([-100] * len(p) + a + [eos])[:LENGTH] for p, a in zip(prompts, answers, strict=True)]}
-    with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder, Clock() as clock:
         encoded = rows.map(encode if batched else encode_one, batched=batched, num_proc=workers or None,
                            remove_columns=["prompt", "answer"], cache_file_name=f"{folder}/encoded.arrow",
                            load_from_cache_file=False)
@@ -92,19 +107,7 @@ def time_peer(parts, epochs: int, workers: int, batched: bool) -> tuple[int, flo
             for r, (row, label) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
                 ids[r, :len(row)], labels[r, :len(row)] = row, label
                 tokens += len(row)
-        return tokens, time.perf_counter() - start
-
-
-def time_worker_start(workers: int) -> float:
-    """Seconds that datasets.map takes to start its processes, on a data set of no size."""
-    import datasets
-    datasets.disable_progress_bars()
-    if not workers:
-        return 0.0
-    rows = datasets.Dataset.from_dict({"a": list(range(workers))})
-    start = time.perf_counter()
-    rows.map(lambda row: row, num_proc=workers, load_from_cache_file=False)
-    return time.perf_counter() - start
+    return tokens, clock
 
 
 def time_quickstart(config_file: Path) -> dict[str, float]:
@@ -167,6 +170,23 @@ print(json.dumps({'rows': len(found), 'open_mib': opened - before, 'mixture_mib'
         return report | {"file_mib": size}
 
 
+def compare(parts, workers: int, options) -> dict[str, dict[str, float]]:
+    """Speeds of the systems, printed and returned."""
+    systems = {"ours": lambda n: time_ours(parts, n), "map": lambda n: time_peer(parts, n, workers, False),
+               "batched map": lambda n: time_peer(parts, n, workers, True)}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in systems}
+    for _ in range(options.repeats):
+        for name, system in systems.items():
+            (less, short), (more, long) = system(1), system(1 + options.epochs)
+            found[name].append(((more - less) / (long.wall - short.wall), (more - less) / (long.cpu - short.cpu)))
+    report = {}
+    for name, values in found.items():
+        wall, cpu = max(w for w, _ in values), max(c for _, c in values)
+        report[name] = {"tokens_per_second": wall, "tokens_per_cpu_second": cpu}
+        print(f"{workers} workers, {name:<12} {wall:>12,.0f} tokens/s {cpu:>12,.0f} tokens per CPU second", flush=True)
+    return report
+
+
 def main() -> None:
     """Runs what was asked and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -182,21 +202,8 @@ def main() -> None:
     options = parser.parse_args()
     report = {"machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"}
     folder = options.tokenizer or str(options.data / "tokenizers" / "llama2")
-    for workers in sorted({0, options.workers}):
-        parts = make_parts(options.data, folder, workers)
-        speeds: dict[str, list[float]] = {"ours": [], "map": [], "batched map": []}
-        for _ in range(options.repeats):
-            tokens, seconds = time_ours(parts, options.epochs)
-            speeds["ours"].append(tokens / seconds)
-            for name, batched in (("map", False), ("batched map", True)):
-                tokens, seconds = time_peer(parts, options.epochs, workers, batched)
-                speeds[name].append(tokens / (seconds - time_worker_start(workers)))
-        best = {name: max(values) for name, values in speeds.items()}
-        report[f"workers={workers}"] = best | {"ratio": best["ours"] / best["map"],
-                                               "ratio to batched": best["ours"] / best["batched map"]}
-        print(f"{workers} workers: ours {best['ours']:,.0f} tokens/s; datasets.map and collator {best['map']:,.0f} "
-              f"(ours is {best['ours'] / best['map']:.1f} ×), with batched tokenization {best['batched map']:,.0f} "
-              f"({best['ours'] / best['batched map']:.1f} ×)", flush=True)
+    for workers in sorted({0, options.workers}) if options.repeats else ():
+        report[f"workers={workers}"] = compare(make_parts(options.data, folder, workers), workers, options)
     if options.step:
         report["quickstart"] = found = time_quickstart(root / "configs" / "quickstart.py")
         print(f"quickstart: pipeline {found['pipeline']:,.0f} tokens/s, training step {found['step']:,.0f} tokens/s, "

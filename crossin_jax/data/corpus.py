@@ -1,11 +1,12 @@
 """Files and Hub data sets become parallel records: one row id, one text per language.
 
 The text of every row lies in an Arrow file: in memory for small sources, memory-mapped from a cache folder for large
-ones. What stays in memory per text is its key, its language and its place, about 20 bytes.
+ones, whose index is mapped as well.
 """
 
 import json
 import os
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,8 @@ from crossin_jax.languages import LANGUAGES
 CACHE_BYTES = 64 << 20  # sources larger than this go to the cache folder
 BATCH_ROWS = 2048
 TEXT_COLUMNS = ("instruction", "input", "output", "messages")
-FORMAT = 1  # raised when the cached layout changes
+INDEX = ("keys", "rows", "twice")
+FORMAT = 2  # raised when the cached layout changes
 
 
 def _count_earlier(keys: np.ndarray, languages: np.ndarray) -> np.ndarray:
@@ -77,18 +79,24 @@ class Corpus(Sequence):
 
 
 class ArrowCorpus(Corpus):
-    """Records joined from one Arrow file that holds a row per (record, language); `path` None keeps it in memory."""
+    """Records joined from one Arrow file that holds a row per (record, language), in memory or in a cache folder."""
 
-    def __init__(self, name: str, path: str | None, buffer: Any, meta: dict[str, Any]):
-        self.name, self.place, self._path, self._buffer, self._meta = name, meta["place"], path, buffer, meta
+    def __init__(self, name: str, content: Any, meta: dict[str, Any]):
+        self.name, self.place, self._content, self._meta = name, meta["place"], content, meta
         self._codes = tuple(meta["codes"])
         self.fingerprint = meta["fingerprint"]
         self._open()
-        self._join()
+        if "dropped" in meta:  # joined before
+            self.dropped, self.dropped_rows = Counter(meta["dropped"]), meta["dropped_rows"]
+            self.keys, self._rows, self._twice = (np.asarray(np.load(f"{content}/{part}.npy", mmap_mode="r"))
+                                                  for part in INDEX)
+            self._index()
+        else:
+            self._join()
 
     def _open(self) -> None:
         import pyarrow as pa
-        source = pa.memory_map(self._path) if self._path else self._buffer
+        source = pa.memory_map(f"{self._content}/texts.arrow") if isinstance(self._content, str) else self._content
         with pa.ipc.open_file(source) as reader:
             self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
 
@@ -116,6 +124,13 @@ class ArrowCorpus(Corpus):
         self._rows[record, languages] = np.arange(len(keys))
         self._drop(record, self._column("fault", np.uint8))
         self._index()
+
+    def save(self, folder: Path) -> None:
+        """Writes the joined index and what was dropped beside the texts, so that nobody joins again."""
+        for part, values in zip(INDEX, (self.keys, self._rows, self._twice), strict=True):
+            np.save(folder / f"{part}.npy", values)
+        meta = self._meta | {"dropped": dict(self.dropped), "dropped_rows": self.dropped_rows}
+        (folder / "meta.json").write_text(json.dumps(meta))
 
     def _drop(self, record: np.ndarray, faults: np.ndarray) -> None:
         """Removes records with a faulty text in any language; counts and the first places stay."""
@@ -202,16 +217,21 @@ def load_corpus(source: Source, languages: Sequence[str], *, seed: int = 0, cach
         import pyarrow as pa
         sink = pa.BufferOutputStream()
         meta = _write_texts(source, codes, files, sink)
-        return _limit(ArrowCorpus(source.name, None, sink.getvalue(), meta), source)
+        return _limit(ArrowCorpus(source.name, sink.getvalue(), meta), source)
     folder = Path(cache or os.environ.get("CROSSIN_CACHE", "~/.cache/crossin_jax/corpora")).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    stamp = [(f, os.stat(f.path).st_size, os.stat(f.path).st_mtime_ns) if f.layout != "hub" else f for f in files]
+    stamp = [(f, *(stat(p) for p in (sorted(Path(f.path).rglob("*")) if Path(f.path).is_dir() else [Path(f.path)])
+                   if p.is_file())) for f in files]
     settings = {k: v for k, v in asdict(source).items() if k not in ("name", "limit", "portion")}
-    path = folder / f"{digest(json.dumps([FORMAT, settings, codes, stamp])).hex()}.arrow"
-    if not path.with_suffix(".json").exists():
-        meta = _write_cached(source, codes, files, path)
-    meta = json.loads(path.with_suffix(".json").read_text())
-    return _limit(ArrowCorpus(source.name, str(path), None, meta), source)
+    path = folder / digest(json.dumps([FORMAT, settings, codes, stamp])).hex()
+    if not path.is_dir():
+        _write_cached(source, codes, files, path)
+    return _limit(ArrowCorpus(source.name, str(path), json.loads((path / "meta.json").read_text())), source)
+
+
+def stat(path: Path) -> tuple[str, int, int]:
+    """What tells one state of a file from another."""
+    return path.name, path.stat().st_size, path.stat().st_mtime_ns
 
 
 def _limit(corpus: Corpus, source: Source) -> Corpus:
@@ -226,19 +246,21 @@ def _limit(corpus: Corpus, source: Source) -> Corpus:
     return Corpus(corpus.name, [corpus[int(i)] for i in rows], place=corpus.place)
 
 
-def _write_cached(source: Source, codes: Sequence[str], files: list[File], path: Path) -> dict[str, Any]:
+def _write_cached(source: Source, codes: Sequence[str], files: list[File], path: Path) -> None:
+    """Makes the cache folder of a source; it appears when it is whole."""
     import pyarrow as pa
-    handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    os.close(handle)
+    part = Path(tempfile.mkdtemp(dir=path.parent, suffix=".part"))
     try:
-        with pa.OSFile(part, "wb") as sink:
+        with pa.OSFile(str(part / "texts.arrow"), "wb") as sink:
             meta = _write_texts(source, codes, files, sink)
-        os.replace(part, path)
-        Path(part).write_text(json.dumps(meta))
-        os.replace(part, path.with_suffix(".json"))  # last: the pair is whole once this exists
+        ArrowCorpus(source.name, str(part), meta).save(part)
+        try:
+            os.rename(part, path)
+        except OSError:
+            if not path.is_dir():  # else another process made it meanwhile
+                raise
     finally:
-        Path(part).unlink(missing_ok=True)
-    return meta
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _write_texts(source: Source, codes: Sequence[str], files: list[File], sink: Any) -> dict[str, Any]:

@@ -4,6 +4,9 @@ import csv
 import json
 import pickle
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -130,6 +133,29 @@ def test_stopped_caching_leaves_nothing_that_counts_as_whole(tmp_path, monkeypat
     with pytest.raises(UserError, match="row 41"):
         load_corpus(Source(name="rows", path=path), CODES, cache=str(tmp_path / "cache"))
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path):
+    filler = "The quick brown fox jumps over the lazy dog. " * 12
+    rows = ({"id": f"r{i}", **{code: {"instruction": f"{i} {filler}", "output": str(i)} for code in ("en", "es")}}
+            for i in range(60_000))
+    path = write_lines(tmp_path / "big.jsonl", rows)
+    assert Path(path).stat().st_size > 64 << 20
+    code = """
+import sys
+import numpy, pyarrow, tqdm
+from crossin_jax.config import Source
+from crossin_jax.data.corpus import load_corpus
+def used():
+    return int(open("/proc/self/status").read().split("RssAnon:")[1].split()[0]) / 1024
+before = used()
+corpus = load_corpus(Source(name="big", path=sys.argv[1]), ("en", "es"), cache=sys.argv[2])
+assert len(corpus) == 60_000 and all(corpus[i].texts["es"].output == str(i) for i in range(0, 60_000, 30))
+print(used() - before)
+"""
+    command = [sys.executable, "-c", code, path, str(tmp_path / "cache")]
+    first, again = (float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(2))
+    assert first < 40 and again < 8, (first, again)  # MiB, of 67 MiB of text
 
 
 def test_large_json_lists_are_streamed(tmp_path, monkeypatch):
