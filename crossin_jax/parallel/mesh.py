@@ -63,7 +63,7 @@ def parameter_spec(path: str, shape: tuple[int, ...], axes: tuple[str, ...], mes
     for dim, axis in zip(shape, axes, strict=True):
         mesh_axis = RULES[axis][0]
         if mesh_axis is not None and dim % mesh.shape[mesh_axis]:
-            if axis not in REPLICATED_WHERE_UNEVEN:
+            if axis not in REPLICATED_WHERE_UNEVEN and not path.endswith("/scale"):  # nf4's blocks of 64 inputs
                 raise UserError(f"{path}: dimension {axis}={dim} is not divisible by mesh {mesh_axis}="
                                 f"{mesh.shape[mesh_axis]}; choose a mesh.{mesh_axis} that divides it")
             mesh_axis = None
