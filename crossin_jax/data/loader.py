@@ -42,7 +42,7 @@ class Loader:
     @property
     def steps_per_epoch(self) -> float:
         """Batches per pass over the mixture: exact for up to four windows, else by what four of them hold."""
-        count = min(self._windows._per_epoch, 4, len(self._windows))
+        count = min(self._windows.per_epoch, 4, len(self._windows))
         rows = sum(len(self._windows[g]["tokens"]) for g in range(count))
         covered = self._windows.find_positions(count - 1).stop
         return rows / covered * len(self._windows.mixture) / self._batch_size

@@ -237,8 +237,9 @@ class Mixture(Sequence):
         """The example of one line of `draw`."""
         pool, codes = self.pools[component], self.data.languages
         record = pool.corpus.pick(row, (codes[prompt], codes[answer]) if prompt != answer else (codes[prompt],))
-        return make_example(record, pool.component.kind, codes[prompt], codes[answer], tag=self.data.tag,
-                            component=self.labels[component], translate_what=pool.component.translate_what)
+        return make_example(record, pool.component.kind, codes[prompt], codes[answer],
+                            tag=self.data.tag, component=self.labels[component],
+                            translate_what=pool.component.translate_what)
 
     def take(self, positions: np.ndarray) -> list[Example]:
         """The examples at these stream positions, in their order."""
@@ -277,6 +278,11 @@ class Mixture(Sequence):
         paths = {name: {"path": sources[name].path, "split": sources[name].split} for name in used if name in sources}
         self._manifest = {"hash": digest, "version": __version__, "examples": len(self), **decides, "paths": paths}
         return self._manifest
+
+
+def temper(sizes: dict[str, float], temperature: float) -> dict[str, float]:
+    """Language weights in proportion to size ** (1 / temperature): 1 keeps the proportions, more evens them out."""
+    return {code: size ** (1 / temperature) for code, size in sizes.items()}
 
 
 def load_corpora(data: Data, seed: int) -> dict[str, Corpus]:

@@ -70,24 +70,23 @@ class Windows:
         mean = self._survey()
         rows = max(WINDOW_ROWS, WINDOW_TOKENS // length)
         size = math.ceil(rows * length / mean) if packing else max(1, rows // batch_size) * batch_size
-        per_epoch = len(mixture)
-        self._per_epoch = max(1, round(per_epoch / size))  # windows in an epoch
-        self._epochs = max(1, math.ceil(size / per_epoch)) if self._per_epoch == 1 else 1  # or epochs in a window
+        self.per_epoch = max(1, round(len(mixture) / size))  # windows in an epoch
+        self._epochs = max(1, math.ceil(size / len(mixture))) if self.per_epoch == 1 else 1  # or epochs in a window
         if num_epochs is not None:
             self._epochs = min(self._epochs, num_epochs)
-        self._end = None if num_epochs is None else num_epochs * per_epoch
+        self._end = None if num_epochs is None else num_epochs * len(mixture)
 
     def __len__(self) -> int:
         if self._end is None:
             return 1 << 40
-        return self._per_epoch * math.ceil(self._end / len(self.mixture) / self._epochs)
+        return self.per_epoch * math.ceil(self._end / len(self.mixture) / self._epochs)
 
     def find_positions(self, g: int) -> range:
         """The stream positions of window g."""
-        epoch, k = divmod(g, self._per_epoch)
+        epoch, k = divmod(g, self.per_epoch)
         n, start = len(self.mixture), epoch * self._epochs * len(self.mixture)
-        stop = start + n * self._epochs * (k + 1) // self._per_epoch
-        return range(start + n * self._epochs * k // self._per_epoch, min(stop, self._end or stop))
+        stop = start + n * self._epochs * (k + 1) // self.per_epoch
+        return range(start + n * self._epochs * k // self.per_epoch, min(stop, self._end or stop))
 
     def render(self, positions: Sequence[int]) -> tuple[list[tuple[Rendered, int]], np.ndarray]:
         """(ids and mask, group) of the examples that fit a row, and what happened to the others by reason and group."""

@@ -40,6 +40,8 @@ def find_files(source: Source, codes: Sequence[str]) -> list[File]:
     if not path.exists():
         near = hint(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
         raise UserError(f"{place}: {path} does not exist{near}; paths start at {Path.cwd()}")
+    if source.kind == "folder" and not path.is_dir():
+        raise UserError(f"{place}: kind='folder', but {path} is a file; give the folder of NAME_LANG.json files")
     if not path.is_dir():
         return [File(str(path), None, _layout(source, path, place))]
     found = {}

@@ -92,6 +92,7 @@ class TextReader:
 
     def _split_languages(self, file: File, number: int, row: dict) -> dict[str, Text]:
         place = f"{file.path}, row {number}"
+        self._check_kind(row, place)
         if file.language:
             return {file.language: self._read_text(row, file.language, place)}
         language = self._find(row, "language")
@@ -106,6 +107,22 @@ class TextReader:
             raise UserError(f"{place}: columns {', '.join(row)} name no language; for one language set "
                             f"languages=('{self.codes[0]}',), for several give one column group per language")
         return {self.codes[0]: self._read_text(row, self.codes[0], place)}
+
+    def _check_kind(self, row: dict, place: str) -> None:
+        """Refuses rows that are not of the kind that the source claims."""
+        kind, why = self.source.kind, None
+        if kind == "messages" and not isinstance(self._find(row, "messages"), (list, str)):
+            why = "it has no list messages or conversations"
+        elif kind == "columns" and not any(self._group(row, code) for code in self.codes):
+            why = f"it has no column group for any of {', '.join(self.codes)}"
+        elif kind == "squad" and not {"id", "instruction", "input"} <= row.keys() | self._aliased(row):
+            why = "it has no question and context"
+        if why:
+            raise UserError(f"{place}: kind={kind!r}, but {why}; columns: {', '.join(row)}; "
+                            f"set kind='auto' or name the columns in fields")
+
+    def _aliased(self, row: dict) -> set[str]:
+        return {field for field in ALIASES if self._find(row, field) is not None}
 
     def _group(self, row: dict, code: str) -> dict | None:
         """One language's columns of a row: row["zh"], row["Chinese"], "instruction_zh", "zh_instruction" ..."""

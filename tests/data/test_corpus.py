@@ -262,6 +262,10 @@ def good(i: int) -> str:
     ("a.jsonl", good(1), {"fields": {"outptu": "a"}}, r"fields has no 'outptu'; did you mean output\?"),
     ("a.jsonl", good(1), {"languages": ("xx",)}, r"'xx' is not a known language"),
     ("a.jsonl", good(1), {"languages": ("en", "zh")}, r"columns id, instruction, output name no language"),
+    ("a.jsonl", good(1), {"kind": "messages"}, r"row 1: kind='messages', but it has no list messages"),
+    ("a.jsonl", good(1), {"kind": "columns"}, r"row 1: kind='columns', but it has no column group for any of en"),
+    ("a.json", "[" + good(1) + "]", {"kind": "squad"}, r"row 1: kind='squad', but it has no question and context"),
+    ("a.jsonl", good(1), {"kind": "folder"}, r"kind='folder', but .*a.jsonl is a file"),
     ("a.txt", good(1), {}, r"the ending '.txt' .* set kind"),
     ("a.parquet", b"PAR1 nothing", {}, r"a.parquet: not a whole Parquet file"),
 ])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from crossin_jax.config import Component, Data, Source, UserError, check
 from crossin_jax.data.corpus import Corpus, Record, Text
-from crossin_jax.data.mixture import Mixture, held_out, load_corpora, mix_bits
+from crossin_jax.data.mixture import Mixture, held_out, load_corpora, mix_bits, temper
 from tests.data.conftest import parallel_rows, write_lines
 
 CODES = ("en", "zh", "vi", "es")
@@ -205,6 +205,11 @@ def test_shares_that_do_not_sum_are_refused_before_loading():
                        components=(Component(source="s", share=0.5), Component(source="s", share=0.3)))
     with pytest.raises(UserError, match="shares sum to 0.8"):
         check(config)
+
+
+def test_temperature_evens_out_weights():
+    assert temper({"zh": 100.0, "vi": 1.0}, 1) == {"zh": 100, "vi": 1}
+    assert temper({"zh": 100.0, "vi": 1.0}, 2) == {"zh": 10, "vi": 1}
 
 
 def test_held_out_reads_every_record_in_every_language(parallel_file):
