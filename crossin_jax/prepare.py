@@ -207,7 +207,7 @@ def open_translator(config: Config, max_new_tokens: int) -> tuple[Any, str]:
     def translator(texts: list[str], origin: str, target: str) -> list[str]:
         prompts = [renderer.render_prompt(request(origin, target), text) for text in texts]
         answers = engine.generate(prompts, max_new_tokens=max_new_tokens, over_long="skip", progress=False)
-        return [tokenizer.decode(answer) if answer else "" for answer in answers]
+        return [renderer.decode(answer) if answer else "" for answer in answers]
     return translator, f"{config.model.path} {config.model.revision} {renderer.hash} {max_new_tokens}"
 
 

@@ -134,6 +134,26 @@ def test_translate_fills_a_source_through_a_command(config, tmp_path, capsys):
         prepare.translate(config, arguments(source="rwos"))
 
 
+def test_translate_with_a_model_of_our_own(tokenizer, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    llama = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=256, bos_token_id=1, eos_token_id=2)
+    transformers.LlamaForCausalLM(llama).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    source = Source(name="s", path=write_lines(tmp_path / "rows.jsonl", parallel_rows(2, ("en",))))
+    model = Model(path=str(tmp_path / "model"), compute_dtype="float32")
+    config = Config(output_dir=str(tmp_path / "run"), model=model,
+                    data=Data(sources=(source,), languages=("en", "es"), template="gemma"))
+    config.evaluation.batch_size = 8
+    prepare.translate(config, arguments(max_new_tokens=4))
+    full = load_corpus(Source(name="s", path=str(tmp_path / "run" / "s.jsonl")), ("en", "es"))
+    assert [set(record.texts) for record in full] == [{"en", "es"}] * len(full)
+    stamp = (tmp_path / "run" / "s.jsonl.cache.jsonl").stat().st_size
+    prepare.translate(config, arguments(max_new_tokens=4))
+    assert (tmp_path / "run" / "s.jsonl.cache.jsonl").stat().st_size == stamp  # nothing was asked twice
+
+
 def test_cross_xquad_writes_a_benchmark_that_loads(config, shared, tmp_path):
     config.data.sources[0].path = str(shared / "xquad")
     prepare.cross_xquad(config, arguments())
