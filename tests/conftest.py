@@ -5,7 +5,9 @@ import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Most of the suite's time is compilation of programs that run once: the compiler is told not to try hard.
 os.environ["XLA_FLAGS"] = ("--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true "
+                           "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
                            + os.environ.get("XLA_FLAGS", ""))
 _CACHE = tempfile.TemporaryDirectory(prefix="crossin_jax_tests_")  # a program that two tests share is compiled once
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name

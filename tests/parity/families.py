@@ -33,7 +33,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
                                "rope_theta": 1e6, "rope_local_base_freq": 1e4, "num_key_value_heads": 1,
                                "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
     "qwen2": ("qwen2", {"rope_theta": 1e6, "head_dim": 8, "use_sliding_window": False, "sliding_window": 32}),
-    "qwen2.5_tied": ("qwen2", {"rope_theta": 1e6, "head_dim": 8, "tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "qwen2.5_tied": ("qwen2", {"rope_theta": 1e6, "head_dim": 8, "tie_word_embeddings": True,
+                               "num_key_value_heads": 1}),
     "qwen3": ("qwen3", {"rope_theta": 1e6, "head_dim": 20}),
     "qwen3_tied": ("qwen3", {"rope_theta": 1e6, "tie_word_embeddings": True, "num_key_value_heads": 6}),
 }

@@ -39,7 +39,7 @@ def make_state(lora: Lora | None = None, optim: Optim | None = None):
     """(graphdef, state, optimizer) of a small float32 model."""
     model = Transformer(SPEC, lora=lora, param_dtype="float32", frozen_dtype="float32", compute_dtype="float32",
                         rngs=nnx.Rngs(0))
-    graphdef, trainable, frozen = nnx.split(model, lambda p, v: is_trainable(p, v, resolve(lora)), ...)
+    graphdef, trainable, frozen = nnx.split(model, lambda p, v: is_trainable(p, v, resolve(lora, SPEC)), ...)
     optimizer = make_optimizer(optim or Optim(learning_rate=1e-2, warmup_share=0.0), 10)
     return graphdef, init_state(trainable, frozen, optimizer), optimizer
 
