@@ -45,11 +45,11 @@ class Recent:
         self.orders: dict[int, np.ndarray] = {}
 
     def get(self, number: int, make: Callable[[], np.ndarray]) -> np.ndarray:
-        if number not in self.orders:
-            while len(self.orders) > 1:
-                self.orders.pop(next(iter(self.orders)))
-            self.orders[number] = make()
-        return self.orders[number]
+        order = self.orders.get(number)
+        if order is None:
+            order = make()
+            self.orders = dict([*self.orders.items()][-1:]) | {number: order}  # whole at any time: threads read it
+        return order
 
     def __getstate__(self) -> dict[str, Any]:  # workers make their own
         return {"orders": {}}

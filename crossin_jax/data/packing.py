@@ -92,14 +92,15 @@ class Windows:
         """(ids and mask, group) of the examples that fit a row, and what happened to the others by reason and group."""
         draws = list(map(tuple, self.mixture.draw(np.asarray(positions)).tolist()))
         if len(self.mixture) > MEMORY_EXAMPLES or len(self._memory) > 4 * MEMORY_EXAMPLES:
-            self._memory.clear()  # a small mixture keeps what its next epochs will give again
-        new = list(dict.fromkeys(draw for draw in draws if draw not in self._memory))
+            self._memory = {}  # a small mixture keeps what its next epochs will give again
+        memory = self._memory
+        new = list(dict.fromkeys(draw for draw in draws if draw not in memory))
         examples = [self.mixture.make(*draw) for draw in new]
         for draw, example, rendered in zip(new, examples, self.renderer.render_many(examples), strict=True):
-            self._memory[draw] = self._fit(example, rendered)
+            memory[draw] = self._fit(example, rendered)
         kept, dropped = [], np.zeros((len(REASONS), len(self.groups)), np.int32)
         for draw in draws:
-            rendered, group, reason = self._memory[draw]
+            rendered, group, reason = memory[draw]
             if reason is not None:
                 dropped[reason, group] += 1
             if rendered is not None:
