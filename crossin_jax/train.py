@@ -136,7 +136,7 @@ class HeldOut:
         self._batches_of, self._mixture, self._mesh = batches_of, mixture, mesh
         if mixture is not None:
             groups = batches_of(mixture).groups  # one component per language, e.g. ("same:dev#2", "zh")
-            self._groups = [(name.partition(":")[2].split("#")[0], language) for name, language in groups]
+            self._groups = [((name.partition(":")[2] or name).split("#")[0], language) for name, language in groups]
             static = StepSettings(1, static.loss_chunk, static.remat, static.attention, 0, len(self._groups))
             self._step = jax.jit(make_eval_step(model.graphdef, static))
 
