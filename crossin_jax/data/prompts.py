@@ -5,6 +5,7 @@ Training, scoring and generation call the same `Renderer`, so a model never meet
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -37,6 +38,7 @@ class RowFault(UserError):
 
 def load_tokenizer(path: str, revision: str | None = None) -> Any:
     """A fast tokenizer from a folder or the Hub; raises `UserError` where there is none."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install PyTorch
     import transformers
     folder = Path(path).expanduser()
     name = str(folder) if folder.exists() else path
