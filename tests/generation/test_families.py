@@ -38,7 +38,7 @@ def test_greedy_answers_equal_those_of_transformers(family):
     engine = Engine(*nnx.split(model), model.spec, eos_ids=[], pad_id=0, batch_size=min(48, len(prompts) - 3), cache_dtype="float32",
                     max_length=256)
     answers = np.array(engine.generate(prompts, max_new_tokens=NEW, progress=False))
-    assert len(np.unique(answers)) > 20, "the answers are too alike to tell models apart"
+    assert len(np.unique(answers)) > 12, "the answers are too alike to tell models apart"
     tied = 0
     for row in np.flatnonzero((answers != expected).any(axis=1)):
         first = np.flatnonzero(answers[row] != expected[row])[0]
