@@ -178,3 +178,24 @@ def test_sigterm_saves_and_the_same_command_continues(tmp_path):
     assert process.returncode == 75, output
     (step,) = Store(tmp_path / "run").steps()
     assert len(read_losses(tmp_path / "run")) == step
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 600 KiB, where this user may mount one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this user may not mount a file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_named_and_leaves_the_last_whole_checkpoint(small_disk):
+    process = start_process(small_disk / "run", "--config.train.checkpoint_every=1", "--config.train.keep=9")
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 2, output
+    assert "a checkpoint could not be written; step" in output and "Traceback" not in output
+    (*_, newest) = Store(small_disk / "run").steps()
+    assert read_arrays(small_disk / "run", newest)["step"] == newest

@@ -4,6 +4,7 @@ Frozen weights are not stored; they come from `model.path` again. Orbax writes a
 renames it when it is whole, so a killed run leaves nothing that looks like a checkpoint.
 """
 
+import contextlib
 import json
 import logging
 import shutil
@@ -61,24 +62,46 @@ class Store:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        self._manager.save(step, args=ocp.args.Composite(
-            state=ocp.args.StandardSave(flatten(_saved_part(state))),
-            data=ocp.args.JsonSave(data_position),
-            config=ocp.args.JsonSave(settings.to_dict(self._config)),
-            provenance=ocp.args.JsonSave(provenance)))
+        self.wait()  # for the one before: its failure belongs to it
+        arrays = flatten(_saved_part(state))
+        needed = sum(shard.data.nbytes for leaf in arrays.values() for shard in leaf.addressable_shards
+                     if shard.replica_id == 0)
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            self._raise_unwritten(OSError(f"it needs {needed:,} bytes, {free:,} are free"))
+        try:
+            self._manager.save(step, args=ocp.args.Composite(
+                state=ocp.args.StandardSave(arrays),
+                data=ocp.args.JsonSave(data_position),
+                config=ocp.args.JsonSave(settings.to_dict(self._config)),
+                provenance=ocp.args.JsonSave(provenance)))
+        except OSError as error:
+            self._raise_unwritten(error)
 
     def wait(self) -> None:
-        """Blocks until every started save is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        """Blocks until every started save is on disk; `UserError` where one could not be written."""
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as error:  # Orbax wraps what the file system said in errors of many kinds
+            self._raise_unwritten(error)
+
+    def _raise_unwritten(self, error: Exception) -> None:
+        whole = max((int(p.name) for p in self.folder.glob("*") if p.name.isdigit()), default=None)
+        kept = f"step {whole} is the newest whole one" if whole else "there is none yet"
+        said = str(error).splitlines()[0][-200:]
+        raise UserError(f"{self.folder}: a checkpoint could not be written; {kept}\n{said}\n"
+                        "free disk space or name another output_dir; the same command continues") from error
 
     def __enter__(self) -> "Store":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        """Finishes saves and releases the manager's threads."""
-        self.wait()
-        self._manager.close()
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        """Finishes saves and releases the manager's threads; a fault under way is not covered by another."""
+        if kind is None:
+            self.wait()
+        with contextlib.suppress(Exception):
+            self._manager.close()
 
     def restore(self, step: int, abstract: TrainState,
                 config: Config | None = None) -> tuple[TrainState, dict[str, Any]]:
