@@ -1,14 +1,15 @@
 """What the host decides: which prompts share a program and a prefix, and where an answer stops."""
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-LENGTH_BUCKETS = tuple(sorted(scale << k for scale in (2, 3) for k in range(3, 17)))  # 16, 24, 32, 48, 64, 96 …
+LENGTH_BUCKETS = tuple(sorted(scale << k for scale in (4, 5, 6, 7) for k in range(2, 16)))  # 16, 20, 24, 28, 32, 40 …
 CHOICE_BUCKETS = (1, 2, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64, 128)
-MIN_SAVED = 4096  # padding, in tokens, that one more program must save
+PROGRAM_COST = 4096  # padding, in tokens, that one more program must save
 MIN_SHARED = 32  # tokens that a common prefix saves per prompt before it is worth its own pass
 MIN_SHARING = 4  # prompts
 
@@ -31,15 +32,22 @@ def bucket(size: int, buckets: Sequence[int]) -> int:
 
 
 def coarsen(sizes: Sequence[int], buckets: Sequence[int]) -> list[int]:
-    """The bucket of each size, where a bucket that saves little padding is left out for the next larger in use."""
-    result = [bucket(size, buckets) for size in sizes]
-    used = sorted(set(result))
-    for small, large in zip(used, used[1:], strict=False):
-        members = [i for i, size in enumerate(result) if size == small]
-        if len(members) * (large - small) < MIN_SAVED:
-            for i in members:
-                result[i] = large
-    return result
+    """A bucket for each size, chosen so that padding and `PROGRAM_COST` per bucket in use are least together."""
+    counts = Counter(bucket(size, buckets) for size in sizes)
+    used = sorted(counts)
+    best = [(0, 0)]  # for the first i buckets: their cost, and how many of them come before the last one chosen
+    for i, size in enumerate(used, 1):
+        members, options = 0, []
+        for start in range(i - 1, -1, -1):
+            members += counts[used[start]]
+            options.append((best[start][0] + members * size + PROGRAM_COST, start))
+        best.append(min(options))
+    chosen, end = {}, len(used)
+    while end:
+        start = best[end][1]
+        chosen |= dict.fromkeys(used[start:end], used[end - 1])
+        end = start
+    return [chosen[bucket(size, buckets)] for size in sizes]
 
 
 def power_of_two(size: int) -> int:

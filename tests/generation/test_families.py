@@ -35,8 +35,8 @@ def test_greedy_answers_equal_those_of_transformers(family):
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, config["vocab_size"], n) for n in rng.integers(1, 60, PROMPTS.get(family, 12))]
     expected, gaps = torch_answers(reference, prompts)
-    engine = Engine(*nnx.split(model), model.spec, eos_ids=[], pad_id=0, batch_size=min(48, len(prompts) - 3), cache_dtype="float32",
-                    max_length=256)
+    engine = Engine(*nnx.split(model), model.spec, eos_ids=[], pad_id=0, batch_size=min(48, len(prompts) - 3),
+                    cache_dtype="float32", max_length=256)
     answers = np.array(engine.generate(prompts, max_new_tokens=NEW, progress=False))
     assert len(np.unique(answers)) > 12, "the answers are too alike to tell models apart"
     tied = 0

@@ -1,5 +1,8 @@
 """Buckets, groups with a common prefix, and where an answer stops."""
 
+import itertools
+from unittest import mock
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,7 +10,6 @@ from hypothesis import strategies as st
 
 from crossin_jax.generation.plan import (
     LENGTH_BUCKETS,
-    MIN_SAVED,
     MIN_SHARED,
     bucket,
     coarsen,
@@ -22,7 +24,7 @@ from crossin_jax.generation.plan import (
 def test_buckets_round_up_and_refuse_what_no_bucket_holds():
     assert [bucket(n, (16, 24, 32)) for n in (1, 16, 17, 24, 25)] == [16, 16, 24, 24, 32]
     assert [power_of_two(n) for n in (0, 1, 2, 3, 8, 9)] == [0, 1, 2, 4, 8, 16]
-    assert all(b / a <= 1.5 for a, b in zip(LENGTH_BUCKETS, LENGTH_BUCKETS[1:], strict=False))
+    assert all(b / a <= 1.25 for a, b in zip(LENGTH_BUCKETS, LENGTH_BUCKETS[1:], strict=False))
     with pytest.raises(AssertionError):
         bucket(33, (16, 32))
 
@@ -30,8 +32,25 @@ def test_buckets_round_up_and_refuse_what_no_bucket_holds():
 def test_a_bucket_is_used_where_it_saves_enough_padding():
     few, many = [10] * 3 + [500] * 20, [10] * 400 + [500] * 20
     assert coarsen(few, (16, 512)) == [512] * 23
-    assert MIN_SAVED < 400 * (512 - 16) and coarsen(many, (16, 512)) == [16] * 400 + [512] * 20
+    assert PROGRAM_COST < 400 * (512 - 16) and coarsen(many, (16, 512)) == [16] * 400 + [512] * 20
     assert coarsen([], (16,)) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 600), max_size=12), st.integers(1, 300))
+def test_no_choice_of_buckets_costs_less(sizes, cost):
+    buckets = (16, 48, 100, 260, 600)
+
+    def total(chosen):
+        return sum(chosen) + cost * len(set(chosen))
+
+    with mock.patch("crossin_jax.generation.plan.PROGRAM_COST", cost):
+        found = coarsen(sizes, buckets)
+    assert all(size <= size_bucket for size, size_bucket in zip(sizes, found, strict=True))
+    subsets = [(*subset, 600) for n in range(5) for subset in itertools.combinations(buckets[:-1], n)]
+    subsets += [subset for n in range(1, 5) for subset in itertools.combinations(buckets[:-1], n)]
+    assert total(found) == min((total([bucket(size, subset) for size in sizes]) for subset in subsets
+                                if not sizes or subset[-1] >= max(sizes)), default=0)
 
 
 def rows(*sizes, start=0):
