@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from crossin_jax.generation.plan import (
     LENGTH_BUCKETS,
     MIN_SHARED,
+    PROGRAM_COST,
     bucket,
     coarsen,
     common_length,
