@@ -33,6 +33,7 @@ setup(
         "babel>=2.18",
         "tqdm>=4.70",
         "tensorboardX>=2.6.5",
+        "matplotlib>=3.11",
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
