@@ -8,7 +8,6 @@ DATA holds xquad/xquad.LANG.json (google-deepmind/xquad) and seaeval/cross_mmlu.
 rows of the Hub data sets SeaEval/cross_mmlu and cross_logiqa). Any folder of weights in Hugging Face layout takes the
 place of the small one: --config.model.path=FOLDER. That one has 2.6 M parameters and random weights, so scores stay
 at chance; what the run shows is that the loss on held-out questions falls.
-Time: about 20 minutes for an epoch on 2 CPU cores.
 """
 
 from crossin_jax.config import Component, Config, Data, Evaluation, Lora, Model, Optim, Source, Train

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,12 +30,15 @@ def run(shared, tmp_path_factory):
     config.optim = dataclasses.replace(config.optim, learning_rate=1e-2)
     config.train = dataclasses.replace(config.train, steps=6, batch_size=8, eval_every=3, log_every=1,
                                        checkpoint_every=3, loss_chunk=64)
+    run = train(config)
+    shutil.rmtree(run / "checkpoints/6")  # as if it had been killed after step 3
     return config, train(config)
 
 
 def test_the_loss_on_held_out_questions_falls(run):
     records = [json.loads(line) for line in (run[1] / "metrics.jsonl").read_text().splitlines()]
-    first, last = [record for record in records if "held_out/loss" in record]
+    first, last, resumed = [record for record in records if "held_out/loss" in record]
+    assert resumed == last and first["step"] == 3 and last["step"] == 6
     for language in ("en", "zh", "vi", "es"):
         assert last[f"held_out/loss/held_out/{language}"] < first[f"held_out/loss/held_out/{language}"] - 0.02
 
