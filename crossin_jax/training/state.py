@@ -96,8 +96,10 @@ def start_state(config: Config, model: AbstractModel, abstract: TrainState,
         drawn = nnx.filter_state(model.trainable, Adapter) if config.lora and not config.lora.path else nnx.State({})
     if jax.tree.leaves(drawn):
         paths = {path for path, _ in nnx.to_flat_state(drawn)}
-        draw = lambda: nnx.state(build(config, model.spec, jax.random.key(config.seed)),  # noqa: E731
-                                 lambda path, _: path in paths)
+
+        def draw() -> nnx.State:
+            return nnx.state(build(config, model.spec, jax.random.key(config.seed)), lambda path, _: path in paths)
+
         trainable = nnx.merge_state(trainable, jax.jit(draw, out_shardings=placed(drawn))())
         if config.lora and config.lora.use_dora:
             magnitudes = nnx.filter_state(drawn, lambda path, _: path[-1] == "magnitude")

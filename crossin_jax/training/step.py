@@ -59,7 +59,10 @@ def token_losses(model: Any, hidden_BTD: jax.Array, targets_BT: jax.Array, chunk
 
     if chunk == length:
         return chunk_losses(hidden_BTD, targets_BT)
-    split = lambda x: jnp.moveaxis(x.reshape(x.shape[0], length // chunk, chunk, *x.shape[2:]), 1, 0)  # noqa: E731
+
+    def split(x):
+        return jnp.moveaxis(x.reshape(x.shape[0], length // chunk, chunk, *x.shape[2:]), 1, 0)
+
     _, losses = jax.lax.scan(lambda carry, xs: (carry, chunk_losses(*xs)), None, (split(hidden_BTD), split(targets_BT)))
     return jnp.moveaxis(losses, 0, 1).reshape(targets_BT.shape)
 
