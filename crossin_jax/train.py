@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
+from flax import nnx
 
 from crossin_jax import config as settings
 from crossin_jax import program, provenance
@@ -24,6 +25,9 @@ from crossin_jax.checkpoint.store import Store
 from crossin_jax.config import Config, UserError
 from crossin_jax.data.loader import make_loader
 from crossin_jax.data.pipeline import open_pipeline
+from crossin_jax.evaluation.metrics import evaluate
+from crossin_jax.evaluation.runner import run_benchmarks
+from crossin_jax.generation.engine import Engine
 from crossin_jax.parallel import hosts
 from crossin_jax.parallel.mesh import check_batch, make_mesh
 from crossin_jax.training.optim import make_optimizer, make_schedule
@@ -86,12 +90,17 @@ def train(config: Config) -> Path:
                               flops_per_token=flops_per_token(spec, model, config.data.length),
                               use_tensorboard=config.train.tensorboard, config=settings.to_dict(config))
         held_out_losses = HeldOut(batches_of, data.held_out, model, static, mesh)
+        benchmark_scores = Benchmarks(config, data.renderer, model, mesh)
         try:
             for step in range(start + 1, num_steps + 1):
                 state, metrics = train_step(state, to_mesh(next(loader), mesh))
                 telemetry.add(step, metrics, schedule(step - 1))
+                if step in config.train.profile_steps:
+                    switch_profiler(step, config.train.profile_steps, output_dir / "profile", metrics)
                 if data.held_out and (due(step, config.train.eval_every) or step == num_steps):
                     telemetry.write({"step": step} | held_out_losses(state))
+                if due(step, config.train.benchmark_every):
+                    telemetry.write({"step": step} | benchmark_scores(state))
                 stop = preemption.reached(step)
                 if stop or step == num_steps or due(step, config.train.checkpoint_every):
                     telemetry.report(schedule(step - 1))  # raises before a checkpoint could hide a non-finite loss
@@ -149,6 +158,39 @@ class HeldOut:
         losses = {"held_out/loss": float(total["loss"] / total["count"])}
         by_group = group_metrics(self._groups, total["group_loss"], total["group_count"])
         return losses | {f"held_out/{name}": value for name, value in by_group.items() if name.startswith("loss")}
+
+
+class Benchmarks:
+    """Accuracy, consistency and AC3 on the training mesh, through the functions that `evaluate` calls."""
+
+    def __init__(self, config: Config, renderer: Any, model: Any, mesh: Any):
+        self._config, self._renderer, self._model, self._mesh = config, renderer, model, mesh
+        self._engine: Engine | None = None
+
+    def __call__(self, state: Any) -> dict[str, float]:
+        """Scores by name, e.g. cross_mmlu/sum/p1/AC3_3."""
+        params = nnx.merge_state(state.trainable, state.frozen)
+        if self._engine is None:
+            settings, renderer = self._config.evaluation, self._renderer
+            self._engine = Engine(self._model.graphdef, params, self._model.spec, eos_ids=renderer.eos_ids,
+                                  pad_id=renderer.pad_id, mesh=self._mesh, batch_size=settings.batch_size,
+                                  cache_dtype=settings.cache_dtype, attention=self._config.model.attention)
+        self._engine.params = params
+        scores = {}
+        for predictions in run_benchmarks(self._config, self._engine, self._renderer, progress=False):
+            name = f"{predictions.benchmark}/{predictions.method}/p{predictions.prompt}"
+            flat = evaluate(predictions, self._config.evaluation.mode).flatten()
+            scores |= {f"{name}/{key}": value for key, value in flat.items()}
+        return scores
+
+
+def switch_profiler(step: int, window: tuple[int, ...], folder: Path, metrics: Any) -> None:
+    """Starts the profiler after the first step of the window, stops it after the last."""
+    jax.block_until_ready(metrics)
+    if step == window[0] != window[-1]:
+        jax.profiler.start_trace(str(folder))
+    elif step == window[-1] != window[0]:
+        jax.profiler.stop_trace()
 
 
 def define_flags() -> None:

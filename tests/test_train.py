@@ -131,6 +131,19 @@ def test_a_tokenizer_of_another_model_is_refused(pretrained, tmp_path):
         train(config)
 
 
+def test_benchmarks_and_profiler_run_during_training(adapted, pretrained, tmp_path):
+    config = config_in(tmp_path / "run", str(pretrained / "model"))
+    config.train = dataclasses.replace(config.train, benchmark_every=3, profile_steps=(2, 3))
+    config.evaluation = dataclasses.replace(config.evaluation, method="choices", limit=4)
+    train(config)
+    records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    scored = [record for record in records if "cross_world:dev/sum/p0/AC3_2" in record]
+    assert [record["step"] for record in scored] == [3, 6]
+    assert all(0 <= record["cross_world:dev/sum/p0/accuracy/es"] <= 1 for record in scored)
+    assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))
+    assert read_losses(tmp_path / "run") == read_losses(adapted)  # asking changes nothing
+
+
 # ---- Processes
 
 def start_process(folder: Path, *arguments: str, devices: int = 1) -> subprocess.Popen:
