@@ -17,6 +17,7 @@ from crossin_jax.config import UserError
 from crossin_jax.generation.plan import (
     CHOICE_BUCKETS,
     LENGTH_BUCKETS,
+    TAIL_BUCKETS,
     Group,
     Stop,
     bucket,
@@ -263,7 +264,7 @@ class Engine:
                          ) -> Iterator[tuple[tuple[int, int, int, int], list[int]]]:
         """((B, T, C, K), members) of every call."""
         C = bucket(max(len(choices[i]) for i in group.members), CHOICE_BUCKETS)
-        K = 1 + power_of_two(max(len(choice) for i in group.members for choice in choices[i]) - 1)
+        K = 1 + bucket(max(len(choice) for i in group.members for choice in choices[i]) - 1, TAIL_BUCKETS)
         P = bucket(len(group.prefix), self.buckets) if len(group.prefix) else 0
         sizes = coarsen([len(tokens[i]) - len(group.prefix) for i in group.members], self.buckets)
         for T in sorted(set(sizes)):

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-LENGTH_BUCKETS = tuple(sorted(scale << k for scale in (4, 5, 6, 7) for k in range(2, 16)))  # 16, 20, 24, 28, 32, 40 …
+_FINE = tuple(sorted(scale << k for scale in (4, 5, 6, 7) for k in range(16)))  # 4, 5, 6, 7, 8, 10, 12, 14, 16, 20 …
+LENGTH_BUCKETS = tuple(size for size in _FINE if size >= 16)
+TAIL_BUCKETS = (0, 1, 2, 3, *_FINE)  # tokens of a continuation after its first
 CHOICE_BUCKETS = (1, 2, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64, 128)
 PROGRAM_COST = 4096  # padding, in tokens, that one more program must save
 MIN_SHARED = 32  # tokens that a common prefix saves per prompt before it is worth its own pass

@@ -32,6 +32,7 @@ class Programs:
         self.graphdef, self.mesh, self.pad_id, self.attention = graphdef, mesh, pad_id, attention
         self.eos = np.asarray(sorted(set(eos_ids)) or [-1], np.int32)
         self.compiled: Counter[str] = Counter()  # by kind
+        self.compile_seconds = 0.0
         self._programs: dict[tuple, Any] = {}
         self._shards = mesh.shape["data"] * mesh.shape["fsdp"] if mesh is not None else 1
         self.batch_size = self.whole_rows(batch_size)
@@ -140,9 +141,10 @@ class Programs:
         with jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext():
             compiled = self._programs.get((kind, *key))
             if compiled is None:
-                start = time.perf_counter()
+                start, program.__name__ = time.perf_counter(), kind  # the name that profiles show
                 compiled = self._programs[kind, *key] = jax.jit(program, donate_argnums=donate).lower(*inputs).compile()
                 self.compiled[kind] += 1
+                self.compile_seconds += time.perf_counter() - start
                 log.info("program %d: %s %s, compiled in %.1f s", self.compiled.total(), kind, key,
                          time.perf_counter() - start)
             return compiled(*inputs)

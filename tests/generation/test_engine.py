@@ -163,7 +163,8 @@ def test_answers_longer_than_the_first_ring_go_on(model, forward, monkeypatch):
     engine, limits = make_engine(model, batch_size=2), [100, 40, 3, 60]
     prompts = [np.array([5, 9], np.int32), np.arange(4, 30), np.array([31]), np.arange(90, 80, -1)]
     answers = generate(engine, prompts, max_new_tokens=limits)
-    assert [len(answer) for answer in answers] == limits and engine.programs.compiled["resize"] >= 3
+    assert [len(answer) for answer in answers] == limits
+    assert engine.programs.compiled["resize"] >= 2  # the ring grew more than once
     for prompt, answer in zip(prompts, answers, strict=True):
         assert forward([*prompt, *answer]).argmax(-1)[len(prompt) - 1:-1].tolist() == answer
 
