@@ -10,6 +10,8 @@ import json
 import logging
 import math
 import os
+from collections import deque
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from crossin_jax.evaluation.runner import run_benchmarks
 from crossin_jax.generation.engine import Engine
 from crossin_jax.parallel import hosts
 from crossin_jax.parallel.mesh import check_batch, make_mesh
+from crossin_jax.training.faults import describe_fault, find_bad_rows
 from crossin_jax.training.optim import make_optimizer, make_schedule
 from crossin_jax.training.state import (
     abstract_model,
@@ -41,7 +44,7 @@ from crossin_jax.training.state import (
     to_mesh,
 )
 from crossin_jax.training.step import StepSettings, make_eval_step, make_train_step
-from crossin_jax.training.telemetry import Telemetry, flops_per_token, group_metrics
+from crossin_jax.training.telemetry import Profiler, Telemetry, flops_per_token, group_metrics, is_recorded
 
 
 def train(config: Config) -> Path:
@@ -89,32 +92,45 @@ def train(config: Config) -> Path:
                               log_every=config.train.log_every, use_wandb=config.train.wandb,
                               flops_per_token=flops_per_token(spec, model, config.data.length),
                               use_tensorboard=config.train.tensorboard, config=settings.to_dict(config))
+        profiler = Profiler(config.train.profile_steps, output_dir / "profile")
         held_out_losses = HeldOut(batches_of, data.held_out, model, static, mesh)
         benchmark_scores = Benchmarks(config, data.renderer, model, mesh)
+        begins = deque(maxlen=config.train.log_every + 1)  # (step, where its batch begins): no more wait for a report
+
+        def due_evaluations(step: int) -> Iterator[tuple[str, Callable]]:
+            if data.held_out and (due(step, config.train.eval_every) or step == num_steps):
+                yield "held_out/", held_out_losses
+            if due(step, config.train.benchmark_every):
+                yield config.evaluation.benchmarks[0], benchmark_scores
+
         try:
+            for name, scores in due_evaluations(start) if restored else ():
+                if hosts.agree(not is_recorded(output_dir, start, name)):  # the run was ended while it evaluated
+                    telemetry.write({"step": start} | scores(state))
             for step in range(start + 1, num_steps + 1):
+                begins.append((step, loader.position))
                 state, metrics = train_step(state, to_mesh(next(loader), mesh))
                 telemetry.add(step, metrics, schedule(step - 1))
-                if step in config.train.profile_steps:
-                    switch_profiler(step, config.train.profile_steps, output_dir / "profile", metrics)
-                if data.held_out and (due(step, config.train.eval_every) or step == num_steps):
-                    telemetry.write({"step": step} | held_out_losses(state))
-                if due(step, config.train.benchmark_every):
-                    telemetry.write({"step": step} | benchmark_scores(state))
-                stop = preemption.reached(step)
+                profiler.after(step, metrics)
+                stop = preemption.reached(step) and step < num_steps
                 if stop or step == num_steps or due(step, config.train.checkpoint_every):
                     telemetry.report(schedule(step - 1))  # raises before a checkpoint could hide a non-finite loss
                     store.save(state, loader.get_state(), source)
-                if stop and step < num_steps:
+                if stop:
                     logging.warning("told to stop: step %d is saved; the same command continues", step)
-                    raise SystemExit(program.EXIT_PREEMPTED)
+                    raise SystemExit(hosts.EXIT_PREEMPTED)
+                for _, scores in due_evaluations(step):
+                    telemetry.write({"step": step} | scores(state))
         except FloatingPointError as fault:
             newest = max(store.steps(), default=None)
             good = f"checkpoint {newest} is the last good state" if newest else "there is no checkpoint yet"
+            begin = dict(begins)[fault.args[0]]
+            bad = find_bad_rows(loader, begin, state, model, static, mesh)
             raise UserError(f"{output_dir}: the loss or gradient of step {fault.args[0]} is not finite; {good}\n"
-                            "lower optim.learning_rate, set optim.clip_norm, or look for broken rows with "
-                            "`prepare preview`") from None
+                            f"{describe_fault(output_dir, fault.args[0], bad, loader.name_rows(begin))}\n"
+                            "lower optim.learning_rate, set optim.clip_norm, or mend those rows") from None
         finally:
+            profiler.close()
             telemetry.close()
             loader.close()
     return output_dir
@@ -122,12 +138,15 @@ def train(config: Config) -> Path:
 
 def prepare_folder(config: Config) -> Path:
     """Makes `output_dir` with the resolved configuration in it, and sets the compilation cache."""
+    if "://" in config.output_dir:
+        raise UserError(f"output_dir={config.output_dir}: give a folder; a bucket can be mounted as one (docs/tpu.md)")
     folder = Path(config.output_dir).expanduser()
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / "config.json.part"
         part.write_text(json.dumps(settings.to_dict(config), indent=2, ensure_ascii=False))
         os.replace(part, folder / "config.json")
+    hosts.check_shared(folder)
     if config.train.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.train.compilation_cache).expanduser()))
     return folder
@@ -182,15 +201,6 @@ class Benchmarks:
             flat = evaluate(predictions, self._config.evaluation.mode).flatten()
             scores |= {f"{name}/{key}": value for key, value in flat.items()}
         return scores
-
-
-def switch_profiler(step: int, window: tuple[int, ...], folder: Path, metrics: Any) -> None:
-    """Starts the profiler after the first step of the window, stops it after the last."""
-    jax.block_until_ready(metrics)
-    if step == window[0] != window[-1]:
-        jax.profiler.start_trace(str(folder))
-    elif step == window[-1] != window[0]:
-        jax.profiler.stop_trace()
 
 
 def define_flags() -> None:

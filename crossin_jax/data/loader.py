@@ -103,6 +103,24 @@ class Loader:
             windows = windows.mp_prefetch(grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=1))
         return iter(windows)
 
+    @property
+    def position(self) -> tuple[int, int]:
+        """The window and the row in it that the next batch begins with."""
+        return self._window, self._row
+
+    def go_to(self, position: tuple[int, int]) -> None:
+        """Makes the next batch begin at a position."""
+        self.close()
+        self._window, self._row = position
+
+    def name_rows(self, position: tuple[int, int]) -> list[list[str]]:
+        """The examples in each row, over all hosts, of the batch that began at a position; see `Windows`."""
+        (window, row), names = position, []
+        while len(names) < self._batch_size and window < len(self._windows):
+            names += self._windows.name_examples(window)[row:]
+            window, row = window + 1, 0
+        return names[:self._batch_size]
+
     def close(self) -> None:
         """Ends the workers."""
         if self._source is not None:
@@ -120,8 +138,7 @@ class Loader:
             if state.get(name) != value:
                 raise UserError(f"the data changed since the checkpoint: {name} was {state.get(name)!r}, is {value!r}; "
                                 f"restore the settings, or start anew with another output_dir or train.resume=False")
-        self.close()
-        self._window, self._row = int(state["window"]), int(state["row"])
+        self.go_to((int(state["window"]), int(state["row"])))
 
 
 def make_loader(mixture: Mixture, renderer: Renderer, data: Data, *, batch_size: int, seed: int, process_index: int = 0,
