@@ -150,6 +150,8 @@ class Optim:
     b2: float = setting(0.999, "decay of the second moment", at_least=0, at_most=0.99999)
     clip_norm: float | None = setting(1.0, "global gradient norm limit", above=0)
     moments_dtype: str = setting("float32", "precision of the first moment", choices=("float32", "bfloat16"))
+    groups: dict[str, dict[str, float]] = setting(
+        {}, "first matching name pattern → rate (a factor), weight_decay, e.g. {'embed_tokens/*': {'rate': 0.1}}")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -180,7 +182,6 @@ class Train:
     compilation_cache: str | None = setting("~/.cache/crossin_jax/xla", "folder of compiled programs kept across runs")
     profile_steps: tuple[int, ...] = setting((), "profiled: after the first to after the second, e.g. (10, 12)")
     tensorboard: bool = setting(True, "write TensorBoard files")
-    wandb: bool = setting(False, "log to Weights & Biases where it is installed")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -285,6 +286,17 @@ def check(config: Config) -> Config:
             raise UserError(f"{path}={value!r} is not one of {', '.join(known)}{hint(value, known)}")
     _check_model(config)
     _check_data(config.data)
+    for names, values in config.optim.groups.items():
+        if not isinstance(values, dict) or not values or any(
+                key not in ("rate", "weight_decay") or isinstance(value, bool) or not isinstance(value, int | float)
+                or value < 0 for key, value in values.items()):
+            raise UserError(f"optim.groups[{names!r}]={values!r}: give 'rate' (a factor on the learning rate), "
+                            "'weight_decay', or both, not negative")
+    if config.optim.name == "adafactor":
+        for name in ("b1", "b2", "moments_dtype"):
+            if getattr(config.optim, name) != getattr(Optim(), name):
+                raise UserError(f"optim.{name}={getattr(config.optim, name)}: adafactor keeps no first moment and has "
+                                "a decay of its own; leave it out, or use adamw")
     if config.train.batch_size % config.train.accumulation:
         raise UserError(f"train.batch_size={config.train.batch_size} is not divisible by "
                         f"train.accumulation={config.train.accumulation}; use a multiple of it")

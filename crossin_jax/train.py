@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -34,6 +35,7 @@ from crossin_jax.parallel import hosts
 from crossin_jax.parallel.mesh import check_batch, make_mesh
 from crossin_jax.training.faults import describe_fault, find_bad_rows
 from crossin_jax.training.optim import make_optimizer, make_schedule
+from crossin_jax.training.selftest import run_selftest
 from crossin_jax.training.state import (
     abstract_model,
     abstract_state,
@@ -47,7 +49,7 @@ from crossin_jax.training.step import StepSettings, make_eval_step, make_train_s
 from crossin_jax.training.telemetry import Profiler, Telemetry, flops_per_token, group_metrics, is_recorded
 
 
-def train(config: Config) -> Path:
+def train(config: Config, *, use_wandb: bool = False, kill_after: int | None = None) -> Path:
     """Runs one experiment to its last step and returns its folder; raises `SystemExit(75)` when told to stop."""
     output_dir = prepare_folder(config)
 
@@ -89,7 +91,7 @@ def train(config: Config) -> Path:
 
         # ---- Loop
         telemetry = Telemetry(output_dir, name=config.name, start=start, num_steps=num_steps, groups=loader.groups,
-                              log_every=config.train.log_every, use_wandb=config.train.wandb,
+                              log_every=config.train.log_every, use_wandb=use_wandb,
                               flops_per_token=flops_per_token(spec, model, config.data.length),
                               use_tensorboard=config.train.tensorboard, config=settings.to_dict(config))
         profiler = Profiler(config.train.profile_steps, output_dir / "profile")
@@ -121,6 +123,9 @@ def train(config: Config) -> Path:
                     raise SystemExit(hosts.EXIT_PREEMPTED)
                 for _, scores in due_evaluations(step):
                     telemetry.write({"step": step} | scores(state))
+                if step == kill_after:  # of the self-test
+                    store.wait()
+                    os.kill(os.getpid(), signal.SIGKILL)
         except FloatingPointError as fault:
             newest = max(store.steps(), default=None)
             good = f"checkpoint {newest} is the last good state" if newest else "there is no checkpoint yet"
@@ -209,15 +214,22 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_processes", None, "processes of the run, with --coordinator")
     flags.DEFINE_integer("process_id", None, "number of this process, with --coordinator")
     flags.DEFINE_integer("start_timeout", 300, "seconds to wait for all processes")
+    flags.DEFINE_bool("selftest_resume", False, "kill and continue a short run here, and compare it bit by bit")
+    flags.DEFINE_integer("kill_after", None, "step after which the self-test kills its run")
+    flags.DEFINE_bool("wandb", False, "log to Weights & Biases too, where it is installed")
 
 
-def main(config: Config, arguments: Any) -> None:
+def main(config: Config, arguments: Any) -> int | None:
     """Joins the hosts and trains."""
-    hosts.start(arguments.coordinator, arguments.num_processes, arguments.process_id,
-                timeout_seconds=arguments.start_timeout)
-    folder = train(config)
+    place = arguments.coordinator, arguments.num_processes, arguments.process_id
+    if arguments.selftest_resume:
+        found = hosts.find_place(*place, arguments.start_timeout)
+        return run_selftest(config.output_dir, process=found.process_id if found else 0)
+    hosts.start(*place, timeout_seconds=arguments.start_timeout)
+    folder = train(config, use_wandb=arguments.wandb, kill_after=arguments.kill_after)
     if jax.process_index() == 0:
         print(f"trained: {folder}; next: python -m crossin_jax.evaluate --checkpoint {folder}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -11,12 +11,17 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = ("--config", str(REPOSITORY / "tests/configs/tiny.py"))
 QUICK = os.environ["XLA_FLAGS"].partition(" ")[2]  # conftest's, without the number of devices
 
+# torch is no dependency, but transformers imports it where it is installed, which would be half of these seconds
+WITHOUT_TORCH = """import runpy, sys
+sys.modules["torch"] = None
+runpy.run_module("crossin_jax.train", run_name="__main__")"""
+
 
 def start_process(folder: Path, *arguments: str, devices: int = 1, config: tuple[str, ...] = TINY) -> subprocess.Popen:
     """The training program; its output and errors are one text."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY),
                                 "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}"}
-    command = [sys.executable, "-m", "crossin_jax.train", *config, f"--config.output_dir={folder}", *arguments]
+    command = [sys.executable, "-c", WITHOUT_TORCH, *config, f"--config.output_dir={folder}", *arguments]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

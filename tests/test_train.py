@@ -15,9 +15,9 @@ import pytest
 from crossin_jax import train as train_program
 from crossin_jax.checkpoint.store import Store, _saved_part, flatten
 from crossin_jax.config import Lora, Mesh, UserError
-from crossin_jax.parallel import hosts
 from crossin_jax.parallel.mesh import make_mesh
 from crossin_jax.train import train
+from crossin_jax.training import faults
 from crossin_jax.training.optim import make_optimizer
 from crossin_jax.training.state import abstract_model, abstract_state, model_spec
 from tests.configs import tiny
@@ -84,17 +84,6 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_by_bit(kind, pretrained,
     assert positions[0] == positions[1]
 
 
-def test_a_stop_saves_and_leaves_with_75(pretrained, tmp_path, monkeypatch):
-    monkeypatch.setattr(hosts.Preemption, "reached", lambda self, step: step == 2)
-    with pytest.raises(SystemExit) as stop:
-        train(config_in(tmp_path / "run"))
-    assert stop.value.code == 75
-    assert Store(tmp_path / "run").steps() == [2]
-    monkeypatch.undo()
-    train(config_in(tmp_path / "run"))
-    assert_same_state(pretrained, tmp_path / "run", 6)
-
-
 def test_signals_while_compiling_and_while_saving(pretrained, tmp_path, monkeypatch):
     """Two signals each time; every exit leaves a whole checkpoint, and the run ends as if nothing had happened."""
     def tell(function):
@@ -108,7 +97,7 @@ def test_signals_while_compiling_and_while_saving(pretrained, tmp_path, monkeypa
     for place, name, saved in ((train_program, "to_mesh", [1]), (Store, "save", [1, 3, 4])):
         before = signal.getsignal(signal.SIGTERM)
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-            patch.setattr(place, name, tell(getattr(place, name)))  # before the first call compiles; a save is under way
+            patch.setattr(place, name, tell(getattr(place, name)))  # then comes the compiler; then a save is under way
             train(config_in(tmp_path / "run"))
         signal.signal(signal.SIGTERM, before)
         assert stop.value.code == 75
@@ -213,6 +202,30 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     optim = dataclasses.replace(tiny.get_config().optim, learning_rate=1e25, clip_norm=None)
     with pytest.raises(UserError, match=r"step \d is not finite; there is no checkpoint yet"):
         train(config_in(tmp_path / "run", optim=optim))
+
+
+def test_a_fault_names_its_rows_and_leaves_the_last_good_state(pretrained, tmp_path, monkeypatch):
+    """Two rows of the fifth batch have a token outside the vocabulary, whose embedding is not a number."""
+    place, batches = train_program.to_mesh, []
+
+    def poison(batch, mesh):
+        batches.append(batch)
+        if len(batches) >= 5:  # and again when the rows are looked for
+            batch = batch | {"tokens_BT": np.where(np.isin(np.arange(8), (2, 7))[:, None], 10_000, batch["tokens_BT"])}
+        return place(batch, mesh)
+
+    for module in (train_program, faults):
+        monkeypatch.setattr(module, "to_mesh", poison)
+    with pytest.raises(UserError) as told:
+        train(config_in(tmp_path / "run"))
+    first, second, third = str(told.value).splitlines()
+    assert first.endswith("run: the loss or gradient of step 5 is not finite; checkpoint 3 is the last good state")
+    assert all(np.array_equal(batches[4][name], rows) for name, rows in batches[-1].items())  # of that very step
+    fault = json.loads((tmp_path / "run/fault.json").read_text())
+    assert fault["step"] == 5 and [row["row"] for row in fault["rows"] if not row["finite"]] == [2, 7]
+    examples = [name for i in (2, 7) for name in fault["rows"][i]["examples"]]
+    assert second.startswith(f"rows 2, 7 of the batch: {examples[0]}; {examples[1]}")
+    assert_same_state(pretrained, tmp_path / "run", 3)
 
 
 def test_a_tokenizer_of_another_model_is_refused(pretrained, tmp_path):
