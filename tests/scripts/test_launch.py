@@ -27,9 +27,8 @@ for worker in workers:
     home = room / worker
     home.mkdir(exist_ok=True)
     if sys.argv[4] == "ssh":
-        code = subprocess.run(["bash", "-c", flags["command"]], env=os.environ | {"HOME": str(home)}, cwd=home).returncode
-        if code:
-            sys.exit(code)
+        environment = os.environ | {"HOME": str(home)}
+        subprocess.run(["bash", "-c", flags["command"]], env=environment, cwd=home, check=True)
     elif sys.argv[4] == "scp":
         source, target = [home / p.partition(":")[2] if p.startswith("mine:") else pathlib.Path(p) for p in plain]
         target = target / source.name if target.is_dir() else target
