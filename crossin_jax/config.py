@@ -100,6 +100,9 @@ class Source:
     limit: int | None = setting(None, "first rows of that part, rows", at_least=1)
 
 
+TAGS = ("none", "input", "input_released", "instruction", "sentence")
+
+
 @dataclasses.dataclass(kw_only=True)
 class Component:
     """One part of the mixture: what is drawn from a source, and how much of it."""
@@ -113,6 +116,8 @@ class Component:
     translate: str = setting("both", "direction of trans", choices=("both", "x2en", "en2x"))
     translate_what: str = setting("instruction", "text that trans translates", choices=("instruction", "record"))
     with_replacement: bool = setting(False, "draw rows with replacement, as the released builder does")
+    tag: str | None = setting(None, "tag style of this component; None takes `data.tag`", choices=TAGS)
+    template: str | None = setting(None, "prompt template of this component; None takes `data.template`")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -126,8 +131,7 @@ class Data:
     pivot: str = setting("en", "the language of base, en2x and x2en")
     template: str = setting("alpaca", "prompt template: a built-in name or the path of a template file")
     system: str | None = setting(None, "system prompt for templates that have one")
-    tag: str = setting("input", "how a prompt names the wanted language", choices=(
-        "none", "input", "input_released", "instruction", "sentence"))
+    tag: str = setting("input", "how a prompt names the wanted language", choices=TAGS)
     tokenization: str = setting("joint", "prompt and answer together, or apart as in the release",
                                 choices=("joint", "apart"))
     length: int = setting(1024, "tokens per row T", at_least=8)

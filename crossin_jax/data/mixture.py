@@ -161,6 +161,14 @@ class Pool:
         return self.units[index], self.rows[index], visits.astype(np.uint64)
 
 
+def label_components(components: Sequence[Component]) -> list[str]:
+    """The name of each component in logs and reports: its kind, and its source where kinds repeat."""
+    kinds = [component.kind for component in components]
+    names = [f"{component.kind}:{component.source}" for component in components]
+    return [kind if kinds.count(kind) == 1 else name + (f"#{names[:i].count(name) + 1}" if name in names[:i] else "")
+            for i, (kind, name) in enumerate(zip(kinds, names, strict=True))]
+
+
 class Mixture(Sequence):
     """Examples by stream position; positions beyond `len` are further epochs, each shuffled anew.
 
@@ -175,12 +183,9 @@ class Mixture(Sequence):
             raise UserError("data.components is empty: name at least one component and its source")
         self.data, self.corpora, self.seed = data, corpora, seed
         names = [f"{c.kind}/{c.source}" for c in data.components]
+        self.labels = label_components(data.components)
         self.pools = [Pool(component, corpora[component.source], data, seed, names[:i].count(names[i]),
                            f"data.components[{i}]") for i, component in enumerate(data.components)]
-        kinds = [component.kind for component in data.components]
-        suffixes = [f"#{names[:i].count(name) + 1}" if name in names[:i] else "" for i, name in enumerate(names)]
-        self.labels = [kind + (f":{component.source}{suffix}" if kinds.count(kind) > 1 else "")
-                       for kind, component, suffix in zip(kinds, data.components, suffixes, strict=True)]
         self.sizes = self._divide([component.share for component in data.components])
         self._starts = np.concatenate([[0], np.cumsum(self.sizes)])
         self._orders, self._manifest = Recent(), None
@@ -238,7 +243,7 @@ class Mixture(Sequence):
         pool, codes = self.pools[component], self.data.languages
         record = pool.corpus.pick(row, (codes[prompt], codes[answer]) if prompt != answer else (codes[prompt],))
         return make_example(record, pool.component.kind, codes[prompt], codes[answer],
-                            tag=self.data.tag, component=self.labels[component],
+                            tag=pool.component.tag or self.data.tag, component=self.labels[component],
                             translate_what=pool.component.translate_what)
 
     def take(self, positions: np.ndarray) -> list[Example]:
@@ -266,9 +271,12 @@ class Mixture(Sequence):
             return self._manifest
         sources = {source.name: source for source in self.data.sources}
         used = dict.fromkeys(component.source for component in self.data.components)
-        components = [{"name": label, **dataclasses.asdict(pool.component), "rows": len(pool), "examples": int(size),
-                       "pairs": {f"{a}>{b}": n for (a, b), n in sorted(self.count_pairs(c).items())}}
-                      for c, (label, pool, size) in enumerate(zip(self.labels, self.pools, self.sizes, strict=True))]
+        components = []
+        for c, (label, pool, size) in enumerate(zip(self.labels, self.pools, self.sizes, strict=True)):
+            chosen = dataclasses.asdict(pool.component) | {"tag": pool.component.tag or self.data.tag}
+            del chosen["template"]  # how a text is laid out is the renderer's; its hash travels beside this one
+            components.append({"name": label, **chosen, "rows": len(pool), "examples": int(size),
+                               "pairs": {f"{a}>{b}": n for (a, b), n in sorted(self.count_pairs(c).items())}})
         decides = {
             "format": FORMAT, "seed": self.seed, "languages": list(self.data.languages), "pivot": self.data.pivot,
             "tag": self.data.tag, "components": components,

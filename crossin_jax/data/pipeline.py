@@ -1,12 +1,13 @@
 """From a configuration to the mixture and the renderer that training, previews and evaluation share."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from crossin_jax.config import Config
 from crossin_jax.data.corpus import Corpus
-from crossin_jax.data.mixture import Mixture, held_out, load_corpora
+from crossin_jax.data.mixture import Mixture, held_out, label_components, load_corpora
 from crossin_jax.data.prompts import Renderer, load_tokenizer
 from crossin_jax.data.world import tokenizer_lines, train_tokenizer
 
@@ -33,7 +34,11 @@ def open_pipeline(config: Config) -> Pipeline:
 
 def open_renderer(config: Config, tokenizer: Any) -> Renderer:
     """The one renderer of an experiment, for training and evaluation alike."""
-    return Renderer(tokenizer, config.data.template, system=config.data.system, tokenization=config.data.tokenization)
+    make = partial(Renderer, tokenizer, system=config.data.system, tokenization=config.data.tokenization)
+    components = config.data.components
+    return make(config.data.template, others={
+        label: make(component.template) for label, component in zip(label_components(components), components,
+                                                                    strict=True) if component.template is not None})
 
 
 def open_tokenizer(config: Config, corpora: dict[str, Corpus] | None = None) -> Any:

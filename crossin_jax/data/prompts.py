@@ -82,12 +82,16 @@ class Piece(NamedTuple):
 
 
 class Renderer:
-    """Renders examples and prompts under one template and one tokenizer; `hash` names the combination."""
+    """Renders examples and prompts under one template and one tokenizer; `hash` names the combination.
 
-    def __init__(self, tokenizer: Any, template: str, *, system: str | None = None, tokenization: str = "joint"):
+    `others` renders the examples of the components that it names; prompts of an evaluation have this template.
+    """
+
+    def __init__(self, tokenizer: Any, template: str, *, system: str | None = None, tokenization: str = "joint",
+                 others: dict[str, "Renderer"] | None = None):
         from tokenizers import Tokenizer
         self.template_name, self.template = template, load_template(template)
-        self.system, self.apart = system, tokenization == "apart"
+        self.system, self.apart, self.others = system, tokenization == "apart", others or {}
         self._tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # our own: settings do not leak
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -120,7 +124,7 @@ class Renderer:
             raise UserError(f"data.system is set, but template {template!r} has no place for it; "
                             f"use llama, chatml or chat")
         parts = [self._tokenizer.to_str(), asdict(self.template) if self.template else tokenizer.chat_template, system,
-                 tokenization, self.bos_id, self.end_id]
+                 tokenization, self.bos_id, self.end_id, *((name, r.hash) for name, r in self.others.items())]
         self.hash = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def _find_end(self, tokenizer: Any) -> int:
@@ -169,10 +173,15 @@ class Renderer:
 
     def render_many(self, examples: Sequence[Example]) -> list[Rendered | RowFault]:
         """Renders at once, on all cores that TOKENIZERS_PARALLELISM allows; faults stand in their places."""
-        plans = [self._plan(example) for example in examples]
-        tokens = iter(self._tokenize([piece for plan in plans for piece in plan]))
-        return [self._close(example, [(piece, *next(tokens)) for piece in plan])
-                for example, plan in zip(examples, plans, strict=True)]
+        owners = [self.others.get(example.component, self) for example in examples]
+        plans = [owner._plan(example) for owner, example in zip(owners, examples, strict=True)]
+        results: list[Any] = [None] * len(examples)
+        for renderer in dict.fromkeys(owners):
+            mine = [i for i, owner in enumerate(owners) if owner is renderer]
+            tokens = iter(renderer._tokenize([piece for i in mine for piece in plans[i]]))
+            for i in mine:
+                results[i] = renderer._close(examples[i], [(piece, *next(tokens)) for piece in plans[i]])
+        return results
 
     def _tokenize(self, pieces: list[Piece]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """(ids, ranges of learned tokens) of each piece.

@@ -1,6 +1,7 @@
 """One renderer: the text of every template, joint ids, the mask, BOS and EOS, and what is refused."""
 
 import copy
+import dataclasses
 import json
 import pickle
 from pathlib import Path
@@ -10,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crossin_jax.config import UserError
+from crossin_jax.config import Component, Config, Data, Source, UserError
 from crossin_jax.data.crosslingual import Example
+from crossin_jax.data.mixture import Mixture, load_corpora
+from crossin_jax.data.pipeline import open_renderer
 from crossin_jax.data.prompts import Renderer, RowFault, _find_tokens, load_tokenizer
 from crossin_jax.data.templates import TEMPLATES, load_template
 from tests.golden.make_templates import render
@@ -258,3 +261,22 @@ def test_a_tokenizer_that_rewrites_text_falls_back_to_offsets(tokenizer):
     rewriting.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
     rendered = Renderer(rewriting, "gemma").render(example("¿Cuál es?", "", "París ñandú"))
     assert rewriting.decode(rendered.ids[rendered.learned]) == "Paris nandu</s>"
+
+
+def test_a_component_may_have_a_template_and_a_tag_of_its_own(tokenizer, parallel_file):
+    components = (Component(kind="base", source="s"), Component(kind="en2x", source="s", tag="sentence"),
+                  Component(kind="trans", source="s", template="gemma", translate="x2en"))
+    config = Config(data=Data(sources=(Source(name="s", path=parallel_file),), components=components, template="llama"))
+    renderer = open_renderer(config, tokenizer)
+    mixture = Mixture(config.data, load_corpora(config.data, 0), 0)
+    for example, rendered in zip(mixture, renderer.render_many(list(mixture)), strict=True):
+        own = Renderer(tokenizer, "gemma" if example.component == "trans" else "llama")
+        assert np.array_equal(rendered.ids, own.render(example).ids)
+        assert np.array_equal(rendered.ids, renderer.render(example).ids)
+        assert ("Answer in" in example.instruction) == (example.component == "en2x")
+    plain = Renderer(tokenizer, "llama")
+    assert np.array_equal(renderer.render_prompt("Where?"), plain.render_prompt("Where?"))
+    assert renderer.hash != plain.hash and plain.hash == Renderer(tokenizer, "llama", others={}).hash
+    changed = dataclasses.replace(config.data, components=(components[0], Component(kind="en2x", source="s"),
+                                                           components[2]))
+    assert Mixture(changed, mixture.corpora, 0).manifest()["hash"] != mixture.manifest()["hash"]

@@ -11,12 +11,14 @@ import pytest
 from flax import nnx
 
 from crossin_jax.config import Lora, Mesh, Optim, UserError
+from crossin_jax.models import transformer
+from crossin_jax.models.attention import Kernel
 from crossin_jax.models.lora import is_trainable, resolve
 from crossin_jax.models.spec import spec_from_architecture
 from crossin_jax.models.transformer import Transformer
 from crossin_jax.parallel.mesh import batch_sharding, leaf_name, make_mesh, shardings
 from crossin_jax.training.optim import decays, make_optimizer, make_schedule
-from crossin_jax.training.step import StepSettings, init_state, make_eval_step, make_train_step
+from crossin_jax.training.step import StepSettings, init_state, loss_sums, make_eval_step, make_train_step
 from tests.helpers import small_architecture
 
 SETTINGS = StepSettings(accumulation=1, loss_chunk=8, remat="none", attention="reference", seed=1, num_groups=3)
@@ -105,6 +107,44 @@ def test_eight_devices_equal_one(plain, axes, lora):
         for tree in (state.trainable, moments):  # moments are sharded like their parameters
             leaf = tree["embed_tokens"]["weight"].get_raw_value()
             assert leaf.sharding.shard_shape(leaf.shape) == (96 // axes.get("tensor", 1), 32 // axes["fsdp"])
+
+
+@pytest.mark.parametrize("name", ["reference", "splash", "cudnn"])
+def test_packed_and_unpacked_rows_have_the_same_losses_and_gradients(name, monkeypatch):
+    monkeypatch.setattr(transformer, "choose_kernel", lambda *_, **__: Kernel(name, block=128, interpret=True))
+    graphdef, state, _ = make_state()
+    rng, lengths = np.random.default_rng(0), [100, 60, 90, 30, 128, 40]
+    documents = [rng.integers(3, 96, n + 1).astype(np.int32) for n in lengths]
+    learned = [rng.random(n) < 0.5 for n in lengths]
+
+    def batch_of(rows):
+        batch = {f"{name}_BT": np.zeros((len(rows), 256), bool if name == "learned" else np.int32)
+                 for name in ("tokens", "targets", "segment_ids", "positions", "learned", "group")}
+        for r, row in enumerate(rows):
+            start = 0
+            for s, i in enumerate(row):
+                here = (r, slice(start, start + lengths[i]))
+                values = {"tokens": documents[i][:-1], "targets": documents[i][1:], "segment_ids": s + 1,
+                          "positions": np.arange(lengths[i]), "learned": learned[i], "group": i}
+                for field, value in values.items():
+                    batch[f"{field}_BT"][here] = value
+                start += lengths[i]
+        return batch
+
+    settings = dataclasses.replace(SETTINGS, num_groups=len(lengths), attention=name)
+
+    @jax.jit
+    def run(trainable, batch):
+        def total(trainable):
+            sums = loss_sums(nnx.merge(graphdef, trainable, state.frozen), batch, settings, None)
+            return sums["loss"] / sums["count"], sums["group_loss"] / sums["group_count"]
+        return jax.value_and_grad(total, has_aux=True)(trainable)
+
+    (_, packed), gradient = run(state.trainable, batch_of([[0, 1, 2], [3, 4, 5]]))
+    (_, alone), expected = run(state.trainable, batch_of([[i] for i in range(len(lengths))]))
+    np.testing.assert_allclose(packed, alone, rtol=0, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
 
 
 def test_frozen_weights_stay_and_have_no_moments():
