@@ -27,7 +27,7 @@ from crossin_jax import program, provenance
 from crossin_jax.checkpoint.store import Store
 from crossin_jax.config import Config, UserError
 from crossin_jax.data.loader import make_loader
-from crossin_jax.data.pipeline import open_pipeline
+from crossin_jax.data.pipeline import open_asker, open_pipeline
 from crossin_jax.evaluation.metrics import evaluate
 from crossin_jax.evaluation.runner import run_benchmarks
 from crossin_jax.generation.engine import Engine
@@ -96,7 +96,7 @@ def train(config: Config, *, use_wandb: bool = False, kill_after: int | None = N
                               use_tensorboard=config.train.tensorboard, config=settings.to_dict(config))
         profiler = Profiler(config.train.profile_steps, output_dir / "profile")
         held_out_losses = HeldOut(batches_of, data.held_out, model, static, mesh)
-        benchmark_scores = Benchmarks(config, data.renderer, model, mesh)
+        benchmark_scores = Benchmarks(config, open_asker(config, data.tokenizer), model, mesh)
         begins = deque(maxlen=config.train.log_every + 1)  # (step, where its batch begins): no more wait for a report
 
         def due_evaluations(step: int) -> Iterator[tuple[str, Callable]]:
