@@ -32,7 +32,7 @@ from crossin_jax.parallel.mesh import batch_sharding, check_batch, make_mesh
 from crossin_jax.parallel.topology import Program, Topology, compile_program, open_topology, shard_bytes
 from crossin_jax.training.optim import make_optimizer
 from crossin_jax.training.state import AbstractModel, abstract_model, abstract_state, model_spec
-from crossin_jax.training.step import StepSettings, make_train_step
+from crossin_jax.training.step import COMPILER_OPTIONS, StepSettings, make_train_step
 from crossin_jax.training.telemetry import peak_flops
 
 PROGRAMS = ("train", "prefill", "decode")
@@ -115,7 +115,8 @@ def _plan_step(config: Config, topology: Topology, mesh: Mesh, model: AbstractMo
     ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=batch_sharding(mesh))
     batch = {name: ids for name in ("tokens_BT", "targets_BT", "segment_ids_BT", "positions_BT", "group_BT")}
     batch["learned_BT"] = jax.ShapeDtypeStruct(ids.shape, bool, sharding=ids.sharding)
-    step = jax.jit(make_train_step(model.graphdef, optimizer, static), donate_argnums=0)
+    step = jax.jit(make_train_step(model.graphdef, optimizer, static), donate_argnums=0,
+                   compiler_options=COMPILER_OPTIONS["tpu"])
     compiled = compile_program(step, state, batch)
     return _phase(topology, mesh, model, compiled, kernel, rows // config.train.accumulation, length)
 

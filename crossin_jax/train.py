@@ -40,7 +40,7 @@ from crossin_jax.training.state import (
     start_state,
     to_mesh,
 )
-from crossin_jax.training.step import StepSettings, make_eval_step, make_train_step
+from crossin_jax.training.step import COMPILER_OPTIONS, StepSettings, make_eval_step, make_train_step
 from crossin_jax.training.telemetry import Telemetry, flops_per_token, group_metrics
 
 
@@ -69,7 +69,8 @@ def train(config: Config) -> Path:
     # ---- Steps
     static = StepSettings(config.train.accumulation, config.train.loss_chunk, config.model.remat,
                           config.model.attention, config.seed, len(loader.groups))
-    train_step = jax.jit(make_train_step(model.graphdef, optimizer, static), donate_argnums=0)
+    train_step = jax.jit(make_train_step(model.graphdef, optimizer, static), donate_argnums=0,
+                         compiler_options=COMPILER_OPTIONS.get(jax.default_backend()))
     source = provenance.describe(settings.to_dict(config), manifest=data.mixture.manifest()["hash"],
                                  template=data.renderer.hash, base=config.model.path)
 
