@@ -122,7 +122,8 @@ def _shapes(text: str) -> list[_Shape]:
     for dtype, dims, layout in _SHAPE.findall(text):
         sizes = tuple(int(size.lstrip("<=")) for size in dims.split(",") if size)
         bits = _BITS.get(dtype) if dtype in _BITS else int(re.search(r"\d+", dtype).group())
-        shapes.append(_Shape(math.prod(sizes) * bits / 8, sizes, not re.search(r"S\([1-9]", layout)))
+        # a scalar lives in the core, and so does what the layout puts into a memory space of a number
+        shapes.append(_Shape(math.prod(sizes) * bits / 8, sizes, bool(sizes) and not re.search(r"S\([1-9]", layout)))
     return shapes
 
 

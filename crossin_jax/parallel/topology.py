@@ -74,12 +74,16 @@ def open_topology(name: str) -> Topology:
 
     # two cores of a v4 or v5p chip work as one device, as they do where they are
     options = {"chip_config_name": "megacore"} if kind in ("v4", "v5p") else {}
+    xla_flags = os.environ.pop("XLA_FLAGS", None)  # the library ends the process over a flag that it does not know
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+        return Topology(name, CHIPS[kind], tuple(devices), _hbm_limit(devices[0]))
     except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")[:200]
         raise UserError(f"--topology={name}: {reason}\nknown forms: {', '.join(FORMS)}") from None
-    return Topology(name, CHIPS[kind], tuple(devices), _hbm_limit(devices[0]))
+    finally:
+        if xla_flags is not None:
+            os.environ["XLA_FLAGS"] = xla_flags
 
 
 def _hbm_limit(device: Any) -> int:
