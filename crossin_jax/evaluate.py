@@ -50,7 +50,7 @@ def evaluate(config: Config, checkpoint: str | Path | None, out: Path) -> tuple[
         tokenizer, trained = open_tokenizer(config), {"base": config.model.path, "adapter": adapter}
         check_tokenizer(config, tokenizer, spec)
         graphdef, state = model.graphdef, nnx.merge_state(*load_base(config, model.trainable, model.frozen))
-    renderer = open_asker(config, tokenizer)
+    renderer = open_renderer(config, tokenizer)
     engine = Engine(graphdef, state, spec, eos_ids=renderer.eos_ids, pad_id=renderer.pad_id, mesh=mesh,
                     batch_size=config.evaluation.batch_size, cache_dtype=config.evaluation.cache_dtype,
                     attention=config.model.attention)

@@ -27,7 +27,7 @@ from crossin_jax import program, provenance
 from crossin_jax.checkpoint.store import Store
 from crossin_jax.config import Config, UserError
 from crossin_jax.data.loader import make_loader
-from crossin_jax.data.pipeline import open_asker, open_pipeline
+from crossin_jax.data.pipeline import open_pipeline
 from crossin_jax.evaluation.metrics import evaluate
 from crossin_jax.evaluation.runner import run_benchmarks
 from crossin_jax.generation.engine import Engine
@@ -45,7 +45,7 @@ from crossin_jax.training.state import (
     start_state,
     to_mesh,
 )
-from crossin_jax.training.step import StepSettings, make_eval_step, make_train_step
+from crossin_jax.training.step import COMPILER_OPTIONS, StepSettings, make_eval_step, make_train_step
 from crossin_jax.training.telemetry import Profiler, Telemetry, flops_per_token, group_metrics, is_recorded
 
 
@@ -74,7 +74,8 @@ def train(config: Config, *, use_wandb: bool = False, kill_after: int | None = N
     # ---- Steps
     static = StepSettings(config.train.accumulation, config.train.loss_chunk, config.model.remat,
                           config.model.attention, config.seed, len(loader.groups))
-    train_step = jax.jit(make_train_step(model.graphdef, optimizer, static), donate_argnums=0)
+    train_step = jax.jit(make_train_step(model.graphdef, optimizer, static), donate_argnums=0,
+                         compiler_options=COMPILER_OPTIONS.get(jax.default_backend()))
     source = provenance.describe(settings.to_dict(config), manifest=data.mixture.manifest()["hash"],
                                  template=data.renderer.hash, base=config.model.path)
 
@@ -96,7 +97,7 @@ def train(config: Config, *, use_wandb: bool = False, kill_after: int | None = N
                               use_tensorboard=config.train.tensorboard, config=settings.to_dict(config))
         profiler = Profiler(config.train.profile_steps, output_dir / "profile")
         held_out_losses = HeldOut(batches_of, data.held_out, model, static, mesh)
-        benchmark_scores = Benchmarks(config, open_asker(config, data.tokenizer), model, mesh)
+        benchmark_scores = Benchmarks(config, data.renderer, model, mesh)
         begins = deque(maxlen=config.train.log_every + 1)  # (step, where its batch begins): no more wait for a report
 
         def due_evaluations(step: int) -> Iterator[tuple[str, Callable]]:

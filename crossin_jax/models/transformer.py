@@ -181,9 +181,14 @@ class Transformer(nnx.Module):
             cache = {**cache, **stored, "length": cache["length"] + T}
         return self.norm(x), cache
 
-    def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Logits (B, T, V) in float32, with the final soft cap."""
-        logits = (self.lm_head or self.embed_tokens).unembed(hidden_BTD)
+    @property
+    def head(self) -> Embedding:
+        """The matrix that gives logits."""
+        return self.lm_head or self.embed_tokens
+
+    def unembed(self, hidden_BTD: jax.Array, weight_VD: jax.Array | None = None) -> jax.Array:
+        """Logits (B, T, V) in float32, with the final soft cap; `weight_VD` in place of the head's own."""
+        logits = self.head.unembed(hidden_BTD, weight_VD)
         if self.spec.final_soft_cap is not None:
             logits = self.spec.final_soft_cap * jnp.tanh(logits / self.spec.final_soft_cap)
         return constrain(logits, "batch", "length", "vocab")
