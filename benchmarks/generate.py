@@ -179,8 +179,9 @@ def main() -> None:
             "their_batch": batch, "their_order": "by length" if by_length else "as given", "equal_answers": same,
             "their_sample": {f"{size} {'by length' if order else 'as given'}": rate for (size, order), rate in
                              found.items()}})
-        print(f"answers as {answers} (mean {np.mean(lengths):.0f} tokens): ours {len(prompts) / seconds['ours'][0]:.2f} "
-              f"prompts/s, transformers {len(prompts) / seconds['theirs'][0]:.2f} (batch {batch}, "
+        print(f"answers as {answers} (mean {np.mean(lengths):.0f} tokens): ours "
+              f"{len(prompts) / seconds['ours'][0]:.2f} prompts/s, transformers "
+              f"{len(prompts) / seconds['theirs'][0]:.2f} (batch {batch}, "
               f"{results[-1]['their_order']}): {ratio[0]:.2f} x by the clock, {ratio[1]:.2f} x in processor seconds "
               f"({seconds['ours'][1]:.0f} and {seconds['theirs'][1]:.0f}); {same} of {len(prompts)} answers equal",
               flush=True)

@@ -2,7 +2,7 @@
 
   pip install crossin_jax[lm_eval]
   python -m crossin_jax.harness run --model crossin_jax --model_args pretrained=models/mine --tasks belebele
-  python -m crossin_jax.harness run --model crossin_jax --model_args pretrained=runs/mine --tasks my_task --include_path .
+  python -m crossin_jax.harness run --model crossin_jax --model_args pretrained=runs/mine --tasks mine --include_path .
 
 model_args: pretrained (a folder, a Hub id, an adapter or a run), adapter, tokenizer, dtype, max_length, max_gen_toks.
 """
@@ -16,8 +16,9 @@ from crossin_jax.config import UserError
 def main() -> None:
     """Runs the harness's program."""
     try:
-        import crossin_jax.evaluation.harness  # noqa: F401 - registers the model
         from lm_eval.__main__ import cli_evaluate
+
+        import crossin_jax.evaluation.harness  # noqa: F401 - registers the model
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "lm_eval":
             raise

@@ -31,9 +31,10 @@ class EngineLM(TemplateLM):
         self.max_length = min(max_length or engine.max_length, engine.max_length)
 
     @classmethod
-    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> "EngineLM":
-        """Opens `pretrained` (a folder, a Hub id, an adapter or a run); model_args and flags of the harness's program."""
-        settings = {key: value for key, value in {**arg_dict, **(additional_config or {})}.items() if value is not None}
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any],
+                            additional_config: dict[str, Any] | None = None) -> "EngineLM":
+        """Opens `pretrained` (a folder, a Hub id, an adapter or a run); takes model_args and flags of the harness."""
+        settings = {key: value for key, value in (arg_dict | (additional_config or {})).items() if value is not None}
         if settings.pop("device", None):
             raise UserError("--device: JAX takes the devices that it finds; choose them with JAX_PLATFORMS")
         settings.pop("max_batch_size", None)
@@ -45,8 +46,8 @@ class EngineLM(TemplateLM):
         speaker = open_speaker(settings["pretrained"], adapter=settings.get("adapter"), template="plain",
                                tokenizer=settings.get("tokenizer"), dtype=settings.get("dtype"),
                                batch_size=ROWS if str(rows).startswith("auto") or int(rows) == 1 else int(rows))
-        return cls(speaker.engine, speaker.tokenizer, **{key: int(settings[key]) for key in ("max_length", "max_gen_toks")
-                                                         if key in settings})
+        limits = {key: int(settings[key]) for key in ("max_length", "max_gen_toks") if key in settings}
+        return cls(speaker.engine, speaker.tokenizer, **limits)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> "EngineLM":
@@ -86,7 +87,8 @@ class EngineLM(TemplateLM):
         """Log-likelihood of whole texts, each token once, with as much context as fits."""
         windows, owners = [], []
         for i, request in enumerate(requests):
-            found = get_rolling_token_windows(self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length, 1)
+            ids = self.tok_encode(request.args[0])
+            found = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
             for window in map(make_disjoint_window, found):
                 windows.append((None, *window))
                 owners.append(i)
@@ -129,8 +131,8 @@ class EngineLM(TemplateLM):
             room, sampled = given.pop("max_gen_toks"), given.pop("do_sample")
             sampling = {key: given.pop(key) for key in SAMPLING if key in given}
             if given:
-                raise UserError(f"generation_kwargs {', '.join(sorted(given))}: the engine knows do_sample, max_gen_toks, "
-                                f"until, {', '.join(SAMPLING)}")
+                raise UserError(f"generation_kwargs {', '.join(sorted(given))}: the engine knows do_sample, "
+                                f"max_gen_toks, until, {', '.join(SAMPLING)}")
             if room >= self.max_length:
                 raise UserError(f"max_gen_toks={room} leaves no room for a prompt in max_length={self.max_length}")
             prompts = [self.tok_encode(requests[i].args[0])[-(self.max_length - room):] for i in members]

@@ -15,6 +15,7 @@ from crossin_jax.evaluation.benchmarks import Benchmark
 from crossin_jax.evaluation.figures import NUM_COLOURS, Bar, colour, draw_bars, draw_dots, draw_heat, number
 from crossin_jax.evaluation.metrics import Mode
 from crossin_jax.evaluation.predictions import Answer, ItemAnswers, Predictions
+from crossin_jax.evaluation.readings import Reading
 from crossin_jax.evaluation.summary import Block, Estimate, Run
 from crossin_jax.evaluation.wording import (
     MODES_IN_WORDS,
@@ -27,7 +28,7 @@ from crossin_jax.evaluation.wording import (
 MAX_ITEMS = 200  # shown in the explorer
 MAX_TEXT, MAX_CONTEXT = 400, 1200  # characters of an answer, of a context
 MAX_EXAMPLES = 3  # unreadable answers per arm, language and reason
-REASONS = {"tie": "tie", "empty": "empty", "unreadable": "not read"}
+REASONS = {"tie": "tie", "empty": "empty", "unreadable": "not read", "too_long": "question too long"}
 
 
 def build_page(title: str, blocks: Sequence[Block], runs: Sequence[Run], texts: dict[str, Benchmark], mode: Mode,
@@ -214,7 +215,9 @@ def _dots(block: Block, name: str, colours: dict[str, int]) -> Iterator[tuple[st
 # ── what could not be read ───────────────────────────────────────────────────────────────────────────────────────────
 
 def _unread_section(blocks: Sequence[Block], runs: Sequence[Run]) -> str:
-    written = [block for block in blocks if block.method == "generate" and block.tag is None]
+    written = [block for block in blocks if block.tag is None and (block.method == "generate" or any(
+        share for row in block.rows if not row.is_baseline for shares in row.coin_share.values()
+        for share in shares.values()))]
     if not written:
         return ("<p>Every choice was made by its log-likelihood: there was no text to read, and nothing is left to a "
                 "coin.</p>")
@@ -224,10 +227,38 @@ def _unread_section(blocks: Sequence[Block], runs: Sequence[Run]) -> str:
         body = "".join(f'<tr><th scope="row"><span>{escape(row.arm)}</span></th>' + "".join(
             _share_cell(language_name(code), row.coin_share.get(code, {})) for code in block.languages) + "</tr>"
             for row in block.rows if not row.is_baseline)
-        out.append(f'<div class="card"><h3>{escape(block.benchmark)}: share of answers without one clear choice</h3>'
+        out.append(f'<div class="card"><h3>{escape(block.benchmark)}, {escape(method_name(block.method))}</h3>'
+                   f"<h4>Share of answers without one clear choice</h4>"
                    f'<table class="scores shares"><thead><tr><th scope="col">model</th>{heads}</tr></thead>'
-                   f"<tbody>{body}</tbody></table>{_examples(block, runs)}</div>")
+                   f"<tbody>{body}</tbody></table>{_examples(block, runs)}{_readings_table(block, heads)}</div>")
     return "".join(out)
+
+
+def _readings_table(block: Block, heads: str) -> str:
+    """In which language the answers are, and what our own reader says."""
+    rows = [row for row in block.rows if row.readings]
+    if not rows:
+        return ""
+    body = "".join(f'<tr><th scope="row"><span>{escape(row.arm)}</span></th>' + "".join(
+        _reading_cell(language_name(code), row.readings.get(code)) for code in block.languages) + "</tr>"
+        for row in rows)
+    return (f"<h4>Share of answers in another language than the question’s</h4>"
+            f'<table class="scores shares"><thead><tr><th scope="col">model</th>{heads}</tr></thead>'
+            f'<tbody>{body}</tbody></table><p class="sub">Of the answers whose language can be told; below, how many '
+            f"those are. “Second reader”: how many answers our own, stricter reader is certain of, and how often it "
+            f"then agrees with SeaEval’s rules.</p>")
+
+
+def _reading_cell(label: str, reading: Reading | None) -> str:
+    if reading is None:
+        return f'<td data-label="{escape(label)}">–</td>'
+
+    def share(value: float | None) -> str:
+        return "–" if value is None else f"{value:.1%}"
+    second = "" if reading.own_certain is None else \
+        f"<small>second reader {share(reading.own_certain)}, agrees {share(reading.agreement)}</small>"
+    return (f'<td data-label="{escape(label)}"><b>{share(reading.off_target)}</b>'
+            f"<small>told in {share(reading.identified)} of {reading.num_answers}</small>{second}</td>")
 
 
 def _share_cell(label: str, shares: dict[str, float]) -> str:

@@ -235,7 +235,7 @@ def log_likelihoods(model: Transformer, hidden_BTD: jax.Array, targets_BT: jax.A
 
 
 def _judge(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """log p(target), and whether no token is likelier, by logits (…, V) and targets (…) that broadcast to each other."""
+    """log p(target), and whether no token is likelier, by logits (…, V) and targets (…) that broadcast together."""
     shape = (*targets.shape, logits.shape[-1])
     chosen = jnp.take_along_axis(jnp.broadcast_to(logits, shape), targets[..., None], axis=-1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1), chosen >= logits.max(axis=-1)
