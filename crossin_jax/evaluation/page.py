@@ -5,7 +5,7 @@ or sit in a JSON island that the script shows by `textContent` only.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from importlib.resources import files
 from itertools import combinations
@@ -23,6 +23,7 @@ from crossin_jax.evaluation.wording import (
     language_code,
     language_name,
     method_name,
+    percent,
 )
 
 MAX_ITEMS = 200  # shown in the explorer
@@ -239,26 +240,18 @@ def _readings_table(block: Block, heads: str) -> str:
     rows = [row for row in block.rows if row.readings]
     if not rows:
         return ""
-    body = "".join(f'<tr><th scope="row"><span>{escape(row.arm)}</span></th>' + "".join(
-        _reading_cell(language_name(code), row.readings.get(code)) for code in block.languages) + "</tr>"
-        for row in rows)
-    return (f"<h4>Share of answers in another language than the question’s</h4>"
-            f'<table class="scores shares"><thead><tr><th scope="col">model</th>{heads}</tr></thead>'
-            f'<tbody>{body}</tbody></table><p class="sub">Of the answers whose language can be told; below, how many '
-            f"those are. “Second reader”: how many answers our own, stricter reader is certain of, and how often it "
-            f"then agrees with SeaEval’s rules.</p>")
 
+    def table(title: str, cell: Callable[[Reading], str]) -> str:
+        body = "".join(f'<tr><th scope="row"><span>{escape(row.arm)}</span></th>' + "".join(
+            f'<td data-label="{escape(language_name(code))}">{cell(row.readings[code])}</td>'
+            for code in block.languages) + "</tr>" for row in rows)
+        return (f'<h4>{title}</h4><table class="scores shares"><thead><tr><th scope="col">model</th>{heads}</tr></thead>'
+                f"<tbody>{body}</tbody></table>")
 
-def _reading_cell(label: str, reading: Reading | None) -> str:
-    if reading is None:
-        return f'<td data-label="{escape(label)}">–</td>'
-
-    def share(value: float | None) -> str:
-        return "–" if value is None else f"{value:.1%}"
-    second = "" if reading.own_certain is None else \
-        f"<small>second reader {share(reading.own_certain)}, agrees {share(reading.agreement)}</small>"
-    return (f'<td data-label="{escape(label)}"><b>{share(reading.off_target)}</b>'
-            f"<small>told in {share(reading.identified)} of {reading.num_answers}</small>{second}</td>")
+    return table("Share of answers in another language than the question’s, of those whose language can be told",
+                 lambda r: f"<b>{percent(r.off_target)}</b><small>told: {percent(r.identified)}</small>") + table(
+        "Agreement of a second, stricter reader with SeaEval’s rules, where both find one choice",
+        lambda r: f"<b>{percent(r.agreement)}</b><small>finds one: {percent(r.own_certain)}</small>")
 
 
 def _share_cell(label: str, shares: dict[str, float]) -> str:

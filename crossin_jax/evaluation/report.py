@@ -20,7 +20,7 @@ from crossin_jax.evaluation.metrics import Mode
 from crossin_jax.evaluation.page import build_page
 from crossin_jax.evaluation.predictions import Predictions, decode, encode
 from crossin_jax.evaluation.summary import LEVEL, NUM_RESAMPLES, Block, Estimate, Row, Run, summarise
-from crossin_jax.evaluation.wording import MODES_IN_WORDS, describe_score, language_name, method_name
+from crossin_jax.evaluation.wording import MODES_IN_WORDS, describe_score, language_name, method_name, percent
 
 FORMAT = 1
 ANSWERS = "answers.json.gz"
@@ -200,9 +200,6 @@ def _language_table(block: Block) -> list[str]:
     rows = [(row, code) for row in block.rows for code in block.languages if code in row.readings]
     if block.tag or not rows:
         return []
-
-    def share(value: float | None) -> str:
-        return "–" if value is None else f"{value:.1%}"
     heads = ("", "language", "no clear choice", "language told", "in another language", "second reader certain",
              "agrees")
     lines = ["", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
@@ -210,7 +207,7 @@ def _language_table(block: Block) -> list[str]:
         reading = row.readings[code]
         values = (sum(row.coin_share[code].values()), reading.identified, reading.off_target, reading.own_certain,
                   reading.agreement)
-        lines.append(f"| {_cell(row.arm)} | {language_name(code)} | " + " | ".join(map(share, values)) + " |")
+        lines.append(f"| {_cell(row.arm)} | {language_name(code)} | " + " | ".join(map(percent, values)) + " |")
     return lines
 
 
