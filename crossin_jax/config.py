@@ -209,6 +209,8 @@ class Evaluation:
     top_p: float | None = setting(None, "sample from the smallest set of this probability", above=0, at_most=1)
     cache_dtype: str = setting("bfloat16", "precision of keys and values", choices=("float32", "bfloat16", "int8"))
     limit: int | None = setting(None, "first items of each benchmark", at_least=1)
+    over_long: str = setting("refuse", "prompts longer than the model reads: refuse them, or skip and count them",
+                             choices=("refuse", "skip"))
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -72,19 +72,18 @@ def attention_mask(query_positions_BT: jax.Array, key_positions_BS: jax.Array, q
     return mask if window is None else mask & (back < window)
 
 
-def attend_reference(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, *,
-                     soft_cap: float | None) -> jax.Array:
-    """Einsum attention with scores and softmax in float32; returns (B, T, N, H)."""
+def attend_reference(q_BTNH: jax.Array, k: jax.Array, v: jax.Array, mask_BTS: jax.Array, *, soft_cap: float | None,
+                     layout: str = "BSKH") -> jax.Array:
+    """Einsum attention with scores and softmax in float32; returns (B, T, N, H). `layout` is that of k and v."""
     B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
+    K = k.shape[layout.index("K")]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, precision=precision(q_BTNH.dtype),
+    scores = jnp.einsum(f"BTKGH,{layout}->BKGTS", q_BTKGH, k, precision=precision(q_BTNH.dtype),
                         preferred_element_type=jnp.float32)
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     probabilities = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], scores, MASKED), axis=-1)
-    context = jnp.einsum("BKGTS,BSKH->BTKGH", probabilities.astype(v_BSKH.dtype), v_BSKH,
-                         precision=precision(v_BSKH.dtype))
+    context = jnp.einsum(f"BKGTS,{layout}->BTKGH", probabilities.astype(v.dtype), v, precision=precision(v.dtype))
     return checkpoint_name(context.reshape(B, T, N, H), SAVED)
 
 
@@ -107,14 +106,14 @@ def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT
     return jax.lax.cond(is_local, functools.partial(run, window=window), functools.partial(run, window=None), *inputs)
 
 
-def attend_cached(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, positions_BT: jax.Array,
+def attend_cached(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, positions_BT: jax.Array,
                   key_positions_BS: jax.Array, *, window: int | None, is_local: jax.Array | None,
                   soft_cap: float | None) -> jax.Array:
     """Attention to everything stored in the row of a cache, (B, T, N, H); slots of negative position are empty."""
     stored_BS = (key_positions_BS >= 0).astype(jnp.int32)
     mask_BTS = attention_mask(positions_BT, key_positions_BS, jnp.ones_like(positions_BT), stored_BS,
                               _window_here(window, is_local))
-    return attend_reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, soft_cap=soft_cap)
+    return attend_reference(q_BTNH, k_BKSH, v_BKSH, mask_BTS, soft_cap=soft_cap, layout="BKSH")
 
 
 def _window_here(window: int | None, is_local: jax.Array | None) -> jax.Array | int | None:
