@@ -230,6 +230,7 @@ class Cell:
     config: Config
     needs: tuple[str, ...] = ()
     exports: bool = False  # writes output_dir/model in Hugging Face layout, for the cells that need it
+    tables: tuple[str, ...] = ()  # of the report, in which it stands as the arm `config.name`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

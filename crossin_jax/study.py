@@ -61,7 +61,7 @@ def run_cell(cell: Cell, keys: dict[str, str]) -> None:
         shutil.rmtree(folder)  # of other settings
     folder.mkdir(parents=True, exist_ok=True)
     write_key(folder / "key.json", keys[cell.name])
-    start = time.time()
+    start, cpu = time.time(), time.process_time()
     train(cell.config)
     if cell.exports:
         shutil.rmtree(folder / "model", ignore_errors=True)
@@ -69,7 +69,8 @@ def run_cell(cell: Cell, keys: dict[str, str]) -> None:
     if cell.config.evaluation.benchmarks:
         predictions, source = evaluate(cell.config, folder, folder / "evaluation")
         write_run(cell.config, Run(cell.config.name, cell.config.seed, predictions, source), folder / "evaluation")
-    write_key(folder / "done.json", evaluation_key(cell, keys), seconds=round(time.time() - start, 1))
+    write_key(folder / "done.json", evaluation_key(cell, keys), seconds=round(time.time() - start, 1),
+              cpu_seconds=round(time.process_time() - cpu, 1))
 
 
 def cell_keys(study: Study) -> dict[str, str]:

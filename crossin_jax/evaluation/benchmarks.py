@@ -104,6 +104,8 @@ def _frame(version: Version, airy: bool) -> str:
 
 def draw_shot_items(benchmark: Benchmark, item: Item, num_shots: int, seed: int) -> tuple[Item, ...]:
     """The items solved before `item`: drawn by (seed, item id), none with its context (or question) in any language."""
+    if not num_shots:
+        return ()
     pool = sorted(benchmark.pool or benchmark.items, key=lambda other: other.id)
     order = random.Random(f"shots/{seed}/{item.id}").sample(pool, len(pool))
     chosen = [other for other in order if other.id != item.id and not _same_text(item, other)][:num_shots]
