@@ -22,6 +22,7 @@ from crossin_jax.config import (
     Cell,
     Component,
     Config,
+    Contrast,
     Data,
     Evaluation,
     Lora,
@@ -137,9 +138,10 @@ def get_config(variant: str = "x2x", seed: int = SEEDS[0], root: str = ROOT) -> 
     return tuned(variant, seed, root)
 
 
+VOLUMES = (0.25, 0.5, 1.0)
 PARTS = ("main", "full", "volumes", "question", "seven")
-CONDITIONS = {  # of the question: told in each language, bridge, steps
-    f"told {round(100 * told)} %, bridge {round(100 * bridge)} %, {steps} steps": (Base(bridge=bridge, told=told), steps)
+CONDITIONS = {  # of the question: base model and steps by table
+    f"told {told:.0%}, bridge {bridge:.0%}, {steps} steps": (Base(bridge=bridge, told=told), steps)
     for told in (1.0, 0.1) for bridge in (1.0, 0.1) for steps in (STEPS, 40)}
 
 
@@ -173,7 +175,7 @@ def get_study(part: str = "all", seeds: tuple[int, ...] = SEEDS, languages: tupl
                 add("full fine-tuning", arm, seed, full=True)
     if "volumes" in chosen:
         for seed in seeds:
-            for volume in (0.25, 0.5, 1.0):
+            for volume in VOLUMES[:-1]:
                 add(volume_table(volume), "base", seed)
                 for arm in CONTROLLED:
                     add(volume_table(volume), arm, seed, volume=volume)
@@ -192,9 +194,13 @@ def get_study(part: str = "all", seeds: tuple[int, ...] = SEEDS, languages: tupl
                 add("beyond the paper", arm, seed)
             for arm, components in BEYOND.items():
                 add("beyond the paper", arm, seed, components=components)
-    return Study(name="The miniature study", output_dir=root, cells=tuple(cells.values()))
+    return Study(
+        name="The miniature study", output_dir=root, cells=tuple(cells.values()),
+        curves={"pairs drawn from this share of the facts, %": {100 * v: volume_table(v) for v in VOLUMES}},
+        contrasts=(Contrast(title="Pairs of languages against translated monolingual data", control="mono",
+                            arms=("x2x", "x2x_same"), tables=tuple(CONDITIONS)),))
 
 
 def volume_table(volume: float) -> str:
     """The name of the table with the arms at this volume."""
-    return f"{round(100 * volume)} % of the pairs"
+    return "LoRA" if volume == 1 else f"{round(100 * volume)} % of the pairs"
