@@ -5,11 +5,13 @@ Queries arrive scaled. A token sees the tokens of its own segment that are not l
 """
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
@@ -125,8 +127,7 @@ def _splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids
     """The Pallas TPU kernel, on each device's share of rows and heads."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    T = q_BTNH.shape[1]
-    block = max(b for b in range(LANES, max(kernel.block, LANES) + 1, LANES) if T % b == 0)
+    T, block = q_BTNH.shape[1], _block(kernel, q_BTNH.shape[1])
     blocks = splash.BlockSizes(block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block,
                                block_kv_dq=block)
     mask = splash.CausalMask((T, T)) if window is None else splash.LocalMask((T, T), (window - 1, 0), 0)
@@ -150,6 +151,34 @@ def _splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids
         k_spec = q_spec
     return jax.shard_map(on_device, mesh=mesh, in_specs=(q_spec, k_spec, k_spec, PartitionSpec(*q_spec[:2])),
                          out_specs=q_spec, check_vma=False)(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+
+
+def _block(kernel: Kernel, length: int) -> int:
+    """The tile in effect: the largest up to the kernel's that divides the row."""
+    return max(b for b in range(LANES, max(kernel.block, LANES) + 1, LANES) if length % b == 0)
+
+
+def kernel_flops(spec: ModelSpec, kernel: Kernel, calls: Mapping[str, float], rows: int, length: int,
+                 shards: int) -> float:
+    """FLOPs of splash calls, counted by name, on one device: products of the tiles that the mask does not empty.
+
+    A tile has 2 products in the forward kernel, 4 in that of dk and dv, 3 in that of dq; where layers differ in their
+    window, calls are taken to be spread over them evenly.
+    """
+    products = sum(number * next(n for part, n in (("_fwd", 2), ("_dkv", 4), ("_dq", 3)) if part in name)
+                   for name, number in calls.items() if name.startswith("splash"))
+    if not products:
+        return 0.0
+    block = _block(kernel, length)
+    back = np.subtract.outer(np.arange(length // block), np.arange(length // block)) * block
+
+    def tiles(window: int | None) -> int:
+        return int(((back >= 0) & (back - block + 1 < (window or length))).sum())
+
+    local = spec.local_layers or (False,)
+    mean = sum(tiles(spec.window if is_local else None) for is_local in local) / len(local)
+    heads = spec.num_heads // shards if spec.num_heads % shards == 0 else spec.num_heads
+    return products * 2.0 * mean * block * block * spec.head_width * rows * heads
 
 
 def _cudnn(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array, *, kernel: Kernel,

@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -39,10 +38,8 @@ def make_mesh(mesh: settings.Mesh, devices: list[Any] | None = None) -> Mesh:
     if data * rest != len(devices):
         raise UserError(f"mesh data={mesh.data} x fsdp={mesh.fsdp} x tensor={mesh.tensor} does not match "
                         f"{len(devices)} devices; the product must be {len(devices)}")
-    types = (AxisType.Auto,) * len(AXES)
-    if devices == jax.devices():
-        return jax.make_mesh((data, mesh.fsdp, mesh.tensor), AXES, axis_types=types)
-    return Mesh(np.asarray(devices).reshape(data, mesh.fsdp, mesh.tensor), AXES, axis_types=types)
+    return jax.make_mesh((data, mesh.fsdp, mesh.tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES),
+                         devices=devices)
 
 
 def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from crossin_jax.models.attention import Kernel
+
 Batch = dict[str, jax.Array]
 
 
@@ -36,7 +38,7 @@ class StepSettings:
     accumulation: int
     loss_chunk: int
     remat: str
-    attention: str
+    attention: str | Kernel
     seed: int
     num_groups: int
 
