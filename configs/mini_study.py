@@ -6,13 +6,13 @@
     python -m crossin_jax.train --config configs/mini_study.py:x2x             (one arm, after its base model)
 
 The model, its pretraining and its instruction data are those of configs/quickstart.py; tuning sees half as many rows a
-step, so that the whole is affordable on two CPU cores. Scores are those of the test
-territories (40 %), which nothing was chosen on; `:tuning` compares settings on the development territories (10 %) of a
-seed that the study does not use. docs/mini_study.md has the results, with seconds per cell.
+step, so that the whole is affordable on two CPU cores. Scores are those of the test territories (40 %), which nothing
+was chosen on; `:tuning` compares learning rates on the development territories (10 %), which no table shows.
+docs/mini_study.md has the results, with seconds per cell.
 
 Parts: main (seven arms by LoRA), full (by full fine-tuning), volumes (25 and 50 % of the pairs, at equal steps),
 question (how much the base knows of each language, how strong the bridge between languages is, how long it is tuned),
-seven (languages), beyond (what the paper leaves open).
+seven (languages), beyond (what the paper leaves open), smallest (two languages, under a minute, for the tests).
 """
 
 import dataclasses
@@ -56,14 +56,17 @@ ARMS = {
     "mono": (pairs("same"),),
 }
 SIZES = {"zh": 8.0, "vi": 1.0, "es": 4.0}  # as if one language had eight times the data of another
-BEYOND = {
-    "x2x 3 : mono 1": (pairs("x2x", 0.375), pairs("same", 0.125)),
-    "x2x 1 : mono 1": (pairs("x2x", 0.25), pairs("same", 0.25)),
-    "x2x 1 : mono 3": (pairs("x2x", 0.125), pairs("same", 0.375)),
-    "through English": (pairs("en2x", 0.25), pairs("x2en", 0.25)),
-    "past English": (pairs("x2x", languages={"zh": 1.0, "vi": 1.0, "es": 1.0}),),
-    "mono, temperature 1": (pairs("same", languages=temper(SIZES, 1.0)),),
-    "mono, temperature 5": (pairs("same", languages=temper(SIZES, 5.0)),),
+BEYOND = {  # what the paper leaves open, at equal budgets: options of `tuned`
+    "x2x 3 : mono 1": {"components": (pairs("x2x", 0.375), pairs("same", 0.125))},
+    "x2x 1 : mono 1": {"components": (pairs("x2x", 0.25), pairs("same", 0.25))},
+    "x2x 1 : mono 3": {"components": (pairs("x2x", 0.125), pairs("same", 0.375))},
+    "through English": {"components": (pairs("en2x", 0.25), pairs("x2en", 0.25))},
+    "past English": {"components": (pairs("x2x", languages={"zh": 1.0, "vi": 1.0, "es": 1.0}),)},
+    "mono, temperature 1": {"components": (pairs("same", languages=temper(SIZES, 1.0)),)},
+    "mono, temperature 5": {"components": (pairs("same", languages=temper(SIZES, 5.0)),)},
+    "x2x, no tag": {"components": ARMS["x2x"], "tag": "none"},
+    "x2x, with embeddings": {"components": ARMS["x2x"], "modules": ("embed_tokens", "lm_head")},
+    "x2x, full fine-tuning": {"components": ARMS["x2x"], "full": True},
 }
 CONTROLLED = ("x2x", "x2x_same", "mono")
 
@@ -79,10 +82,11 @@ class Base:
     languages: tuple[str, ...] = FOUR
     bridge: float = 1.0
     told: float = 1.0
+    vocab_size: int = 3000
 
     @property
     def name(self) -> str:
-        size = "" if len(self.languages) == 4 else f"{len(self.languages)}-languages-"
+        size = "" if self.languages == FOUR else f"{len(self.languages)}-languages-"
         return f"{size}bridge{round(100 * self.bridge)}-told{round(100 * self.told)}"
 
     def shares(self) -> dict[str, float]:
@@ -100,33 +104,63 @@ class Base:
         components = tuple(Component(kind="text", source=piece, share=share) for piece, share in self.shares().items())
         return Config(
             name=self.name, seed=seed, output_dir=f"{root}/seed{seed}/{self.name}",
-            model=Model(architecture=Architecture(vocab_size=3000 if len(self.languages) <= 4 else 4000),
-                        compute_dtype="float32"),
+            model=Model(architecture=Architecture(vocab_size=self.vocab_size), compute_dtype="float32"),
             data=Data(sources=sources, components=components, languages=self.languages, length=64),
             optim=Optim(learning_rate=4e-3, b2=0.98, weight_decay=0.1, warmup_share=0.05, final_share=0.1),
             train=Train(steps=1000, batch_size=32, log_every=100, checkpoint_every=250, keep=1, tensorboard=False))
 
 
+@dataclasses.dataclass(frozen=True)
+class Smallest(Base):
+    """A pretrained model of seconds: two languages, one relation."""
+
+    languages: tuple[str, ...] = ("en", "zh")
+    vocab_size: int = 1200
+
+    @property
+    def name(self) -> str:
+        return "smallest"
+
+    def shares(self) -> dict[str, float]:
+        """More English, since there are few steps to learn it in."""
+        return {"en": 0.35, "x": 0.15, "dict": 0.35, "cs": 0.15}
+
+    def config(self, seed: int, root: str) -> Config:
+        """Its pretraining."""
+        config = super().config(seed, root)
+        for source in config.data.sources:
+            source.split += "/language"
+        config.model.architecture = Architecture(width=96, ff_width=256, vocab_size=self.vocab_size)
+        config.optim.learning_rate = 6e-3
+        config.train = dataclasses.replace(config.train, steps=300, batch_size=16)
+        return config
+
+
 def tuned(arm: str, seed: int, root: str, base: Base = Base(), *, components: tuple[Component, ...] | None = None,
-          full: bool = False, volume: float = 1.0, steps: int = STEPS, part: str = "test") -> Config:
-    """An arm on a base model; `volume` is the part of the facts that pairs of languages are drawn from."""
+          full: bool = False, volume: float = 1.0, steps: int = STEPS, tag: str = "sentence",
+          rate: float | None = None, modules: tuple[str, ...] = (), part: str = "test") -> Config:
+    """An arm on a base model; `volume` is the part of the facts that pairs of languages are drawn
+    from, `part` the territories and maybe the one relation that it is asked about."""
     components = ARMS[arm] if components is None else components
+    asked, slash, relation = part.partition("/")
+    split = f"train{slash}{relation}"
+    asked_of = (f"cross_world:{part}",) if relation else (f"cross_world:{part}", f"cross_world:{part}/opaque")
     english = Component(kind="base", source="facts", share=0.5 if components else 1.0)
-    sources = (Source(name="facts", kind="world", split="train"),
-               Source(name="pairs", kind="world", split="train", portion=(0.0, volume)))
+    sources = (Source(name="facts", kind="world", split=split),
+               Source(name="pairs", kind="world", split=split, portion=(0.0, volume)))
     folder = "-".join(filter(None, (arm.replace(" ", "_").replace(",", ""), "full" if full else "",
                                     f"volume{round(100 * volume)}" if volume < 1 else "",
-                                    f"steps{steps}" if steps != STEPS else "", "dev" if part == "dev" else "")))
+                                    f"steps{steps}" if steps != STEPS else "", "dev" if asked == "dev" else "")))
     return Config(
         name=arm, seed=seed, output_dir=f"{root}/seed{seed}/{base.name}/{folder}",
         model=Model(path=f"{root}/seed{seed}/{base.name}/model", frozen_dtype="float32", compute_dtype="float32"),
-        lora=None if full else Lora(rank=16, alpha=32.0, dropout=0.0, modules_to_save=()),
+        lora=None if full else Lora(rank=16, alpha=32.0, dropout=0.0, modules_to_save=modules),
         data=Data(sources=sources, components=(english, *components), languages=base.languages, template="plain",
-                  tag="sentence", length=64),
-        optim=Optim(learning_rate=1e-3 if full else 6e-3, weight_decay=0.01 if full else 0.0, warmup_share=10 / 150),
+                  tag=tag, length=64),
+        optim=Optim(learning_rate=rate or (1e-3 if full else 6e-3), weight_decay=0.01 if full else 0.0,
+                    warmup_share=10 / 150),
         train=Train(steps=steps, batch_size=16, log_every=50, checkpoint_every=None, tensorboard=False),
-        evaluation=Evaluation(benchmarks=(f"cross_world:{part}", f"cross_world:{part}/opaque"), method="choices",
-                              batch_size=64))
+        evaluation=Evaluation(benchmarks=asked_of, method="choices", batch_size=64))
 
 
 def get_config(variant: str = "x2x", seed: int = SEEDS[0], root: str = ROOT) -> Config:
@@ -140,6 +174,7 @@ def get_config(variant: str = "x2x", seed: int = SEEDS[0], root: str = ROOT) -> 
 
 VOLUMES = (0.25, 0.5, 1.0)
 PARTS = ("main", "full", "volumes", "question", "seven")
+MORE = ("beyond", "tuning", "smallest")
 CONDITIONS = {  # of the question: base model and steps by table
     f"told {told:.0%}, bridge {bridge:.0%}, {steps} steps": (Base(bridge=bridge, told=told), steps)
     for told in (1.0, 0.1) for bridge in (1.0, 0.1) for steps in (STEPS, 40)}
@@ -150,8 +185,8 @@ def get_study(part: str = "all", seeds: tuple[int, ...] = SEEDS, languages: tupl
     """The parts named, joined by +; "all" are those of PARTS."""
     chosen = PARTS if part == "all" else tuple(part.split("+"))
     for name in chosen:
-        if name not in (*PARTS, "beyond", "tuning"):
-            raise UserError(f"configs/mini_study.py:{name}: choose all or some of {', '.join(PARTS)}, beyond, tuning")
+        if name not in (*PARTS, *MORE):
+            raise UserError(f"configs/mini_study.py:{name}: choose all or some of {', '.join((*PARTS, *MORE))}")
     cells: dict[str, Cell] = {}
     standard = Base(languages or FOUR)
 
@@ -187,13 +222,23 @@ def get_study(part: str = "all", seeds: tuple[int, ...] = SEEDS, languages: tupl
     if "seven" in chosen:
         for seed in seeds:
             for arm in ("base", *CONTROLLED):
-                add("seven languages", arm, seed, Base(SEVEN))
+                add("seven languages", arm, seed, Base(SEVEN, vocab_size=4000))
+    if "smallest" in chosen:
+        for seed in seeds:
+            for arm in ("base", *CONTROLLED):
+                add("smallest", arm, seed, Smallest(), steps=60, part="test/language")
+    if "tuning" in chosen:
+        for seed in seeds:
+            for full, rates in ((False, (3e-3, 6e-3, 1.2e-2)), (True, (5e-4, 1e-3, 2e-3))):
+                for rate in rates:
+                    add("tuning, development territories", f"x2x {'full' if full else 'LoRA'} {rate:g}", seed,
+                        components=ARMS["x2x"], full=full, rate=rate, part="dev")
     if "beyond" in chosen:
         for seed in seeds:
             for arm in ("base", *CONTROLLED):
                 add("beyond the paper", arm, seed)
-            for arm, components in BEYOND.items():
-                add("beyond the paper", arm, seed, components=components)
+            for arm, options in BEYOND.items():
+                add("beyond the paper", arm, seed, **options)
     return Study(
         name="The miniature study", output_dir=root, cells=tuple(cells.values()),
         curves={"pairs drawn from this share of the facts, %": {100 * v: volume_table(v) for v in VOLUMES}},
