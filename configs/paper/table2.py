@@ -17,6 +17,8 @@ and mono as many in the language of their question. So arms of one volume have e
 base has; --budget=examples=N or tokens=N gives every arm the same amount instead.
 """
 
+import math
+
 from crossin_jax.config import (
     Cell,
     Component,
@@ -41,7 +43,7 @@ MODELS = {  # folder and prompt template
     "gemma-7b": ("models/gemma-7b", "gemma"),
 }
 VOLUMES = ("3000", "6000", "15000", "all")
-ALPACA_ROWS = 52_002  # what "all" is, for the figures
+PLATYPUS_ROWS, ALPACA_ROWS = 24_926, 52_002  # of the published sets: one pass over the mixture is as many steps
 ARMS = {  # what is added to the base data
     "base": (), "base+trans": ("trans",), "en2x": ("en2x",), "x2en": ("x2en",), "x2x": ("x2x",),
     "en2x+trans": ("en2x", "trans"), "x2en+trans": ("x2en", "trans"), "x2x+trans": ("x2x", "trans"), "mono": ("same",)}
@@ -59,6 +61,7 @@ def get_config(variant: str = "llama-2-7b/x2x/3000/16") -> Config:
     model, arm, volume, chips = parts
     count = None if volume == "all" else int(volume)
     folder, template = MODELS[model]
+    examples = PLATYPUS_ROWS + len(ARMS[arm]) * (count or ALPACA_ROWS)
     name = f"{model}/{arm}" if arm == "base" else f"{model}/{arm}-{volume}"
     added = tuple(Component(kind=kind, source="alpaca", count=count, translate="x2en") for kind in ARMS[arm])
     return Config(
@@ -70,7 +73,7 @@ def get_config(variant: str = "llama-2-7b/x2x/3000/16") -> Config:
             components=(Component(kind="base", source="platypus"), *added),
             languages=LANGUAGES, template=template, length=4096, packing=False),
         optim=Optim(learning_rate=2e-4, schedule="cosine", warmup_share=0.03, weight_decay=0.01),
-        train=Train(epochs=1.0, batch_size=16, checkpoint_every=100),
+        train=Train(steps=math.ceil(examples / 16), batch_size=16, checkpoint_every=100),
         evaluation=Evaluation(benchmarks=("cross_mmlu", "cross_logiqa", "cross_xquad"), method="generate",
                               prompts=(1, 2, 3, 4, 5), batch_size=64))
 
