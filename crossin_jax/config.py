@@ -237,15 +237,29 @@ class Cell:
     config: Config
     needs: tuple[str, ...] = ()
     exports: bool = False  # writes output_dir/model in Hugging Face layout, for the cells that need it
+    tables: tuple[str, ...] = ()  # of the report, in which it stands as the arm `config.name`; none: in the only one
+    budget: str | None = None  # examples=N or tokens=N: train.steps is set by it when the cell runs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """A figure: what sets arms apart from a control arm, in several tables."""
+
+    title: str
+    arms: tuple[str, ...]
+    control: str
+    tables: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study:
-    """Cells in an order in which every cell comes after those it needs."""
+    """Cells in an order in which every cell comes after those it needs, and figures beside the tables."""
 
     name: str
     output_dir: str
     cells: tuple[Cell, ...]
+    curves: dict[str, dict[float, str]] = dataclasses.field(default_factory=dict)  # title, which names x → {x: table}
+    contrasts: tuple[Contrast, ...] = ()
 
 
 def iterate_fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:
