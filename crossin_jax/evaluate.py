@@ -22,7 +22,7 @@ from crossin_jax import config as settings
 from crossin_jax import program, provenance
 from crossin_jax.checkpoint.restore import restore_params
 from crossin_jax.config import Config, UserError
-from crossin_jax.data.pipeline import open_renderer, open_tokenizer
+from crossin_jax.data.pipeline import open_asker, open_tokenizer
 from crossin_jax.evaluation.benchmarks import load_benchmark
 from crossin_jax.evaluation.predictions import Predictions
 from crossin_jax.evaluation.report import Run, print_table, read_pair, write_results
