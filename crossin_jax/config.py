@@ -182,9 +182,6 @@ class Train:
     checkpoint_every: int | None = setting(500, "steps between checkpoints; None only at the end", at_least=1)
     keep: int = setting(2, "newest checkpoints kept", at_least=1)
     keep_every: int | None = setting(None, "steps whose multiples are kept for good", at_least=1)
-    resume: bool = setting(True, "continue from the newest whole checkpoint in `output_dir`")
-    compilation_cache: str | None = setting("~/.cache/crossin_jax/xla", "folder of compiled programs kept across runs")
-    profile_steps: tuple[int, ...] = setting((), "profiled: after the first to after the second, e.g. (10, 12)")
     tensorboard: bool = setting(True, "write TensorBoard files")
 
 
@@ -209,6 +206,8 @@ class Evaluation:
     top_p: float | None = setting(None, "sample from the smallest set of this probability", above=0, at_most=1)
     cache_dtype: str = setting("bfloat16", "precision of keys and values", choices=("float32", "bfloat16", "int8"))
     limit: int | None = setting(None, "first items of each benchmark", at_least=1)
+    over_long: str = setting("refuse", "prompts longer than the model reads: refuse them, or skip and count them",
+                             choices=("refuse", "skip"))
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -235,15 +234,29 @@ class Cell:
     config: Config
     needs: tuple[str, ...] = ()
     exports: bool = False  # writes output_dir/model in Hugging Face layout, for the cells that need it
+    tables: tuple[str, ...] = ()  # of the report, in which it stands as the arm `config.name`; none: in the only one
+    budget: str | None = None  # examples=N or tokens=N: train.steps is set by it when the cell runs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """A figure: what sets arms apart from a control arm, in several tables."""
+
+    title: str
+    arms: tuple[str, ...]
+    control: str
+    tables: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study:
-    """Cells in an order in which every cell comes after those it needs."""
+    """Cells in an order in which every cell comes after those it needs, and figures beside the tables."""
 
     name: str
     output_dir: str
     cells: tuple[Cell, ...]
+    curves: dict[str, dict[float, str]] = dataclasses.field(default_factory=dict)  # title, which names x → {x: table}
+    contrasts: tuple[Contrast, ...] = ()
 
 
 def iterate_fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:
@@ -306,9 +319,6 @@ def check(config: Config) -> Config:
                         f"train.accumulation={config.train.accumulation}; use a multiple of it")
     if config.train.benchmark_every and not config.evaluation.benchmarks:
         raise UserError(f"train.benchmark_every={config.train.benchmark_every}, but evaluation.benchmarks is empty")
-    window = config.train.profile_steps
-    if window and (len(window) != 2 or window[0] >= window[1]):
-        raise UserError(f"train.profile_steps={window}: give two steps, the first below the second, e.g. 10,12")
     for number in config.evaluation.prompts:
         if number not in range(1, 6):
             raise UserError(f"evaluation.prompts={config.evaluation.prompts} names prompt {number}; SeaEval has 1 to 5")

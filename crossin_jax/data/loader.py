@@ -5,7 +5,7 @@ Every host makes the same rows and keeps its own, so the stream does not depend 
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
@@ -42,10 +42,17 @@ class Loader:
     @property
     def steps_per_epoch(self) -> float:
         """Batches per pass over the mixture: exact for up to four windows, else by what four of them hold."""
-        count = min(self._windows.per_epoch, 4, len(self._windows))
-        rows = sum(len(self._windows[g]["tokens"]) for g in range(count))
-        covered = self._windows.find_positions(count - 1).stop
-        return rows / covered * len(self._windows.mixture) / self._batch_size
+        return self._per_epoch(lambda rows: len(rows["tokens"])) / self._batch_size
+
+    @property
+    def tokens_per_epoch(self) -> float:
+        """Tokens per pass over the mixture without padding, known as well as `steps_per_epoch`."""
+        return self._per_epoch(lambda rows: int((rows["segment_ids"] > 0).sum()))
+
+    def _per_epoch(self, count: Callable[[dict[str, np.ndarray]], int]) -> float:
+        number = min(self._windows.per_epoch, 4, len(self._windows))
+        covered = self._windows.find_positions(number - 1).stop
+        return sum(count(self._windows[g]) for g in range(number)) / covered * len(self._windows.mixture)
 
     def __iter__(self) -> "Loader":
         return self
@@ -137,7 +144,7 @@ class Loader:
         for name, value in mine.items():
             if state.get(name) != value:
                 raise UserError(f"the data changed since the checkpoint: {name} was {state.get(name)!r}, is {value!r}; "
-                                f"restore the settings, or start anew with another output_dir or train.resume=False")
+                                f"restore the settings, or start anew with another output_dir or with --noresume")
         self.go_to((int(state["window"]), int(state["row"])))
 
 

@@ -129,9 +129,15 @@ class Engine:
               progress: bool = True) -> list[np.ndarray | None]:
         """The summed log-likelihood of each continuation given its prompt, (C,) float64 per prompt.
 
-        A prompt is read once for all its continuations. One too long for `max_length` raises `UserError`, or yields
-        None with over_long="skip".
+        A prompt is read once for all its continuations. One too long for `max_length` (the last token of a continuation
+        is not read) raises `UserError`, or yields None with over_long="skip".
         """
+        return [judged and judged[0] for judged in self.judge(prompts, continuations, over_long=over_long,
+                                                              progress=progress)]
+
+    def judge(self, prompts: Sequence[Any], continuations: Sequence[Sequence[Any]], *, over_long: str = "raise",
+              progress: bool = True) -> list[tuple[np.ndarray, np.ndarray] | None]:
+        """As `score`, and beside it (C,) bool: whether greedy decoding would give the continuation."""
         tokens = self._check_prompts(prompts)
         choices = [[np.asarray(choice, np.int32) for choice in entry] for entry in continuations]
         assert len(choices) == len(tokens), (len(choices), len(tokens))
@@ -139,16 +145,19 @@ class Engine:
             if not entry or min(map(len, entry)) == 0:
                 raise UserError(f"prompt {i}: a continuation without tokens cannot be scored")
             self._check_ids(np.concatenate(entry), f"a continuation of prompt {i}")
-        fits = self._fitting(tokens, [max(map(len, entry)) for entry in choices], "the longest continuation", over_long)
-        results: list[np.ndarray | None] = [None] * len(tokens)
+        fits = self._fitting(tokens, [max(map(len, entry)) - 1 for entry in choices],
+                             "the longest continuation but its last token", over_long)
+        results: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(tokens)
         pending: deque = deque()
 
         def collect():
-            members, scores_CBK = pending.popleft()
-            for i, scores_CK in zip(members, np.asarray(scores_CBK, np.float64).swapaxes(0, 1), strict=False):
-                results[i] = np.array([scores[:len(choice)].sum()
-                                       for scores, choice in zip(scores_CK, choices[i], strict=False)])
-                if not np.isfinite(results[i]).all():
+            members, judged = pending.popleft()
+            scores_BCK, best_BCK = (np.asarray(x).swapaxes(0, 1) for x in judged)
+            for i, scores_CK, best_CK in zip(members, scores_BCK.astype(np.float64), best_BCK, strict=False):
+                sizes = [len(choice) for choice in choices[i]]
+                results[i] = (np.array([scores[:n].sum() for scores, n in zip(scores_CK, sizes, strict=False)]),
+                              np.array([best[:n].all() for best, n in zip(best_CK, sizes, strict=False)]))
+                if not np.isfinite(results[i][0]).all():
                     raise UserError(f"prompt {i}: log-likelihoods {NOT_FINITE}")
             bar.update(len(members))
 
