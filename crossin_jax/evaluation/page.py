@@ -245,8 +245,8 @@ def _readings_table(block: Block, heads: str) -> str:
         body = "".join(f'<tr><th scope="row"><span>{escape(row.arm)}</span></th>' + "".join(
             f'<td data-label="{escape(language_name(code))}">{cell(row.readings[code])}</td>'
             for code in block.languages) + "</tr>" for row in rows)
-        return (f'<h4>{title}</h4><table class="scores shares"><thead><tr><th scope="col">model</th>{heads}</tr></thead>'
-                f"<tbody>{body}</tbody></table>")
+        return (f'<h4>{title}</h4><table class="scores shares"><thead><tr><th scope="col">model</th>{heads}</tr>'
+                f"</thead><tbody>{body}</tbody></table>")
 
     return table("Share of answers in another language than the question’s, of those whose language can be told",
                  lambda r: f"<b>{percent(r.off_target)}</b><small>told: {percent(r.identified)}</small>") + table(
