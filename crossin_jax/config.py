@@ -182,9 +182,7 @@ class Train:
     keep_every: int | None = setting(None, "steps whose multiples are kept for good", at_least=1)
     resume: bool = setting(True, "continue from the newest whole checkpoint in `output_dir`")
     compilation_cache: str | None = setting("~/.cache/crossin_jax/xla", "folder of compiled programs kept across runs")
-    profile_steps: tuple[int, ...] = setting((), "profiled: after the first to after the second, e.g. (10, 12)")
     tensorboard: bool = setting(True, "write TensorBoard files")
-    wandb: bool = setting(False, "log to Weights & Biases where it is installed")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -294,9 +292,6 @@ def check(config: Config) -> Config:
                         f"train.accumulation={config.train.accumulation}; use a multiple of it")
     if config.train.benchmark_every and not config.evaluation.benchmarks:
         raise UserError(f"train.benchmark_every={config.train.benchmark_every}, but evaluation.benchmarks is empty")
-    window = config.train.profile_steps
-    if window and (len(window) != 2 or window[0] >= window[1]):
-        raise UserError(f"train.profile_steps={window}: give two steps, the first below the second, e.g. 10,12")
     for number in config.evaluation.prompts:
         if number not in range(1, 6):
             raise UserError(f"evaluation.prompts={config.evaluation.prompts} names prompt {number}; SeaEval has 1 to 5")
@@ -336,6 +331,13 @@ def _check_data(data: Data) -> None:
         for code in component.languages:
             if code not in data.languages:
                 raise UserError(f"data.components[{i}].languages: {code!r} is not in data.languages={data.languages}")
+        if component.tag is not None and (component.kind in ("trans", "text") or component.kind == "base" and
+                                          component.tag not in ("none", "sentence")):
+            raise UserError(f"data.components[{i}].tag={component.tag!r} has no effect on kind {component.kind!r}; "
+                            "leave it out")
+        if component.template is not None and component.kind == "text":
+            raise UserError(f"data.components[{i}].template has no effect on kind 'text', which has no prompt; "
+                            "leave it out")
     shares = [component.share for component in data.components]
     if any(share is not None for share in shares):
         if any(share is None for share in shares):

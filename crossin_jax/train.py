@@ -44,7 +44,7 @@ from crossin_jax.training.step import StepSettings, make_eval_step, make_train_s
 from crossin_jax.training.telemetry import Telemetry, flops_per_token, group_metrics
 
 
-def train(config: Config) -> Path:
+def train(config: Config, *, use_wandb: bool = False, profile_steps: tuple[int, ...] = ()) -> Path:
     """Runs one experiment to its last step and returns its folder; raises `SystemExit(75)` when told to stop."""
     output_dir = prepare_folder(config)
 
@@ -86,7 +86,7 @@ def train(config: Config) -> Path:
 
         # ---- Loop
         telemetry = Telemetry(output_dir, name=config.name, start=start, num_steps=num_steps, groups=loader.groups,
-                              log_every=config.train.log_every, use_wandb=config.train.wandb,
+                              log_every=config.train.log_every, use_wandb=use_wandb,
                               flops_per_token=flops_per_token(spec, model, config.data.length),
                               use_tensorboard=config.train.tensorboard, config=settings.to_dict(config))
         held_out_losses = HeldOut(batches_of, data.held_out, model, static, mesh)
@@ -95,8 +95,8 @@ def train(config: Config) -> Path:
             for step in range(start + 1, num_steps + 1):
                 state, metrics = train_step(state, to_mesh(next(loader), mesh))
                 telemetry.add(step, metrics, schedule(step - 1))
-                if step in config.train.profile_steps:
-                    switch_profiler(step, config.train.profile_steps, output_dir / "profile", metrics)
+                if step in profile_steps:
+                    switch_profiler(step, profile_steps, output_dir / "profile", metrics)
                 if data.held_out and (due(step, config.train.eval_every) or step == num_steps):
                     telemetry.write({"step": step} | held_out_losses(state))
                 if due(step, config.train.benchmark_every):
@@ -199,13 +199,25 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_processes", None, "processes of the run, with --coordinator")
     flags.DEFINE_integer("process_id", None, "number of this process, with --coordinator")
     flags.DEFINE_integer("start_timeout", 300, "seconds to wait for all processes")
+    flags.DEFINE_bool("wandb", False, "log to Weights & Biases where it is installed")
+    flags.DEFINE_list("profile_steps", [], "profiled: after the first to after the second, e.g. 10,12")
+
+
+def read_window(steps: list[str]) -> tuple[int, ...]:
+    """The first and last step of --profile_steps, or nothing."""
+    if not steps:
+        return ()
+    if len(steps) != 2 or not all(step.strip().isdigit() for step in steps) or int(steps[0]) >= int(steps[1]):
+        raise UserError(f"--profile_steps={','.join(steps)}: give two steps, the first below the second, e.g. 10,12")
+    return tuple(map(int, steps))
 
 
 def main(config: Config, arguments: Any) -> None:
     """Joins the hosts and trains."""
+    window = read_window(arguments.profile_steps)
     hosts.start(arguments.coordinator, arguments.num_processes, arguments.process_id,
                 timeout_seconds=arguments.start_timeout)
-    folder = train(config)
+    folder = train(config, use_wandb=arguments.wandb, profile_steps=window)
     if jax.process_index() == 0:
         print(f"trained: {folder}; next: python -m crossin_jax.evaluate --checkpoint {folder}")
 

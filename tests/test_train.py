@@ -133,9 +133,9 @@ def test_a_tokenizer_of_another_model_is_refused(pretrained, tmp_path):
 
 def test_benchmarks_and_profiler_run_during_training(adapted, pretrained, tmp_path):
     config = config_in(tmp_path / "run", str(pretrained / "model"))
-    config.train = dataclasses.replace(config.train, benchmark_every=3, profile_steps=(2, 3))
+    config.train = dataclasses.replace(config.train, benchmark_every=3)
     config.evaluation = dataclasses.replace(config.evaluation, method="choices", limit=4)
-    train(config)
+    train(config, profile_steps=(2, 3))
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     scored = [record for record in records if "cross_world:dev/sum/p0/AC3_2" in record]
     assert [record["step"] for record in scored] == [3, 6]

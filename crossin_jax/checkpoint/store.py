@@ -22,8 +22,8 @@ from crossin_jax.training.step import TrainState
 
 # fields that may differ between a checkpoint and the run that continues it
 MAY_CHANGE = ("name", "output_dir", "mesh.", "train.log_every", "train.eval_every", "train.benchmark_every",
-              "train.checkpoint_every", "train.keep", "train.resume", "train.compilation_cache", "train.profile_steps",
-              "train.tensorboard", "train.wandb", "train.loss_chunk", "evaluation.", "data.workers",
+              "train.checkpoint_every", "train.keep", "train.resume", "train.compilation_cache",
+              "train.tensorboard", "train.loss_chunk", "evaluation.", "data.workers",
               "data.eval_sources", "model.attention", "model.remat")
 
 

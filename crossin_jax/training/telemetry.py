@@ -152,6 +152,6 @@ def _start_wandb(name: str, folder: Path, config: dict[str, Any]) -> Any:
     try:
         import wandb
     except ImportError:
-        logging.warning("train.wandb is set but wandb is not installed; metrics go to %s only", folder)
+        logging.warning("--wandb: wandb is not installed; metrics go to %s only", folder)
         return None
     return wandb.init(project="crossin_jax", name=name, dir=str(folder), config=config, resume="allow")
