@@ -21,12 +21,12 @@ from flax import nnx
 from crossin_jax import config as settings
 from crossin_jax import program, provenance
 from crossin_jax.checkpoint.restore import restore_params
+from crossin_jax.checks import check
 from crossin_jax.config import Config, UserError
-from crossin_jax.data.pipeline import open_renderer, open_tokenizer
-from crossin_jax.evaluation.benchmarks import load_benchmark
+from crossin_jax.data.pipeline import open_asker, open_tokenizer
 from crossin_jax.evaluation.predictions import Predictions
 from crossin_jax.evaluation.report import Run, print_table, read_pair, write_results
-from crossin_jax.evaluation.runner import run_benchmarks
+from crossin_jax.evaluation.runner import describe_benchmarks, load_benchmarks, run_benchmarks
 from crossin_jax.generation.engine import Engine
 from crossin_jax.parallel.mesh import make_mesh
 from crossin_jax.score import write_log
@@ -50,13 +50,14 @@ def evaluate(config: Config, checkpoint: str | Path | None, out: Path) -> tuple[
         tokenizer, trained = open_tokenizer(config), {"base": config.model.path, "adapter": adapter}
         check_tokenizer(config, tokenizer, spec)
         graphdef, state = model.graphdef, nnx.merge_state(*load_base(config, model.trainable, model.frozen))
-    renderer = open_renderer(config, tokenizer)
+    renderer = open_asker(config, tokenizer)
     engine = Engine(graphdef, state, spec, eos_ids=renderer.eos_ids, pad_id=renderer.pad_id, mesh=mesh,
                     batch_size=config.evaluation.batch_size, cache_dtype=config.evaluation.cache_dtype,
                     attention=config.model.attention)
     predictions = run_benchmarks(config, engine, renderer, cache=out / "predictions",
                                  weights=provenance.content_hash(trained))
     source = provenance.describe(settings.to_dict(config), model=trained, template=renderer.hash,
+                                 benchmarks=describe_benchmarks(config, load_benchmarks(config)),
                                  compilations=engine.compilations)
     return predictions, source
 
@@ -77,15 +78,16 @@ def define_flags() -> None:
     """Flags beside the configuration."""
     flags.DEFINE_string("checkpoint", None, "run folder or one of its checkpoints/STEP; none: the base model")
     flags.DEFINE_string("out", None, "folder for results (default: output_dir/evaluation)")
+    flags.DEFINE_integer("limit", None, "short for --config.evaluation.limit: first items of each benchmark")
+    flags.DEFINE_list("languages", None, "short for --config.evaluation.languages, e.g. en,zh")
+    flags.DEFINE_list("prompts", None, "short for --config.evaluation.prompts, e.g. 1,3")
     flags.DEFINE_string("compare", None, "two folders of results, A B: what changed from A to B, and how clearly")
     flags.DEFINE_string("after", None, "the second folder of --compare")
 
 
 def write_run(config: Config, run: Run, out: Path) -> None:
     """Writes the report of one run, and its answers as logs in SeaEval's layout."""
-    languages = config.evaluation.languages or config.data.languages
-    benchmarks = [load_benchmark(name, languages, limit=config.evaluation.limit, seed=config.seed)
-                  for name in config.evaluation.benchmarks]
+    benchmarks = load_benchmarks(config)
     write_results(out, [run], mode=config.evaluation.mode, title=run.name, benchmarks=benchmarks)
     items = {benchmark.name: benchmark.items for benchmark in benchmarks}
     (out / "logs").mkdir(exist_ok=True)
@@ -94,8 +96,21 @@ def write_run(config: Config, run: Run, out: Path) -> None:
         write_log(out / "logs" / f"{name}.json", items[predictions.benchmark], predictions)
 
 
+def narrow(config: Config, arguments: Any) -> None:
+    """Takes over the short flags that ask for less than the configuration does."""
+    given = {"limit": arguments.limit, "languages": arguments.languages and tuple(arguments.languages)}
+    if arguments.prompts:
+        try:
+            given["prompts"] = tuple(map(int, arguments.prompts))
+        except ValueError:
+            raise UserError(f"--prompts={','.join(arguments.prompts)}: give numbers from 1 to 5, e.g. 1,3") from None
+    config.evaluation = dataclasses.replace(config.evaluation, **{k: v for k, v in given.items() if v is not None})
+    check(config)
+
+
 def main(config: Config, arguments: Any) -> None:
     """Evaluates and prints the table."""
+    narrow(config, arguments)
     out = Path(arguments.out or f"{config.output_dir}/evaluation").expanduser()
     predictions, source = evaluate(config, arguments.checkpoint, out)
     if jax.process_index() == 0:

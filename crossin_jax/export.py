@@ -147,7 +147,7 @@ def model_card(config: Config, format: str, step: int, provenance: dict[str, Any
 
 
 def _cell(value: Any) -> str:
-    if isinstance(value, dict):
+    if isinstance(value, dict) and "low" in value:
         return f"{value['value']:.3f} ({value['low']:.3f} to {value['high']:.3f})"
     return ", ".join(map(str, value)) if isinstance(value, (tuple, list)) else "" if value is None else str(value)
 

@@ -30,10 +30,11 @@ from crossin_jax.parallel.mesh import make_mesh
 
 @dataclasses.dataclass(frozen=True)
 class Speaker:
-    """An engine with the renderer that turns texts into its ids and back."""
+    """An engine with the renderer that turns texts into its ids and back, and the tokenizer beneath it."""
 
     engine: Engine
     renderer: Renderer
+    tokenizer: Any
 
     def answer(self, prompts: list[tuple[str, str]], write: Callable[[int, str], None] | None = None, *,
                max_new_tokens: int, stop: Sequence[str] = (), **options: Any) -> list[str]:
@@ -87,7 +88,7 @@ def open_speaker(model: str, *, adapter: str | None = None, tokenizer: str | Non
         raise UserError(f"--tokenizer: {renderer.vocab_size} tokens, but the model has {loaded.spec.vocab_size}; pass "
                         "the tokenizer that belongs to the model")
     return Speaker(Engine(loaded.graphdef, loaded.state, loaded.spec, eos_ids=renderer.eos_ids, pad_id=renderer.pad_id,
-                          mesh=mesh, batch_size=batch_size), renderer)
+                          mesh=mesh, batch_size=batch_size), renderer, tokens)
 
 
 def load_adapted(model: str, adapter: str, dtype: str, mesh: Any) -> LoadedModel:

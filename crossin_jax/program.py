@@ -13,10 +13,10 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from crossin_jax.config import Config, UserError, check, hint, iterate_fields
+from crossin_jax.checks import check
+from crossin_jax.config import Config, UserError, hint, iterate_fields
 
 EXIT_USER_ERROR = 2
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the same command continues the run
 
 
 def run(main: Callable[..., int | None], *, define: Callable[[], None] | None = None,

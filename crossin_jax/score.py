@@ -3,6 +3,7 @@
     python -m crossin_jax.score --log zero_shot_p1.json.gz --out score.json --alignments aligned.json
 
 The log is a list of parallel items: {"id": …, "English": {"question", "choices", "answer", "model_prediction"}, …}.
+A five-shot answer counts up to its first line break, as in SeaEval; the log's name says what it is (five_shot_p1.json).
 --out gets SeaEval's own keys, and ours under "crossin_jax"; --alignments the choice of every answer, or those among
 which SeaEval would toss a coin.
 """
@@ -10,6 +11,7 @@ which SeaEval would toss a coin.
 import gzip
 import json
 import os
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -37,6 +39,8 @@ def define_flags() -> None:
     flags.DEFINE_string("mode", "expectation", "coins: expectation (exact), seaeval (tossed) or strict (no answer)")
     flags.DEFINE_string("out", None, "file for the scores, JSON")
     flags.DEFINE_string("alignments", None, "file for the chosen choices, JSON")
+    flags.DEFINE_enum("few_shot", "auto", ["auto", "yes", "no"],
+                      "answers end at their first line break; auto: where the log's name holds few_shot or five_shot")
     flags.DEFINE_integer("seed", 0, "seed of the tosses of mode seaeval, and of the intervals' resamples")
 
 
@@ -50,7 +54,7 @@ def main(options: Any) -> int:
     assert log is not None
     check_outputs(log, {"--out": out, "--alignments": alignments})
 
-    rows = read_rows(log)
+    rows = read_rows(log, few_shot={"auto": None, "yes": True, "no": False}[options.few_shot])
     predictions = predictions_of(rows, str(log))
     scores = evaluate(predictions, options.mode, seed=options.seed)
     intervals = bootstrap(predictions, options.mode, seed=options.seed)
@@ -82,9 +86,15 @@ def read_log(path: str | Path, benchmark: str | None = None) -> Predictions:
     return predictions_of(read_rows(path), str(path), benchmark)
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    """The rows of a log, a JSON list of objects that may be compressed with gzip."""
+def read_rows(path: str | Path, *, few_shot: bool | None = None) -> list[Row]:
+    """The rows of a log, a JSON list of objects that may be compressed with gzip.
+
+    A few-shot answer is cut at its first line break: the model goes on with questions of its own. `few_shot` None goes
+    by the file's name.
+    """
     path = Path(path)
+    if few_shot is None:
+        few_shot = bool(re.search(r"(few|five)[-_ ]?shot", path.name.lower()))
     try:
         raw = path.read_bytes()
         if raw[:2] == b"\x1f\x8b" or path.suffix == ".gz":
@@ -111,6 +121,9 @@ def read_rows(path: str | Path) -> list[Row]:
         if not isinstance(row, dict):
             raise UserError(f"{path}, row {number}: {row!r:.60} is no object; "
                             'an item is {"id": …, "English": {…}, …}')
+        for version in filter(lambda value: few_shot and isinstance(value, dict), row.values()):
+            if isinstance(text := version.get("model_prediction"), str):
+                version["model_prediction"] = text.split("\n")[0]
     return rows
 
 

@@ -1,11 +1,14 @@
 """Run a whole study: train and evaluate every cell, skip what is done, write one report.
 
   python -m crossin_jax.study --config configs/quickstart.py [--seeds=0,1,2] [--languages=en,zh,vi,es,id,ms,fil]
+  python -m crossin_jax.study --config configs/paper/table2.py --dry_run --topology=v5e:4x4
 
-A configuration file offers a study as `get_study()`. An interrupted study goes on; a cell whose settings changed, or
-whose base changed, is the only one that runs again.
+A configuration file offers a study as `get_study()`; text after a colon goes to it. An interrupted study goes on; a
+cell whose settings changed, or whose base changed, is the only one that runs again. Pods that share a folder can each
+run a part of the cells (--cells); whichever runs last writes the report of all that is done.
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -20,28 +23,36 @@ from absl import flags
 from crossin_jax import config as settings
 from crossin_jax import program, provenance
 from crossin_jax.checkpoint.store import MAY_CHANGE, flatten_dict
-from crossin_jax.config import Cell, Study, UserError, check
+from crossin_jax.checks import check
+from crossin_jax.config import Cell, Config, Study, UserError
+from crossin_jax.data.loader import make_loader
+from crossin_jax.data.pipeline import open_pipeline
 from crossin_jax.evaluate import evaluate, write_run
 from crossin_jax.evaluation.report import Run, print_table, read_results, write_results
 from crossin_jax.evaluation.runner import answer_without_model
+from crossin_jax.evaluation.study_report import Table, write_study
 from crossin_jax.export import export
-from crossin_jax.train import train
+from crossin_jax.study_cost import print_costs
+from crossin_jax.train import keep_compiled, train
 
 FORMAT = 1  # raised when the same settings would give other results
+BUDGETS = ("steps", "examples", "tokens")
 
 
 def run_study(study: Study, chosen: slice = slice(None)) -> list[Run]:
     """Brings the chosen cells up to date; returns the results of every evaluated cell that is."""
-    keys, runs = cell_keys(study), []
+    keys = cell_keys(study)
     for cell in study.cells[chosen]:
         if is_done(cell, keys):
             logging.info("%s is done", cell.name)
         else:
-            run_cell(cell, keys)
-    for cell in study.cells:
-        if cell.config.evaluation.benchmarks and is_done(cell, keys):
-            runs += read_results(Path(cell.config.output_dir) / "evaluation")
-    return runs
+            run_cell(cell, keys, study)
+    return [run for cell in evaluated(study, keys) for run in read_results(Path(cell.config.output_dir) / "evaluation")]
+
+
+def evaluated(study: Study, keys: dict[str, str]) -> list[Cell]:
+    """The cells whose scores are there."""
+    return [cell for cell in study.cells if cell.config.evaluation.benchmarks and is_done(cell, keys)]
 
 
 def is_done(cell: Cell, keys: dict[str, str]) -> bool:
@@ -54,22 +65,60 @@ def evaluation_key(cell: Cell, keys: dict[str, str]) -> str:
     return provenance.content_hash([keys[cell.name], settings.to_dict(cell.config)["evaluation"]])
 
 
-def run_cell(cell: Cell, keys: dict[str, str]) -> None:
+def run_cell(cell: Cell, keys: dict[str, str], study: Study) -> None:
     """Trains a cell anew or to its end, exports it where others need it, and answers its benchmarks."""
+    for needed in study.cells:
+        if needed.name in cell.needs and not is_done(needed, keys):
+            number = study.cells.index(needed)
+            raise UserError(f"cell {cell.name} needs {needed.name}, which is not done; run it first, here or on "
+                            f"another pod: --cells={number}:{number + 1}")
     folder = Path(cell.config.output_dir)
     if folder.exists() and read_key(folder / "key.json") != keys[cell.name]:
         shutil.rmtree(folder)  # of other settings
     folder.mkdir(parents=True, exist_ok=True)
     write_key(folder / "key.json", keys[cell.name])
-    start = time.time()
-    train(cell.config)
+    start, cpu = time.time(), time.process_time()
+    config = within_budget(cell)
+    train(config)
     if cell.exports:
         shutil.rmtree(folder / "model", ignore_errors=True)
         export(folder, "hf", folder / "model")
-    if cell.config.evaluation.benchmarks:
-        predictions, source = evaluate(cell.config, folder, folder / "evaluation")
-        write_run(cell.config, Run(cell.config.name, cell.config.seed, predictions, source), folder / "evaluation")
-    write_key(folder / "done.json", evaluation_key(cell, keys), seconds=round(time.time() - start, 1))
+    if config.evaluation.benchmarks:
+        predictions, source = evaluate(config, folder, folder / "evaluation")
+        write_run(config, Run(config.name, config.seed, predictions, source), folder / "evaluation")
+    write_key(folder / "done.json", evaluation_key(cell, keys), seconds=round(time.time() - start, 1),
+              cpu_seconds=round(time.process_time() - cpu, 1))
+
+
+def within_budget(cell: Cell) -> Config:
+    """The cell's configuration, with the steps that its budget allows."""
+    if cell.budget is None:
+        return cell.config
+    kind, amount = parse_budget(cell.budget)
+    steps, config = amount, cell.config
+    if kind != "steps":
+        data = open_pipeline(config)
+        loader = make_loader(data.mixture, data.renderer, config.data, batch_size=config.train.batch_size,
+                             seed=config.seed)
+        per_epoch = len(data.mixture) if kind == "examples" else loader.tokens_per_epoch
+        steps = max(1, round(amount / per_epoch * loader.steps_per_epoch))
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
+
+
+def parse_budget(text: str) -> tuple[str, int]:
+    """"tokens=300000" → ("tokens", 300000)."""
+    kind, _, amount = text.partition("=")
+    if kind not in BUDGETS or not amount.isdigit() or int(amount) < 1:
+        raise UserError(f"budget={text!r}: give steps, examples or tokens and a number, e.g. --budget=tokens=300000")
+    return kind, int(amount)
+
+
+def give_budget(study: Study, budget: str) -> Study:
+    """The study with the same budget in every cell that is evaluated; models that others start from keep theirs."""
+    parse_budget(budget)
+    return dataclasses.replace(study, cells=tuple(
+        dataclasses.replace(cell, budget=budget) if cell.config.evaluation.benchmarks else cell
+        for cell in study.cells))
 
 
 def cell_keys(study: Study) -> dict[str, str]:
@@ -81,7 +130,8 @@ def cell_keys(study: Study) -> dict[str, str]:
             raise UserError(f"study {study.name}: cell {cell.name} needs {missing[0]}, which does not come before it")
         decides = {name: value for name, value in flatten_dict(settings.to_dict(check(cell.config))).items()
                    if not name.startswith(MAY_CHANGE)}
-        keys[cell.name] = provenance.content_hash([FORMAT, decides, [keys[name] for name in cell.needs]])
+        keys[cell.name] = provenance.content_hash([FORMAT, decides, [keys[name] for name in cell.needs],
+                                                   *([cell.budget] if cell.budget else [])])
     return keys
 
 
@@ -100,17 +150,65 @@ def write_key(file: Path, key: str, **more: Any) -> None:
     os.replace(part, file)
 
 
+def write_report(study: Study) -> Path | None:
+    """Writes the report of every evaluated cell that is done, prints its tables, and returns its page."""
+    keys, out = cell_keys(study), Path(study.output_dir)
+    done = evaluated(study, keys)
+    if not done:
+        return None
+    mode = done[0].config.evaluation.mode
+    tables = []
+    for name in dict.fromkeys(name for cell in done for name in cell.tables or ("",)):
+        cells = [cell for cell in done if name in (cell.tables or ("",))]
+        runs = [run for cell in cells for run in read_results(Path(cell.config.output_dir) / "evaluation")]
+        tables.append(Table(name, runs, answer_without_model(cells[0].config)))
+    for table in tables:
+        print("\n".join([f"== {table.name}", ""] if table.name else []) + print_table(
+            table.runs, baselines=table.baselines, mode=mode))
+    if len(tables) == 1 and not tables[0].name:
+        write_results(out, tables[0].runs, baselines=tables[0].baselines, mode=mode, title=study.name)
+    else:
+        write_study(out, study, tables, mode)
+    return out / "report.html"
+
+
 def define_flags() -> None:
     """Flags of a study."""
-    flags.DEFINE_string("config", None, "Python file with get_study()")
+    flags.DEFINE_string("config", None, "Python file with get_study(); FILE.py:PART passes the part to it")
     flags.DEFINE_list("seeds", None, "seeds, e.g. 0,1,2 (default: the study's own)")
     flags.DEFINE_list("languages", None, "language codes, e.g. en,zh,vi,es,id,ms,fil (default: the study's own)")
+    flags.DEFINE_string("budget", None, "the same for every arm: steps=N, examples=N or tokens=N")
     flags.DEFINE_string("cells", None, "part of the cells to run here, FIRST:LAST (as in Python)")
-    flags.DEFINE_bool("dry_run", False, "print the cells and leave")
+    flags.DEFINE_bool("report_only", False, "run nothing; write the report of what is done")
+    flags.DEFINE_bool("dry_run", False, "print the cells with their cost and leave")
+    flags.DEFINE_string("topology", None, "TPU slice that the dry run plans for, e.g. v5e:4x4")
 
 
 def main(arguments: Any) -> None:
-    """Runs the study and prints its table."""
+    """Runs the study and prints its tables."""
+    keep_compiled()
+    study = read_study(arguments)
+    keys = cell_keys(study)
+    chosen = slice(None)
+    if arguments.cells:
+        try:
+            chosen = slice(*(int(part) if part else None for part in arguments.cells.split(":")))
+        except ValueError:
+            raise UserError(f"--cells={arguments.cells}: give FIRST:LAST, e.g. 0:4") from None
+    if arguments.dry_run:
+        done = {cell.name for cell in study.cells if is_done(cell, keys)}
+        jax.config.update("jax_platforms", "cpu")  # real chips, where there are any, stay free
+        print_costs(study, done, chosen, arguments.topology)
+        return
+    start = time.time()
+    if not arguments.report_only:
+        run_study(study, chosen)
+    if not jax.process_index() and (page := write_report(study)):
+        print(f"{len(study.cells)} cells in {time.time() - start:.0f} s; report: {page}")
+
+
+def read_study(arguments: Any) -> Study:
+    """The study that the flags describe."""
     if not arguments.config:
         raise UserError("--config=FILE.py is missing; see configs/quickstart.py")
     options: dict[str, Any] = {}
@@ -122,28 +220,7 @@ def main(arguments: Any) -> None:
     if arguments.languages:
         options["languages"] = tuple(arguments.languages)
     study = program.call_config_file(arguments.config, "get_study", **options)
-    keys = cell_keys(study)
-    chosen = slice(None)
-    if arguments.cells:
-        try:
-            chosen = slice(*(int(part) if part else None for part in arguments.cells.split(":")))
-        except ValueError:
-            raise UserError(f"--cells={arguments.cells}: give FIRST:LAST, e.g. 0:4") from None
-    if arguments.dry_run:
-        for i, cell in enumerate(study.cells):
-            state = "done" if is_done(cell, keys) else "to do"
-            print(f"{i:3d}  {state:6s} {cell.name:28s} {cell.config.train.steps} steps  -> {cell.config.output_dir}")
-        return
-    start = time.time()
-    runs = run_study(study, chosen)
-    if not runs or jax.process_index():
-        return
-    first = next(cell.config for cell in study.cells if cell.config.evaluation.benchmarks)
-    baselines = answer_without_model(first)
-    out = Path(study.output_dir)
-    write_results(out, runs, baselines=baselines, mode=first.evaluation.mode, title=study.name)
-    print(print_table(runs, baselines=baselines, mode=first.evaluation.mode))
-    print(f"{len(study.cells)} cells in {time.time() - start:.0f} s; report: {out / 'report.html'}")
+    return give_budget(study, arguments.budget) if arguments.budget else study
 
 
 if __name__ == "__main__":

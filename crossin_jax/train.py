@@ -10,6 +10,9 @@ import json
 import logging
 import math
 import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,13 +27,15 @@ from crossin_jax import program, provenance
 from crossin_jax.checkpoint.store import Store
 from crossin_jax.config import Config, UserError
 from crossin_jax.data.loader import make_loader
-from crossin_jax.data.pipeline import open_pipeline
+from crossin_jax.data.pipeline import open_asker, open_pipeline
 from crossin_jax.evaluation.metrics import evaluate
 from crossin_jax.evaluation.runner import run_benchmarks
 from crossin_jax.generation.engine import Engine
 from crossin_jax.parallel import hosts
 from crossin_jax.parallel.mesh import check_batch, make_mesh
+from crossin_jax.training.faults import describe_fault, find_bad_rows
 from crossin_jax.training.optim import make_optimizer, make_schedule
+from crossin_jax.training.selftest import run_selftest
 from crossin_jax.training.state import (
     abstract_model,
     abstract_state,
@@ -40,11 +45,14 @@ from crossin_jax.training.state import (
     start_state,
     to_mesh,
 )
-from crossin_jax.training.step import StepSettings, make_eval_step, make_train_step
-from crossin_jax.training.telemetry import Telemetry, flops_per_token, group_metrics
+from crossin_jax.training.step import COMPILER_OPTIONS, StepSettings, make_eval_step, make_train_step
+from crossin_jax.training.telemetry import Profiler, Telemetry, flops_per_token, group_metrics, is_recorded
+
+CACHE = "~/.cache/crossin_jax/xla"
 
 
-def train(config: Config, *, use_wandb: bool = False, profile_steps: tuple[int, ...] = ()) -> Path:
+def train(config: Config, *, resume: bool = True, use_wandb: bool = False, profile_steps: Sequence[int] = (),
+          kill_after: int | None = None) -> Path:
     """Runs one experiment to its last step and returns its folder; raises `SystemExit(75)` when told to stop."""
     output_dir = prepare_folder(config)
 
@@ -69,13 +77,14 @@ def train(config: Config, *, use_wandb: bool = False, profile_steps: tuple[int, 
     # ---- Steps
     static = StepSettings(config.train.accumulation, config.train.loss_chunk, config.model.remat,
                           config.model.attention, config.seed, len(loader.groups))
-    train_step = jax.jit(make_train_step(model.graphdef, optimizer, static), donate_argnums=0)
+    train_step = jax.jit(make_train_step(model.graphdef, optimizer, static), donate_argnums=0,
+                         compiler_options=COMPILER_OPTIONS.get(jax.default_backend()))
     source = provenance.describe(settings.to_dict(config), manifest=data.mixture.manifest()["hash"],
                                  template=data.renderer.hash, base=config.model.path)
 
     with jax.set_mesh(mesh), hosts.Preemption() as preemption, Store(output_dir, config=config) as store:
         # ---- Resume
-        restored = store.restore_newest(abstract, config) if config.train.resume else None
+        restored = store.restore_newest(abstract, config) if resume else None
         if restored:
             state, position = restored
             state.frozen = load_base(config, model.frozen)[0] if config.model.path else model.frozen
@@ -89,47 +98,64 @@ def train(config: Config, *, use_wandb: bool = False, profile_steps: tuple[int, 
                               log_every=config.train.log_every, use_wandb=use_wandb,
                               flops_per_token=flops_per_token(spec, model, config.data.length),
                               use_tensorboard=config.train.tensorboard, config=settings.to_dict(config))
+        profiler = Profiler(profile_steps, output_dir / "profile")
         held_out_losses = HeldOut(batches_of, data.held_out, model, static, mesh)
-        benchmark_scores = Benchmarks(config, data.renderer, model, mesh)
+        benchmark_scores = Benchmarks(config, open_asker(config, data.tokenizer), model, mesh)
+        begins = deque(maxlen=config.train.log_every + 1)  # (step, where its batch begins): no more wait for a report
+
+        def due_evaluations(step: int) -> Iterator[tuple[str, Callable]]:
+            if data.held_out and (due(step, config.train.eval_every) or step == num_steps):
+                yield "held_out/", held_out_losses
+            if due(step, config.train.benchmark_every):
+                yield config.evaluation.benchmarks[0], benchmark_scores
+
         try:
+            for name, scores in due_evaluations(start) if restored else ():
+                if hosts.agree(not is_recorded(output_dir, start, name)):  # the run was ended while it evaluated
+                    telemetry.write({"step": start} | scores(state))
             for step in range(start + 1, num_steps + 1):
+                begins.append((step, loader.position))
                 state, metrics = train_step(state, to_mesh(next(loader), mesh))
                 telemetry.add(step, metrics, schedule(step - 1))
-                if step in profile_steps:
-                    switch_profiler(step, profile_steps, output_dir / "profile", metrics)
-                if data.held_out and (due(step, config.train.eval_every) or step == num_steps):
-                    telemetry.write({"step": step} | held_out_losses(state))
-                if due(step, config.train.benchmark_every):
-                    telemetry.write({"step": step} | benchmark_scores(state))
-                stop = preemption.reached(step)
+                profiler.after(step, metrics)
+                stop = preemption.reached(step) and step < num_steps
                 if stop or step == num_steps or due(step, config.train.checkpoint_every):
                     telemetry.report(schedule(step - 1))  # raises before a checkpoint could hide a non-finite loss
                     store.save(state, loader.get_state(), source)
-                if stop and step < num_steps:
+                if stop:
                     logging.warning("told to stop: step %d is saved; the same command continues", step)
-                    raise SystemExit(program.EXIT_PREEMPTED)
+                    raise SystemExit(hosts.EXIT_PREEMPTED)
+                for _, scores in due_evaluations(step):
+                    telemetry.write({"step": step} | scores(state))
+                if step == kill_after:  # of the self-test
+                    store.wait()
+                    os.kill(os.getpid(), signal.SIGKILL)
         except FloatingPointError as fault:
             newest = max(store.steps(), default=None)
             good = f"checkpoint {newest} is the last good state" if newest else "there is no checkpoint yet"
+            begin = dict(begins)[fault.args[0]]
+            bad = find_bad_rows(loader, begin, state, model, static, mesh)
             raise UserError(f"{output_dir}: the loss or gradient of step {fault.args[0]} is not finite; {good}\n"
-                            "lower optim.learning_rate, set optim.clip_norm, or look for broken rows with "
-                            "`prepare preview`") from None
+                            f"{describe_fault(output_dir, fault.args[0], bad, loader.name_rows(begin))}\n"
+                            "lower optim.learning_rate, set optim.clip_norm, or mend those rows") from None
         finally:
+            profiler.close()
             telemetry.close()
             loader.close()
     return output_dir
 
 
 def prepare_folder(config: Config) -> Path:
-    """Makes `output_dir` with the resolved configuration in it, and sets the compilation cache."""
+    """Makes `output_dir` with the resolved configuration in it."""
+    if "://" in config.output_dir:
+        raise UserError(f"output_dir={config.output_dir}: give a folder; a bucket can be mounted as one (docs/tpu.md)")
     folder = Path(config.output_dir).expanduser()
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / "config.json.part"
         part.write_text(json.dumps(settings.to_dict(config), indent=2, ensure_ascii=False))
         os.replace(part, folder / "config.json")
-    if config.train.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.train.compilation_cache).expanduser()))
+    hosts.check_shared(folder)
     return folder
 
 
@@ -184,13 +210,18 @@ class Benchmarks:
         return scores
 
 
-def switch_profiler(step: int, window: tuple[int, ...], folder: Path, metrics: Any) -> None:
-    """Starts the profiler after the first step of the window, stops it after the last."""
-    jax.block_until_ready(metrics)
-    if step == window[0] != window[-1]:
-        jax.profiler.start_trace(str(folder))
-    elif step == window[-1] != window[0]:
-        jax.profiler.stop_trace()
+def keep_compiled(folder: str = CACHE) -> None:
+    """Keeps compiled programs in a folder across runs; one that JAX's environment variable names is left alone."""
+    if folder and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+
+
+def read_window(words: list[str]) -> tuple[int, ...]:
+    """The two steps of `--profile_steps`, or none."""
+    steps = tuple(int(word) for word in words if word.isdigit())
+    if words and (len(steps) != 2 or len(words) != 2 or steps[0] >= steps[1]):
+        raise UserError(f"--profile_steps={','.join(words)}: give two steps, the first below the second, e.g. 10,12")
+    return steps
 
 
 def define_flags() -> None:
@@ -199,27 +230,28 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_processes", None, "processes of the run, with --coordinator")
     flags.DEFINE_integer("process_id", None, "number of this process, with --coordinator")
     flags.DEFINE_integer("start_timeout", 300, "seconds to wait for all processes")
-    flags.DEFINE_bool("wandb", False, "log to Weights & Biases where it is installed")
+    flags.DEFINE_bool("resume", True, "continue from the newest whole checkpoint in output_dir")
     flags.DEFINE_list("profile_steps", [], "profiled: after the first to after the second, e.g. 10,12")
+    flags.DEFINE_string("compilation_cache", CACHE, "folder of compiled programs kept across runs; empty: none")
+    flags.DEFINE_bool("selftest_resume", False, "kill and continue a short run here, and compare it bit by bit")
+    flags.DEFINE_integer("kill_after", None, "step after which the self-test kills its run")
+    flags.DEFINE_bool("wandb", False, "log to Weights & Biases too, where it is installed")
 
 
-def read_window(steps: list[str]) -> tuple[int, ...]:
-    """The first and last step of --profile_steps, or nothing."""
-    if not steps:
-        return ()
-    if len(steps) != 2 or not all(step.strip().isdigit() for step in steps) or int(steps[0]) >= int(steps[1]):
-        raise UserError(f"--profile_steps={','.join(steps)}: give two steps, the first below the second, e.g. 10,12")
-    return tuple(map(int, steps))
-
-
-def main(config: Config, arguments: Any) -> None:
+def main(config: Config, arguments: Any) -> int | None:
     """Joins the hosts and trains."""
-    window = read_window(arguments.profile_steps)
-    hosts.start(arguments.coordinator, arguments.num_processes, arguments.process_id,
-                timeout_seconds=arguments.start_timeout)
-    folder = train(config, use_wandb=arguments.wandb, profile_steps=window)
+    place = arguments.coordinator, arguments.num_processes, arguments.process_id
+    if arguments.selftest_resume:
+        found = hosts.find_place(*place, arguments.start_timeout)
+        return run_selftest(config.output_dir, process=found.process_id if found else 0)
+    profile_steps = read_window(arguments.profile_steps)
+    keep_compiled(arguments.compilation_cache)
+    hosts.start(*place, timeout_seconds=arguments.start_timeout)
+    folder = train(config, resume=arguments.resume, use_wandb=arguments.wandb, profile_steps=profile_steps,
+                   kill_after=arguments.kill_after)
     if jax.process_index() == 0:
         print(f"trained: {folder}; next: python -m crossin_jax.evaluate --checkpoint {folder}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import typing
 
 import pytest
 
+from crossin_jax.checks import check
 from crossin_jax.config import (
     Architecture,
     Component,
@@ -18,7 +19,6 @@ from crossin_jax.config import (
     Source,
     Train,
     UserError,
-    check,
     from_dict,
     iterate_fields,
     to_dict,
@@ -78,6 +78,9 @@ def test_every_limit_is_enforced():
     ({"data": Data(sources=(Source(name="a"),), components=(Component(source="a", share=0.4),))}, "must sum to 1"),
     ({"data": Data(sources=(Source(name="a"), Source(name="a")))}, "names must differ"),
     ({"train": Train(steps=1.5)}, "train.steps=1.5 is a float"),
+    ({"optim": Optim(groups={"*": {"rat": 0.1}})}, "give 'rate'"),
+    ({"optim": Optim(groups={"*": {"rate": -0.1}})}, "not negative"),
+    ({"optim": Optim(name="adafactor", moments_dtype="bfloat16")}, "adafactor keeps no first moment"),
     ({"mesh": Mesh(fsdp=True)}, "mesh.fsdp=True is a bool"),
 ])
 def test_faults_say_what_and_why(change, words):

@@ -1,12 +1,14 @@
 """Checkpoints (Orbax): trained weights, optimizer moments, data position, configuration and provenance.
 
 Frozen weights are not stored; they come from `model.path` again. Orbax writes a checkpoint under a temporary name and
-renames it when it is whole, so a killed run leaves nothing that looks like a checkpoint.
+renames it when it is whole, so a killed run leaves nothing that looks like a checkpoint. `checkpoints/files.json` keeps
+the sizes of all files: a checkpoint that lost some is found before several hosts begin to read it.
 """
 
 import contextlib
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,14 @@ import orbax.checkpoint as ocp
 
 from crossin_jax import config as settings
 from crossin_jax.config import Config, UserError
+from crossin_jax.parallel import hosts
 from crossin_jax.parallel.mesh import leaf_name
 from crossin_jax.training.step import TrainState
 
 # fields that may differ between a checkpoint and the run that continues it
 MAY_CHANGE = ("name", "output_dir", "mesh.", "train.log_every", "train.eval_every", "train.benchmark_every",
-              "train.checkpoint_every", "train.keep", "train.resume", "train.compilation_cache",
-              "train.tensorboard", "train.loss_chunk", "evaluation.", "data.workers",
-              "data.eval_sources", "model.attention", "model.remat")
+              "train.checkpoint_every", "train.keep", "train.tensorboard", "train.loss_chunk", "evaluation.",
+              "data.workers", "data.eval_sources", "model.attention", "model.remat")
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -67,7 +69,7 @@ class Store:
         needed = sum(shard.data.nbytes for leaf in arrays.values() for shard in leaf.addressable_shards
                      if shard.replica_id == 0)
         free = shutil.disk_usage(self.folder).free
-        if needed > free:
+        if hosts.agree(needed > free):
             self._raise_unwritten(OSError(f"it needs {needed:,} bytes, {free:,} are free"))
         try:
             self._manager.save(step, args=ocp.args.Composite(
@@ -85,6 +87,19 @@ class Store:
             self._manager.check_for_errors()
         except Exception as error:  # Orbax wraps what the file system said in errors of many kinds
             self._raise_unwritten(error)
+        if jax.process_index() == 0 and self._config:
+            known = self._read_sizes()
+            sizes = {str(step): known.get(str(step)) or measure_files(self.folder / str(step)) for step in self.steps()}
+            if sizes != known:
+                part = self.folder / "files.json.part"
+                part.write_text(json.dumps(sizes))
+                os.replace(part, self.folder / "files.json")
+
+    def _read_sizes(self) -> dict[str, dict[str, int]]:
+        try:
+            return json.loads((self.folder / "files.json").read_text())
+        except (OSError, ValueError):
+            return {}
 
     def _raise_unwritten(self, error: Exception) -> None:
         whole = max((int(p.name) for p in self.folder.glob("*") if p.name.isdigit()), default=None)
@@ -119,18 +134,32 @@ class Store:
         return state, restored["data"]
 
     def restore_newest(self, abstract: TrainState, config: Config) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest checkpoint that reads whole; damaged ones are named and skipped. None where there is none."""
+        """The newest checkpoint that reads whole; damaged ones are named and set aside. None where there is none."""
+        damaged = []
         for step in reversed(self.steps()):
             try:
-                return self.restore(step, abstract, config)
+                sizes = self._read_sizes().get(str(step), {})
+                found = measure_files(self.folder / str(step))
+                lost = sorted(name for name, size in sizes.items() if found.get(name) != size)
+                if hosts.agree(bool(lost)):
+                    raise OSError(f"{len(lost)} files are missing or cut, e.g. {lost[0]}" if lost else "see process 0")
+                restored, fault = self.restore(step, abstract, config), None
             except UserError:
                 raise
             except Exception as error:
-                logging.warning("checkpoint %s is damaged and is skipped: %s", self.folder / str(step),
-                                str(error).split("\n")[0][:200])
-                if jax.process_index() == 0:
-                    shutil.move(self.folder / str(step), self.folder.parent / f"damaged-{step}")
+                fault = error
+            if not hosts.agree(fault is not None):
+                for bad in damaged if jax.process_index() == 0 else []:
+                    shutil.move(self.folder / str(bad), self.folder.parent / f"damaged-{bad}")
+                hosts.meet("damaged checkpoints are set aside")
                 self._manager.reload()
+                return restored
+            logging.warning("checkpoint %s is damaged and is skipped: %s", self.folder / str(step),
+                            str(fault).split("\n")[0][:200])
+            damaged.append(step)
+        if damaged:
+            raise UserError(f"{self.folder}: every checkpoint is damaged ({', '.join(map(str, damaged))}); nothing was "
+                            "changed\nbring the folder back from a copy, or start anew with another output_dir")
         return None
 
     def read_json(self, step: int, item: str) -> dict[str, Any]:
@@ -139,13 +168,20 @@ class Store:
 
     def _check_shapes(self, step: int, flat: dict[str, Any]) -> None:
         stored = self._manager.item_metadata(step)["state"]
-        stored = {name: tuple(leaf.shape) for name, leaf in (stored or {}).items()}
+        if stored is None:
+            raise OSError("its list of arrays is gone")
+        stored = {name: tuple(leaf.shape) for name, leaf in stored.items()}
         wrong = [f"{name}: checkpoint {stored.get(name, 'missing')}, model {tuple(np.shape(leaf))}"
                  for name, leaf in flat.items() if stored.get(name) != tuple(np.shape(leaf))]
         wrong += [f"{name}: only in the checkpoint" for name in stored if name not in flat]
         if wrong:
             raise UserError(f"{self.folder / str(step)} belongs to another model or adapter: {wrong[0]}"
                             + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""))
+
+
+def measure_files(folder: Path) -> dict[str, int]:
+    """{path below the folder: bytes} of every file."""
+    return {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
 
 
 def check_same_experiment(stored: dict[str, Any], config: Config, place: Path) -> None:
@@ -157,7 +193,7 @@ def check_same_experiment(stored: dict[str, Any], config: Config, place: Path) -
         lines = "; ".join(f"{name}: {before.get(name)!r} -> {now.get(name)!r}" for name in changed[:4])
         raise UserError(f"{place}: the configuration changed since this checkpoint: {lines}"
                         f"{' …' if len(changed) > 4 else ''}\n"
-                        "use another output_dir, delete the checkpoint, or set --config.train.resume=false")
+                        "use another output_dir, delete the checkpoint, or say --noresume")
 
 
 def flatten_dict(values: Any, prefix: str = "") -> dict[str, Any]:

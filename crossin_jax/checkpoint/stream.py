@@ -70,8 +70,8 @@ def load_arrays(wanted: Sequence[Wanted], place: str, *, progress: bool = True) 
         resident = sum(volume(box) * want.array.dtype.itemsize
                        for want in wanted if is_on_host(want.boxes) for box in want.boxes)
         staging = 0 if all(want.is_adopted for want in wanted) else largest
-        predicted = resident_bytes() + resident + staging + WORKERS * CHUNK
-        print(f"{place}: reading {_size(to_read)}; host memory will peak at about {_size(predicted)}", file=sys.stderr)
+        print(f"{place}: reading {_size(to_read)}; host memory will peak at about "
+              f"{_size(predict_peak(resident, staging))}", file=sys.stderr)
     with (Reader() as reader, ThreadPoolExecutor(WORKERS) as pool,
           tqdm(total=to_read, unit="B", unit_scale=True, desc="weights", disable=not progress, leave=False) as bar):
 
@@ -169,6 +169,14 @@ def _status(field: str) -> int | None:
             return next((int(line.split()[1]) * 1024 for line in file if line.startswith(field)), None)
     except OSError:
         return None
+
+
+def predict_peak(resident: int, staging: int) -> int:
+    """Host memory that a load will take: what the process holds, what stays on the host, and what passes through it.
+
+    `staging` is the largest tensor where arrays go to accelerators, else 0.
+    """
+    return resident_bytes() + resident + staging + WORKERS * CHUNK
 
 
 def resident_bytes() -> int:

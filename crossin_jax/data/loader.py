@@ -5,7 +5,7 @@ Every host makes the same rows and keeps its own, so the stream does not depend 
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
@@ -42,10 +42,17 @@ class Loader:
     @property
     def steps_per_epoch(self) -> float:
         """Batches per pass over the mixture: exact for up to four windows, else by what four of them hold."""
-        count = min(self._windows.per_epoch, 4, len(self._windows))
-        rows = sum(len(self._windows[g]["tokens"]) for g in range(count))
-        covered = self._windows.find_positions(count - 1).stop
-        return rows / covered * len(self._windows.mixture) / self._batch_size
+        return self._per_epoch(lambda rows: len(rows["tokens"])) / self._batch_size
+
+    @property
+    def tokens_per_epoch(self) -> float:
+        """Tokens per pass over the mixture without padding, known as well as `steps_per_epoch`."""
+        return self._per_epoch(lambda rows: int((rows["segment_ids"] > 0).sum()))
+
+    def _per_epoch(self, count: Callable[[dict[str, np.ndarray]], int]) -> float:
+        number = min(self._windows.per_epoch, 4, len(self._windows))
+        covered = self._windows.find_positions(number - 1).stop
+        return sum(count(self._windows[g]) for g in range(number)) / covered * len(self._windows.mixture)
 
     def __iter__(self) -> "Loader":
         return self
@@ -103,6 +110,24 @@ class Loader:
             windows = windows.mp_prefetch(grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=1))
         return iter(windows)
 
+    @property
+    def position(self) -> tuple[int, int]:
+        """The window and the row in it that the next batch begins with."""
+        return self._window, self._row
+
+    def go_to(self, position: tuple[int, int]) -> None:
+        """Makes the next batch begin at a position."""
+        self.close()
+        self._window, self._row = position
+
+    def name_rows(self, position: tuple[int, int]) -> list[list[str]]:
+        """The examples in each row, over all hosts, of the batch that began at a position; see `Windows`."""
+        (window, row), names = position, []
+        while len(names) < self._batch_size and window < len(self._windows):
+            names += self._windows.name_examples(window)[row:]
+            window, row = window + 1, 0
+        return names[:self._batch_size]
+
     def close(self) -> None:
         """Ends the workers."""
         if self._source is not None:
@@ -119,9 +144,8 @@ class Loader:
         for name, value in mine.items():
             if state.get(name) != value:
                 raise UserError(f"the data changed since the checkpoint: {name} was {state.get(name)!r}, is {value!r}; "
-                                f"restore the settings, or start anew with another output_dir or train.resume=False")
-        self.close()
-        self._window, self._row = int(state["window"]), int(state["row"])
+                                f"restore the settings, or start anew with another output_dir or with --noresume")
+        self.go_to((int(state["window"]), int(state["row"])))
 
 
 def make_loader(mixture: Mixture, renderer: Renderer, data: Data, *, batch_size: int, seed: int, process_index: int = 0,

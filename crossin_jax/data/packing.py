@@ -130,11 +130,25 @@ class Windows:
 
     def __getitem__(self, g: int) -> dict[str, np.ndarray]:
         kept, dropped = self.render(self.find_positions(g))
+        return self._fill(self._lay_out(kept, g), kept) | {"dropped": dropped}
+
+    def name_examples(self, g: int) -> list[list[str]]:
+        """What lies in each row of window g, e.g. ["row-17 x2x en>zh", …]; made anew, for the rare case of a fault."""
+        positions = self.find_positions(g)
+        kept, _ = self.render(positions)
+        draws = [draw for draw in map(tuple, self.mixture.draw(np.asarray(positions)).tolist())
+                 if self._memory[draw][0] is not None]
+        examples = [self.mixture.make(*draw) for draw in draws]
+        names = [f"{e.id} {e.component} {e.prompt_language}>{e.answer_language}" for e in examples]
+        return [[names[i] for i in row] for row in self._lay_out(kept, g)]
+
+    def _lay_out(self, kept: list[tuple[Rendered, int]], g: int) -> list[list[int]]:
+        """The rows of window g as indices of its examples."""
         lengths = [len(rendered.ids) - 1 for rendered, _ in kept]
-        rows = pack_rows(lengths, self.length) if self.packing else self._sort_rows(lengths, g)
-        if self.packing:
-            rows = [rows[i] for i in self._shuffle(len(rows), g)]
-        return self._fill(rows, kept) | {"dropped": dropped}
+        if not self.packing:
+            return self._sort_rows(lengths, g)
+        rows = pack_rows(lengths, self.length)
+        return [rows[i] for i in self._shuffle(len(rows), g)]
 
     def _shuffle(self, count: int, g: int) -> np.ndarray:
         return np.argsort(mix_bits(np.arange(count, dtype=np.uint64), mix_bits(g, self.seed)[0]), kind="stable")

@@ -22,6 +22,7 @@ import json
 import os
 import random
 import unicodedata
+import uuid
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -265,7 +266,7 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int, folder: str | Path) -
     Path(folder).mkdir(parents=True, exist_ok=True)
     for file, content in (("tokenizer.json", tokenizer.to_str(pretty=True)),
                           ("tokenizer_config.json", json.dumps(settings, indent=2))):
-        part = Path(folder) / f"{file}.part"
+        part = Path(folder) / f"{file}.{uuid.uuid4().hex}"  # several processes may write the same at once
         part.write_text(content, encoding="utf-8")
         os.replace(part, Path(folder) / file)
 

@@ -103,10 +103,15 @@ def _frame(version: Version, airy: bool) -> str:
 
 
 def draw_shot_items(benchmark: Benchmark, item: Item, num_shots: int, seed: int) -> tuple[Item, ...]:
-    """The items solved before `item`: drawn by (seed, item id), none with its context (or question) in any language."""
+    """The items solved before `item`: the first of an order drawn by the seed that do not have its context (or
+    question) in any language. So nearly all prompts of a language begin alike, and the engine reads that once."""
+    if not num_shots:
+        return ()
     pool = sorted(benchmark.pool or benchmark.items, key=lambda other: other.id)
-    order = random.Random(f"shots/{seed}/{item.id}").sample(pool, len(pool))
-    chosen = [other for other in order if other.id != item.id and not _same_text(item, other)][:num_shots]
+    chosen: list[Item] = []
+    for other in random.Random(f"shots/{seed}").sample(pool, len(pool)):
+        if len(chosen) < num_shots and other.id != item.id and not _same_text(item, other):
+            chosen.append(other)
     if len(chosen) < num_shots:
         raise UserError(f"{benchmark.source}, item {item.id!r}: evaluation.shots={num_shots}, but only {len(chosen)} "
                         f"other items have another context; use fewer shots")
@@ -116,6 +121,14 @@ def draw_shot_items(benchmark: Benchmark, item: Item, num_shots: int, seed: int)
 def draw_shots(benchmark: Benchmark, item: Item, language: str, num_shots: int, seed: int) -> tuple[Version, ...]:
     """`draw_shot_items` in one language: every language of an item sees the same ones."""
     return tuple(shot.versions[language] for shot in draw_shot_items(benchmark, item, num_shots, seed))
+
+
+def list_shots(benchmark: Benchmark, num_shots: int, seed: int) -> dict[str, Any]:
+    """The ids of the shots for the record: those of most items, and those of the items that have others."""
+    drawn = {item.id: tuple(shot.id for shot in draw_shot_items(benchmark, item, num_shots, seed))
+             for item in benchmark.items}
+    usual = max(drawn.values(), key=list(drawn.values()).count)
+    return {"usual": list(usual), "others": {key: list(ids) for key, ids in drawn.items() if ids != usual}}
 
 
 def _same_text(a: Item, b: Item) -> bool:

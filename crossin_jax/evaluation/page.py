@@ -5,7 +5,7 @@ or sit in a JSON island that the script shows by `textContent` only.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from importlib.resources import files
 from itertools import combinations
@@ -15,6 +15,7 @@ from crossin_jax.evaluation.benchmarks import Benchmark
 from crossin_jax.evaluation.figures import NUM_COLOURS, Bar, colour, draw_bars, draw_dots, draw_heat, number
 from crossin_jax.evaluation.metrics import Mode
 from crossin_jax.evaluation.predictions import Answer, ItemAnswers, Predictions
+from crossin_jax.evaluation.readings import Reading
 from crossin_jax.evaluation.summary import Block, Estimate, Run
 from crossin_jax.evaluation.wording import (
     MODES_IN_WORDS,
@@ -22,12 +23,13 @@ from crossin_jax.evaluation.wording import (
     language_code,
     language_name,
     method_name,
+    percent,
 )
 
 MAX_ITEMS = 200  # shown in the explorer
 MAX_TEXT, MAX_CONTEXT = 400, 1200  # characters of an answer, of a context
 MAX_EXAMPLES = 3  # unreadable answers per arm, language and reason
-REASONS = {"tie": "tie", "empty": "empty", "unreadable": "not read"}
+REASONS = {"tie": "tie", "empty": "empty", "unreadable": "not read", "too_long": "question too long"}
 
 
 def build_page(title: str, blocks: Sequence[Block], runs: Sequence[Run], texts: dict[str, Benchmark], mode: Mode,
@@ -214,7 +216,9 @@ def _dots(block: Block, name: str, colours: dict[str, int]) -> Iterator[tuple[st
 # ── what could not be read ───────────────────────────────────────────────────────────────────────────────────────────
 
 def _unread_section(blocks: Sequence[Block], runs: Sequence[Run]) -> str:
-    written = [block for block in blocks if block.method == "generate" and block.tag is None]
+    written = [block for block in blocks if block.tag is None and (block.method == "generate" or any(
+        share for row in block.rows if not row.is_baseline for shares in row.coin_share.values()
+        for share in shares.values()))]
     if not written:
         return ("<p>Every choice was made by its log-likelihood: there was no text to read, and nothing is left to a "
                 "coin.</p>")
@@ -224,10 +228,30 @@ def _unread_section(blocks: Sequence[Block], runs: Sequence[Run]) -> str:
         body = "".join(f'<tr><th scope="row"><span>{escape(row.arm)}</span></th>' + "".join(
             _share_cell(language_name(code), row.coin_share.get(code, {})) for code in block.languages) + "</tr>"
             for row in block.rows if not row.is_baseline)
-        out.append(f'<div class="card"><h3>{escape(block.benchmark)}: share of answers without one clear choice</h3>'
+        out.append(f'<div class="card"><h3>{escape(block.benchmark)}, {escape(method_name(block.method))}</h3>'
+                   f"<h4>Share of answers without one clear choice</h4>"
                    f'<table class="scores shares"><thead><tr><th scope="col">model</th>{heads}</tr></thead>'
-                   f"<tbody>{body}</tbody></table>{_examples(block, runs)}</div>")
+                   f"<tbody>{body}</tbody></table>{_examples(block, runs)}{_readings_table(block, heads)}</div>")
     return "".join(out)
+
+
+def _readings_table(block: Block, heads: str) -> str:
+    """In which language the answers are, and what our own reader says."""
+    rows = [row for row in block.rows if row.readings]
+    if not rows:
+        return ""
+
+    def table(title: str, cell: Callable[[Reading], str]) -> str:
+        body = "".join(f'<tr><th scope="row"><span>{escape(row.arm)}</span></th>' + "".join(
+            f'<td data-label="{escape(language_name(code))}">{cell(row.readings[code])}</td>'
+            for code in block.languages) + "</tr>" for row in rows)
+        return (f'<h4>{title}</h4><table class="scores shares"><thead><tr><th scope="col">model</th>{heads}</tr>'
+                f"</thead><tbody>{body}</tbody></table>")
+
+    return table("Share of answers in another language than the question’s, of those whose language can be told",
+                 lambda r: f"<b>{percent(r.off_target)}</b><small>told: {percent(r.identified)}</small>") + table(
+        "Agreement of a second, stricter reader with SeaEval’s rules, where both find one choice",
+        lambda r: f"<b>{percent(r.agreement)}</b><small>finds one: {percent(r.own_certain)}</small>")
 
 
 def _share_cell(label: str, shares: dict[str, float]) -> str:

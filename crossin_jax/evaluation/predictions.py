@@ -9,14 +9,16 @@ class Answer:
     """One answer to one item in one language.
 
     `candidates` are the choice indices it may stand for: one is a certain choice, several are those among which SeaEval
-    tosses a coin. `reason` is "matched", "tie", "empty" or "unreadable"; `text` is what the model wrote, None where
-    choices were scored by likelihood, and `scores` are then the log-likelihoods of the choices.
+    tosses a coin. `reason` is "matched", "tie", "empty", "unreadable", or "too_long" where the model could not be
+    asked; `text` is what the model wrote, None where choices were scored by likelihood, and `scores` are then the
+    log-likelihoods of the choices. `own` are the candidates by our own reader.
     """
 
     candidates: tuple[int, ...]
     reason: str = "matched"
     text: str | None = None
     scores: tuple[float, ...] | None = None
+    own: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +59,8 @@ def encode(predictions: Predictions) -> dict[str, Any]:
 def decode(stored: dict[str, Any]) -> Predictions:
     """What `encode` made; raises KeyError or TypeError for anything else."""
     def answer(a: dict[str, Any]) -> Answer:
-        scores = None if a["scores"] is None else tuple(a["scores"])
-        return Answer(tuple(a["candidates"]), a["reason"], a["text"], scores)
+        scores, own = (None if a.get(name) is None else tuple(a[name]) for name in ("scores", "own"))
+        return Answer(tuple(a["candidates"]), a["reason"], a["text"], scores, own)
     items = tuple(ItemAnswers(item["id"], item["gold"], item["num_choices"],
                               {code: answer(a) for code, a in item["answers"].items()}, tuple(item["tags"]))
                   for item in stored["items"])

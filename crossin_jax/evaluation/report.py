@@ -20,7 +20,7 @@ from crossin_jax.evaluation.metrics import Mode
 from crossin_jax.evaluation.page import build_page
 from crossin_jax.evaluation.predictions import Predictions, decode, encode
 from crossin_jax.evaluation.summary import LEVEL, NUM_RESAMPLES, Block, Estimate, Row, Run, summarise
-from crossin_jax.evaluation.wording import MODES_IN_WORDS, describe_score, method_name
+from crossin_jax.evaluation.wording import MODES_IN_WORDS, describe_score, language_name, method_name, percent
 
 FORMAT = 1
 ANSWERS = "answers.json.gz"
@@ -190,8 +190,25 @@ def to_markdown(title: str, blocks: Sequence[Block], mode: Mode) -> str:
             lines += [f"| {describe_score(name)} | " + " | ".join(
                 format_estimate(row.scores[name], with_range=False) if name in row.scores else "–"
                 for row in block.rows) + " |" for name in rest]
+        lines += _language_table(block)
         lines.append("")
     return "\n".join(lines)
+
+
+def _language_table(block: Block) -> list[str]:
+    """By language: answers without one clear choice, in another language, and what our own reader says of them."""
+    rows = [(row, code) for row in block.rows for code in block.languages if code in row.readings]
+    if block.tag or not rows:
+        return []
+    heads = ("", "language", "no clear choice", "language told", "in another language", "second reader certain",
+             "agrees")
+    lines = ["", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for row, code in rows:
+        reading = row.readings[code]
+        values = (sum(row.coin_share[code].values()), reading.identified, reading.off_target, reading.own_certain,
+                  reading.agreement)
+        lines.append(f"| {_cell(row.arm)} | {language_name(code)} | " + " | ".join(map(percent, values)) + " |")
+    return lines
 
 
 def _cell(text: str) -> str:

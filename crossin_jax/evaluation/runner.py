@@ -7,26 +7,45 @@ interrupted evaluation goes on where it stopped and a changed template starts an
 import dataclasses
 import gzip
 import json
+import logging
 import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from crossin_jax.config import Config
+from crossin_jax.config import Config, UserError
 from crossin_jax.data.crosslingual import add_tag
 from crossin_jax.data.prompts import Renderer
 from crossin_jax.data.world_baselines import choose_by_frequency, choose_by_string
-from crossin_jax.evaluation.answers import align
-from crossin_jax.evaluation.benchmarks import Benchmark, Item, draw_shots, load_benchmark, make_prompt
+from crossin_jax.evaluation.answers import align, read_choice
+from crossin_jax.evaluation.benchmarks import Benchmark, Item, draw_shots, list_shots, load_benchmark, make_prompt
 from crossin_jax.evaluation.predictions import Answer, ItemAnswers, Predictions, decode, encode
 from crossin_jax.generation.engine import Engine
 from crossin_jax.languages import LANGUAGES
 from crossin_jax.provenance import content_hash
 
 LETTER = re.compile(r"^\([A-J]\) ")
+
+log = logging.getLogger(__name__)
+
+
+def load_benchmarks(config: Config) -> list[Benchmark]:
+    """The benchmarks that a configuration names."""
+    languages = config.evaluation.languages or config.data.languages
+    return [load_benchmark(name, languages, limit=config.evaluation.limit, seed=config.seed)
+            for name in config.evaluation.benchmarks]
+
+
+def describe_benchmarks(config: Config, benchmarks: Sequence[Benchmark]) -> dict[str, Any]:
+    """For the record: where the items came from, which they are, and which were shown solved."""
+    shots = config.evaluation.shots
+    return {benchmark.name: {"source": benchmark.source, "fingerprint": benchmark.fingerprint,
+                             "items": len(benchmark.items), "languages": list(benchmark.languages)}
+            | ({"shots": list_shots(benchmark, shots, config.seed)} if shots else {}) for benchmark in benchmarks}
 
 
 def run_benchmarks(config: Config, engine: Engine, renderer: Renderer, *, cache: Path | None = None, weights: str = "",
@@ -36,9 +55,7 @@ def run_benchmarks(config: Config, engine: Engine, renderer: Renderer, *, cache:
     `renderer` is the one that training used. `cache` is a folder for finished parts, valid for the `weights` named.
     """
     settings, results = config.evaluation, []
-    languages = settings.languages or config.data.languages
-    for name in settings.benchmarks:
-        benchmark = load_benchmark(name, languages, limit=settings.limit, seed=config.seed)
+    for name, benchmark in zip(settings.benchmarks, load_benchmarks(config), strict=True):
         bare = benchmark.name.startswith("cross_world")  # its questions are phrased as in the instruction data
         for number in (0,) if bare else settings.prompts:
             for method in ("choices", "generate") if settings.method == "both" else (settings.method,):
@@ -73,7 +90,8 @@ def score_choices(config: Config, engine: Engine, renderer: Renderer, benchmark:
     covers the answer and EOS; that of a letter the letter alone.
     """
     prompts, continuations, sizes = [], [], []
-    for item, language, instruction, input in questions(config, benchmark, number):
+    asked = list(questions(config, benchmark, number))
+    for item, language, instruction, input in asked:
         texts = item.versions[language].choices
         if number == 0:
             texts = [LETTER.sub("", text) for text in texts]
@@ -84,7 +102,10 @@ def score_choices(config: Config, engine: Engine, renderer: Renderer, benchmark:
         prompts.append(answers[0].ids[:border])
         continuations.append(options)
         sizes.append(([len(option) for option in options[:len(texts)]], [len(text.encode()) for text in texts]))
-    scores = iter(zip(engine.score(prompts, continuations, progress=progress), sizes, strict=True))
+    check_lengths(config, engine, benchmark, asked, [len(prompt) + max(map(len, options)) - 1 for prompt, options in
+                                                     zip(prompts, continuations, strict=True)])
+    found = engine.score(prompts, continuations, over_long="skip", progress=progress)
+    scores = iter(zip(found, sizes, strict=True))
 
     methods = ("sum", "mean", "byte") + (("letter",) if number else ())
     items: dict[str, list[ItemAnswers]] = {method: [] for method in methods}
@@ -93,6 +114,10 @@ def score_choices(config: Config, engine: Engine, renderer: Renderer, benchmark:
         for language in item.versions:
             values, (num_tokens, num_bytes) = next(scores)
             count = len(num_tokens)
+            if values is None:
+                for method in methods:
+                    answers[method][language] = Answer(tuple(range(count)), "too_long")
+                continue
             sums = values[:count]
             by_method = {"sum": sums, "mean": sums / num_tokens, "byte": sums / num_bytes, "letter": values[count:]}
             for method in methods:
@@ -110,16 +135,37 @@ def generate_answers(config: Config, engine: Engine, renderer: Renderer, benchma
     settings = config.evaluation
     asked = list(questions(config, benchmark, number))
     prompts = [renderer.render_prompt(instruction, input) for _, _, instruction, input in asked]
+    check_lengths(config, engine, benchmark, asked, [len(prompt) + settings.max_new_tokens for prompt in prompts])
     answers = engine.generate(prompts, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
-                              top_k=settings.top_k, top_p=settings.top_p,
+                              top_k=settings.top_k, top_p=settings.top_p, over_long="skip",
                               stop=("\n",) if settings.shots else (), detokenize=renderer.decode, progress=progress)
     by_item: dict[str, dict[str, Answer]] = {}
     for (item, language, _, _), ids in zip(asked, answers, strict=True):
+        choices = item.versions[language].choices
+        if ids is None:
+            by_item.setdefault(item.id, {})[language] = Answer(tuple(range(len(choices))), "too_long")
+            continue
         text = renderer.decode(ids)
         text = text.split("\n")[0] if settings.shots else text.strip()
-        by_item.setdefault(item.id, {})[language] = align(item.versions[language].choices, text)
+        by_item.setdefault(item.id, {})[language] = dataclasses.replace(
+            align(choices, text), own=read_choice(choices, text, language).candidates)
     items = tuple(collect(item, by_item[item.id]) for item in benchmark.items)
     return [Predictions(benchmark.name, "generate", number, tuple(benchmark.languages), items)]
+
+
+def check_lengths(config: Config, engine: Engine, benchmark: Benchmark, asked: Sequence[tuple[Item, str, str, str]],
+                  needs: Sequence[int]) -> None:
+    """Refuses prompts that need more tokens than the model reads, or says how many are skipped."""
+    long = [i for i, need in enumerate(needs) if need > engine.max_length]
+    if not long:
+        return
+    (item, language, *_), need = asked[long[0]], needs[long[0]]
+    place = f"{benchmark.name}, item {item.id!r}, {LANGUAGES.get(language, language)}: {need} tokens with the answer"
+    count = f"the model reads {engine.max_length} ({len(long)} of {len(needs)} prompts are too long)"
+    if config.evaluation.over_long == "refuse":
+        raise UserError(f"{place}; {count}\nset evaluation.over_long=skip to count them as unanswered, or lower "
+                        f"evaluation.shots={config.evaluation.shots} or evaluation.max_new_tokens")
+    log.warning("%s; %s: skipped, each counts as any of its choices", place, count)
 
 
 def answer_without_model(config: Config) -> dict[str, list[Predictions]]:

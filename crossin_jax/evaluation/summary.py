@@ -15,6 +15,7 @@ from crossin_jax.config import UserError
 from crossin_jax.evaluation.intervals import in_order_of, resample_weights, restrict, weigh_scores
 from crossin_jax.evaluation.metrics import MODES, Level, Mode, Scores, evaluate, item_scores, pair_agreement
 from crossin_jax.evaluation.predictions import Predictions
+from crossin_jax.evaluation.readings import Reading, read_answers
 
 NUM_RESAMPLES = 2000
 LEVEL = 0.95
@@ -62,7 +63,10 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One arm in a block: scores by name, by seed and by prompt; `agreement` of language pairs in the block's order."""
+    """One arm in a block: scores by name, by seed and by prompt; `agreement` of language pairs in the block's order.
+
+    By language: `coin_share`, the share of answers without one clear choice by reason, and `readings` of free answers.
+    """
 
     arm: str
     seeds: tuple[int, ...]
@@ -72,6 +76,7 @@ class Row:
     prompts: dict[int, dict[str, float]]
     agreement: list[list[float]]
     coin_share: dict[str, dict[str, float]]
+    readings: dict[str, Reading]
     is_baseline: bool = False
 
 
@@ -174,7 +179,8 @@ def _row(arm: str, seeds: dict[int, list[Predictions]], base: dict[int, dict[str
     return Row(arm, tuple(seeds), len(first[0].items), estimates,
                {seed: {name: float(sample[name][0]) for name in sample} for seed, sample in samples.items()},
                prompts, np.mean(agreement, axis=0).tolist(),
-               _mean_shares([s.coin_share for several in scored.values() for s in several]), is_baseline)
+               _mean_shares([s.coin_share for several in scored.values() for s in several]),
+               read_answers([p for several in seeds.values() for p in several]), is_baseline)
 
 
 def _sample(seeds: dict[int, list[Predictions]], mode: Mode) -> dict[int, dict[str, np.ndarray]]:

@@ -27,6 +27,11 @@ def language_code(name: str) -> str:
     return CODES.get(name, name)
 
 
+def percent(share: float | None) -> str:
+    """12.5%, or a dash where there is nothing to take a share of."""
+    return "–" if share is None else f"{share:.1%}"
+
+
 def describe_score(name: str) -> str:
     """The heading of a score: "accuracy/en" is English, "AC3_3" stays."""
     if name == "accuracy/others":

@@ -20,6 +20,9 @@ from crossin_jax.generation.steps import State
 from crossin_jax.parallel.mesh import activation_spec
 
 CHUNK = 32  # decode steps between two looks of the host
+# On a CPU a layer's slice of a stacked cache is a copy: up to so many layers have arrays of their own and an unrolled
+# loop, for a fifth of attention's time in decoding; beyond, compilation would cost more
+UNROLLED_LAYERS = 16
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +42,8 @@ class Programs:
         self.admitted = self.whole_rows(max(1, self.batch_size // 8))  # rows of one prefill
         self._signature: Any = None
         self.params = params
+        devices = mesh.devices.flat if mesh is not None else self._leaves[0].devices()
+        self._layers_apart = next(iter(devices)).platform == "cpu"
         model = self._abstract()
         self.cache_dtype, self.score_dtype = jnp.dtype(cache_dtype), model.compute_dtype
         self._axes = steps.cache_axes(model, self.cache_dtype)
@@ -118,8 +123,9 @@ class Programs:
                          np.int32(chunk), np.int32(leave_at), sampling, donate=(1,))
 
     def score(self, prefix: Any, shape: tuple[int, int, int, int], prompts: list[np.ndarray],
-              choices: list[list[np.ndarray]]) -> jax.Array:
-        """Log-likelihoods (C, B, K) of the tokens of every choice, for a shape (B, T, C, K)."""
+              choices: list[list[np.ndarray]]) -> tuple[jax.Array, jax.Array]:
+        """Log-likelihoods (C, B, K) of the tokens of every choice, and whether each is the likeliest there, for a
+        shape (B, T, C, K)."""
         B, T, C, K = shape
         ids_CBK, sizes_CB = np.full((C, B, K), self.pad_id, np.int32), np.ones((C, B), np.int32)
         for b, entry in enumerate(choices):
@@ -150,10 +156,12 @@ class Programs:
             return compiled(*inputs)
 
     def _model(self, leaves: list[jax.Array]) -> Any:
-        return nnx.merge(self.graphdef, jax.tree.unflatten(self._treedef, leaves))
+        model = nnx.merge(self.graphdef, jax.tree.unflatten(self._treedef, leaves))
+        model.layers_apart = self._layers_apart and model.spec.num_layers <= UNROLLED_LAYERS
+        return model
 
     def _abstract(self) -> Any:
-        return nnx.eval_shape(lambda: nnx.merge(self.graphdef, self.params))
+        return nnx.eval_shape(lambda: self._model(self._leaves))
 
     def _place(self, state: State) -> State:
         """Pins a state to the mesh, so that every program takes what every other gives."""

@@ -194,18 +194,18 @@ def decode(model: Transformer, state: State, alive_B: jax.Array, steps: jax.Arra
 
 
 def score(model: Transformer, cache: Cache, tokens_BT: jax.Array, lengths_B: jax.Array, choices_CBK: jax.Array,
-          sizes_CB: jax.Array, attention: str, fresh: bool) -> jax.Array:
-    """Log-likelihood of every token of every choice after its prompt, (C, B, K) float32; past a choice: anything.
+          sizes_CB: jax.Array, attention: str, fresh: bool) -> tuple[jax.Array, jax.Array]:
+    """Log-likelihood of every token of every choice after its prompt, and whether it is the likeliest token there.
 
-    The prompts are read once. Each choice in turn is written over the one before it, in slots after the prompts.
+    (C, B, K) float32 and bool; past a choice: anything. The prompts are read once. Each choice in turn is written over
+    the one before it, in slots after the prompts.
     """
     start_B = cache["length"] + lengths_B
     logits, cache = read_prompts(model, cache, tokens_BT, lengths_B, attention, fresh)
-    first = jnp.take_along_axis(logits[None], choices_CBK[:, :, :1], axis=-1)
-    first -= jax.nn.logsumexp(logits, axis=-1)[None, :, None]
+    first = _judge(logits[None], choices_CBK[:, :, 0])
     steps = jnp.arange(choices_CBK.shape[2] - 1)
     if not len(steps):
-        return first
+        return tuple(x[..., None] for x in first)
 
     def score_choice(cache, choice):
         tokens_BK, sizes_B = choice
@@ -213,16 +213,16 @@ def score(model: Transformer, cache: Cache, tokens_BT: jax.Array, lengths_B: jax
         hidden, after = model.hidden(tokens_BK[:, :-1], start_B[:, None] + steps[None], real, cache=cache)
         return after | {"length": cache["length"]}, log_likelihoods(model, hidden, tokens_BK[:, 1:])
 
-    return jnp.concatenate([first, jax.lax.scan(score_choice, cache, (choices_CBK, sizes_CB))[1]], axis=-1)
+    rest = jax.lax.scan(score_choice, cache, (choices_CBK, sizes_CB))[1]
+    return tuple(jnp.concatenate([x[..., None], y], axis=-1) for x, y in zip(first, rest, strict=True))
 
 
-def log_likelihoods(model: Transformer, hidden_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
-    """log p(target), (B, T) float32, with the logits of a few positions at a time."""
+def log_likelihoods(model: Transformer, hidden_BTD: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """log p(target) float32, and whether no token is likelier, both (B, T), with the logits of a few positions at a
+    time."""
     def at_positions(inputs):
         hidden, targets = inputs
-        logits = model.unembed(hidden)
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return chosen - jax.nn.logsumexp(logits, axis=-1)
+        return _judge(model.unembed(hidden), targets)
 
     B, T, D = hidden_BTD.shape
     size = max(1, min(T, LOGITS_AT_ONCE // (B * model.spec.vocab_size)))
@@ -231,7 +231,14 @@ def log_likelihoods(model: Transformer, hidden_BTD: jax.Array, targets_BT: jax.A
     spare = -T % size
     hidden = jnp.pad(hidden_BTD, ((0, 0), (0, spare), (0, 0))).reshape(B, -1, size, D).swapaxes(0, 1)
     targets = jnp.pad(targets_BT, ((0, 0), (0, spare))).reshape(B, -1, size).swapaxes(0, 1)
-    return jax.lax.map(at_positions, (hidden, targets)).swapaxes(0, 1).reshape(B, -1)[:, :T]
+    return tuple(x.swapaxes(0, 1).reshape(B, -1)[:, :T] for x in jax.lax.map(at_positions, (hidden, targets)))
+
+
+def _judge(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """log p(target), and whether no token is likelier, by logits (…, V) and targets (…) that broadcast together."""
+    shape = (*targets.shape, logits.shape[-1])
+    chosen = jnp.take_along_axis(jnp.broadcast_to(logits, shape), targets[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1), chosen >= logits.max(axis=-1)
 
 
 def _is_any(token_B: jax.Array, ids: jax.Array) -> jax.Array:

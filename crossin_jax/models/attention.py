@@ -5,11 +5,13 @@ Queries arrive scaled. A token sees the tokens of its own segment that are not l
 """
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
@@ -70,19 +72,18 @@ def attention_mask(query_positions_BT: jax.Array, key_positions_BS: jax.Array, q
     return mask if window is None else mask & (back < window)
 
 
-def attend_reference(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, *,
-                     soft_cap: float | None) -> jax.Array:
-    """Einsum attention with scores and softmax in float32; returns (B, T, N, H)."""
+def attend_reference(q_BTNH: jax.Array, k: jax.Array, v: jax.Array, mask_BTS: jax.Array, *, soft_cap: float | None,
+                     layout: str = "BSKH") -> jax.Array:
+    """Einsum attention with scores and softmax in float32; returns (B, T, N, H). `layout` is that of k and v."""
     B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
+    K = k.shape[layout.index("K")]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, precision=precision(q_BTNH.dtype),
+    scores = jnp.einsum(f"BTKGH,{layout}->BKGTS", q_BTKGH, k, precision=precision(q_BTNH.dtype),
                         preferred_element_type=jnp.float32)
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     probabilities = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], scores, MASKED), axis=-1)
-    context = jnp.einsum("BKGTS,BSKH->BTKGH", probabilities.astype(v_BSKH.dtype), v_BSKH,
-                         precision=precision(v_BSKH.dtype))
+    context = jnp.einsum(f"BKGTS,{layout}->BTKGH", probabilities.astype(v.dtype), v, precision=precision(v.dtype))
     return checkpoint_name(context.reshape(B, T, N, H), SAVED)
 
 
@@ -105,14 +106,14 @@ def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT
     return jax.lax.cond(is_local, functools.partial(run, window=window), functools.partial(run, window=None), *inputs)
 
 
-def attend_cached(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, positions_BT: jax.Array,
+def attend_cached(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, positions_BT: jax.Array,
                   key_positions_BS: jax.Array, *, window: int | None, is_local: jax.Array | None,
                   soft_cap: float | None) -> jax.Array:
     """Attention to everything stored in the row of a cache, (B, T, N, H); slots of negative position are empty."""
     stored_BS = (key_positions_BS >= 0).astype(jnp.int32)
     mask_BTS = attention_mask(positions_BT, key_positions_BS, jnp.ones_like(positions_BT), stored_BS,
                               _window_here(window, is_local))
-    return attend_reference(q_BTNH, k_BSKH, v_BSKH, mask_BTS, soft_cap=soft_cap)
+    return attend_reference(q_BTNH, k_BKSH, v_BKSH, mask_BTS, soft_cap=soft_cap, layout="BKSH")
 
 
 def _window_here(window: int | None, is_local: jax.Array | None) -> jax.Array | int | None:
@@ -125,8 +126,7 @@ def _splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids
     """The Pallas TPU kernel, on each device's share of rows and heads."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    T = q_BTNH.shape[1]
-    block = max(b for b in range(LANES, max(kernel.block, LANES) + 1, LANES) if T % b == 0)
+    T, block = q_BTNH.shape[1], _block(kernel, q_BTNH.shape[1])
     blocks = splash.BlockSizes(block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block,
                                block_kv_dq=block)
     mask = splash.CausalMask((T, T)) if window is None else splash.LocalMask((T, T), (window - 1, 0), 0)
@@ -150,6 +150,34 @@ def _splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids
         k_spec = q_spec
     return jax.shard_map(on_device, mesh=mesh, in_specs=(q_spec, k_spec, k_spec, PartitionSpec(*q_spec[:2])),
                          out_specs=q_spec, check_vma=False)(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+
+
+def _block(kernel: Kernel, length: int) -> int:
+    """The tile in effect: the largest up to the kernel's that divides the row."""
+    return max(b for b in range(LANES, max(kernel.block, LANES) + 1, LANES) if length % b == 0)
+
+
+def kernel_flops(spec: ModelSpec, kernel: Kernel, calls: Mapping[str, float], rows: int, length: int,
+                 shards: int) -> float:
+    """FLOPs of splash calls, counted by name, on one device: products of the tiles that the mask does not empty.
+
+    A tile has 2 products in the forward kernel, 4 in that of dk and dv, 3 in that of dq; where layers differ in their
+    window, calls are taken to be spread over them evenly.
+    """
+    products = sum(number * next(n for part, n in (("_fwd", 2), ("_dkv", 4), ("_dq", 3)) if part in name)
+                   for name, number in calls.items() if name.startswith("splash"))
+    if not products:
+        return 0.0
+    block = _block(kernel, length)
+    back = np.subtract.outer(np.arange(length // block), np.arange(length // block)) * block
+
+    def tiles(window: int | None) -> int:
+        return int(((back >= 0) & (back - block + 1 < (window or length))).sum())
+
+    local = spec.local_layers or (False,)
+    mean = sum(tiles(spec.window if is_local else None) for is_local in local) / len(local)
+    heads = spec.num_heads // shards if spec.num_heads % shards == 0 else spec.num_heads
+    return products * 2.0 * mean * block * block * spec.head_width * rows * heads
 
 
 def _cudnn(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array, *, kernel: Kernel,

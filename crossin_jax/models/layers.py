@@ -224,10 +224,10 @@ class Embedding(nnx.Module):
         """(B, T, D); an id outside the vocabulary gives NaN, which training and evaluation refuse."""
         return jnp.take(self.weight.get_value(), tokens_BT, axis=0, mode="fill").astype(self.compute_dtype)
 
-    def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
+    def unembed(self, hidden_BTD: jax.Array, weight_VD: jax.Array | None = None) -> jax.Array:
         """(B, T, V) in float32: bfloat16 steps near a logit of 20 are 0.125."""
-        dtype = self.compute_dtype
-        return jnp.einsum("BTD,VD->BTV", hidden_BTD.astype(dtype), self.weight.get_value().astype(dtype),
+        dtype, weight_VD = self.compute_dtype, self.weight.get_value() if weight_VD is None else weight_VD
+        return jnp.einsum("BTD,VD->BTV", hidden_BTD.astype(dtype), weight_VD.astype(dtype),
                           precision=precision(dtype), preferred_element_type=jnp.float32)
 
 

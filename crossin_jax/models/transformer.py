@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from crossin_jax.config import Lora, UserError, hint
 from crossin_jax.models.attention import SAVED, Kernel, attend, attend_cached, choose_kernel
-from crossin_jax.models.cache import Cache, init_cache, load, note_positions, stacks, store
+from crossin_jax.models.cache import Cache, init_cache, is_stacked, load, note_positions, stacks, store
 from crossin_jax.models.layers import Build, Embedding, Linear, Norm, dropout, rope_frequencies, rope_tables, rotate
 from crossin_jax.models.lora import resolve
 from crossin_jax.models.spec import ModelSpec
@@ -101,6 +101,7 @@ class Transformer(nnx.Module):
         build = Build(None, lora, param_dtype, frozen_dtype, compute_dtype)
         stacked = Build(spec.num_layers, lora, param_dtype, frozen_dtype, compute_dtype)
         self.spec, self.compute_dtype = spec, jnp.dtype(compute_dtype)
+        self.layers_apart = False  # the cache has arrays for each layer, and the loop over layers is unrolled
         self.embed_tokens = Embedding("embed_tokens", spec.vocab_size, spec.width, build, rngs=rngs)
         self.layers = Block(spec, stacked, rngs=rngs)
         self.norm = Norm("norm", spec.width, "norm", build, eps=spec.norm_eps, offset=spec.norm_offset, rngs=rngs)
@@ -175,22 +176,41 @@ class Transformer(nnx.Module):
             x = nnx.merge(graphdef, layer["layers"])(x, cos, sin, attend_here, layer.get("key"))
             return (x, stored), None
 
-        carry = (x, None if cache is None else stacks(cache))
-        (x, stored), _ = jax.lax.scan(with_remat(body, remat), carry, per_layer)
+        if cache is None or is_stacked(cache):
+            carry = (x, None if cache is None else stacks(cache))
+            (x, stored), _ = jax.lax.scan(with_remat(body, remat), carry, per_layer)
+        else:
+            x, stored = _unroll(body, x, stacks(cache), per_layer)
         if cache is not None:
             cache = {**cache, **stored, "length": cache["length"] + T}
         return self.norm(x), cache
 
-    def unembed(self, hidden_BTD: jax.Array) -> jax.Array:
-        """Logits (B, T, V) in float32, with the final soft cap."""
-        logits = (self.lm_head or self.embed_tokens).unembed(hidden_BTD)
+    @property
+    def head(self) -> Embedding:
+        """The matrix that gives logits."""
+        return self.lm_head or self.embed_tokens
+
+    def unembed(self, hidden_BTD: jax.Array, weight_VD: jax.Array | None = None) -> jax.Array:
+        """Logits (B, T, V) in float32, with the final soft cap; `weight_VD` in place of the head's own."""
+        logits = self.head.unembed(hidden_BTD, weight_VD)
         if self.spec.final_soft_cap is not None:
             logits = self.spec.final_soft_cap * jnp.tanh(logits / self.spec.final_soft_cap)
         return constrain(logits, "batch", "length", "vocab")
 
     def init_cache(self, batch: int, length: int, dtype: Any = "bfloat16") -> Cache:
         """An empty cache of `length` slots per row: see `cache.init_cache`."""
-        return init_cache(self.spec, batch, length, dtype)
+        return init_cache(self.spec, batch, length, dtype, stacked=not self.layers_apart)
+
+
+def _unroll(body: Callable[..., Any], x: jax.Array, layers: Cache, per_layer: dict[str, Any]) -> tuple[Any, Cache]:
+    """The layers one after the other; each is, for `body`, the only one of its stack."""
+    stored: dict[str, list[jax.Array]] = {name: [] for name in layers}
+    for i in range(len(layers["k"])):
+        here = jax.tree.map(lambda leaf, i=i: leaf[i], per_layer) | {"index": jnp.zeros((), jnp.int32)}
+        (x, one), _ = body((x, {name: arrays[i][None] for name, arrays in layers.items()}), here)
+        for name, stack in one.items():
+            stored[name].append(stack[0])
+    return x, {name: tuple(arrays) for name, arrays in stored.items()}
 
 
 def with_remat(body: Callable[..., Any], name: str) -> Callable[..., Any]:

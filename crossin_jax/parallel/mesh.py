@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -26,8 +25,9 @@ RULES: dict[str, tuple[Any, Any]] = {
     "kv_heads": ("tensor", "tensor"),
     "head": (None, None),
     "mlp": ("tensor", "tensor"),
-    "rank": (None, None),
+    "rank": ("fsdp", None),
 }
+WHERE_FREE = ("rank",)  # takes its mesh axis where no other dimension does: the half of a LoRA pair without "embed"
 REPLICATED_WHERE_UNEVEN = ("kv_heads",)  # grouped queries: fewer key/value heads than tensor shards
 
 
@@ -39,10 +39,8 @@ def make_mesh(mesh: settings.Mesh, devices: list[Any] | None = None) -> Mesh:
     if data * rest != len(devices):
         raise UserError(f"mesh data={mesh.data} x fsdp={mesh.fsdp} x tensor={mesh.tensor} does not match "
                         f"{len(devices)} devices; the product must be {len(devices)}")
-    types = (AxisType.Auto,) * len(AXES)
-    if devices == jax.devices():
-        return jax.make_mesh((data, mesh.fsdp, mesh.tensor), AXES, axis_types=types)
-    return Mesh(np.asarray(devices).reshape(data, mesh.fsdp, mesh.tensor), AXES, axis_types=types)
+    return jax.make_mesh((data, mesh.fsdp, mesh.tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES),
+                         devices=devices)
 
 
 def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
@@ -60,8 +58,11 @@ def parameter_spec(path: str, shape: tuple[int, ...], axes: tuple[str, ...], mes
     """The partition of one parameter; an axis used twice or a dimension that does not divide raises with its path."""
     assert len(shape) == len(axes), f"{path}: shape {shape} but logical axes {axes}"
     used, spec = set(), []
+    first = {RULES[axis][0] for axis in axes if axis not in WHERE_FREE}
     for dim, axis in zip(shape, axes, strict=True):
         mesh_axis = RULES[axis][0]
+        if axis in WHERE_FREE and (mesh_axis in first or dim % mesh.shape[mesh_axis]):
+            mesh_axis = None
         if mesh_axis is not None and dim % mesh.shape[mesh_axis]:
             if axis not in REPLICATED_WHERE_UNEVEN and not path.endswith("/scale"):  # nf4's blocks of 64 inputs
                 raise UserError(f"{path}: dimension {axis}={dim} is not divisible by mesh {mesh_axis}="
@@ -122,3 +123,9 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, activation_spec(x.shape, axes, mesh))
+
+
+def constrain_parameter(x: jax.Array, *axes: str) -> jax.Array:
+    """Pins an array that belongs to a parameter, such as a gradient, as the parameter is."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty else jax.lax.with_sharding_constraint(x, parameter_spec("/".join(axes), x.shape, axes, mesh))

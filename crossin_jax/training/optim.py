@@ -1,12 +1,15 @@
 """The optimizer as an optax chain, from settings and parameter names."""
 
+import dataclasses
+import fnmatch
+from functools import partial
 from typing import Any
 
 import jax
 import optax
 import optax.contrib
 
-from crossin_jax.config import Optim
+from crossin_jax.config import Optim, UserError, hint
 from crossin_jax.parallel.mesh import leaf_name
 
 
@@ -44,23 +47,46 @@ def matrix_dimensions(path: tuple[Any, ...], leaf: Any) -> optax.contrib.MuonDim
     return optax.contrib.MuonDimensionNumbers(last, middle)
 
 
+def label_groups(patterns: tuple[str, ...], params: Any) -> Any:
+    """The pattern that names each parameter, "" for the rest; one that names nothing new is a `UserError`."""
+    def label(path: tuple[Any, ...], _: Any) -> str:
+        return next((p for p in patterns if fnmatch.fnmatchcase(leaf_name(path), p)), "")
+
+    labels = jax.tree_util.tree_map_with_path(label, params)
+    names = [leaf_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    for pattern in set(patterns) - set(jax.tree.leaves(labels)):
+        raise UserError(f"optim.groups[{pattern!r}] names no trained parameter beside those of earlier groups"
+                        f"{hint(pattern, names)}; there are {', '.join(names[:6])} …")
+    return labels
+
+
 def make_optimizer(optim: Optim, num_steps: int) -> optax.GradientTransformation:
-    """Clipping, then the named optimizer with decoupled weight decay on matrices only."""
-    schedule = make_schedule(optim, num_steps)
+    """Clipping over all parameters, then the named optimizer, for each group of parameters with its rate and decay."""
+    rule = make_rule(optim, num_steps)
+    if optim.groups:
+        rules = {pattern: make_rule(optim, num_steps, **values) for pattern, values in optim.groups.items()}
+        rule = optax.partition({"": rule} | rules, partial(label_groups, tuple(optim.groups)))
+    return optax.chain(optax.clip_by_global_norm(optim.clip_norm), rule) if optim.clip_norm else rule
+
+
+def make_rule(optim: Optim, num_steps: int, *, rate: float = 1.0,
+              weight_decay: float | None = None) -> optax.GradientTransformation:
+    """The named optimizer at `rate` times its learning rate, with decoupled weight decay on matrices only."""
+    weight_decay = optim.weight_decay if weight_decay is None else weight_decay
+    schedule = make_schedule(dataclasses.replace(optim, learning_rate=optim.learning_rate * rate), num_steps)
 
     def mask(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda path, _: decays(path), params)
 
-    decay = {"weight_decay": optim.weight_decay, "mask": mask}
-    rule = {
+    decay = {"weight_decay": weight_decay, "mask": mask}
+    return {
         "adamw": lambda: optax.adamw(schedule, optim.b1, optim.b2, mu_dtype=optim.moments_dtype, **decay),
         "lion": lambda: optax.lion(schedule, optim.b1, optim.b2, mu_dtype=optim.moments_dtype, **decay),
         "adafactor": lambda: optax.chain(
             optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0),
-            optax.add_decayed_weights(optim.weight_decay, mask), optax.scale_by_learning_rate(schedule)),
+            optax.add_decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(schedule)),
         "muon": lambda: optax.contrib.muon(
-            schedule, mu_dtype=optim.moments_dtype, weight_decay=optim.weight_decay, weight_decay_mask=mask,
+            schedule, mu_dtype=optim.moments_dtype, weight_decay=weight_decay, weight_decay_mask=mask,
             adam_b1=optim.b1, adam_b2=optim.b2, consistent_rms=0.2,  # updates of AdamW's size: its learning rates fit
             muon_weight_dimension_numbers=lambda params: jax.tree_util.tree_map_with_path(matrix_dimensions, params)),
     }[optim.name]()
-    return optax.chain(optax.clip_by_global_norm(optim.clip_norm), rule) if optim.clip_norm else rule

@@ -1,7 +1,9 @@
 """What a run says of itself: progress bar, JSONL, TensorBoard, tokens per second, model FLOPs utilisation."""
 
+import datetime
 import json
 import logging
+import resource
 import sys
 import time
 from pathlib import Path
@@ -20,6 +22,22 @@ PEAK_FLOPS = {
     "TPU v6 lite": 918e12, "TPU v6e": 918e12,
     "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12,
 }
+
+
+# what the console shows of a record
+SHOWN = {
+    "loss": ("loss", "{:.3f}".format), "held_out/loss": ("held-out loss", "{:.3f}".format),
+    "grad_norm": ("norm", "{:.2f}".format), "learning_rate": ("rate", "{:.2e}".format),
+    "tokens_per_second": ("tok/s", "{:,.0f}".format), "mfu": ("mfu", "{:.1%}".format),
+    "peak_memory_gib": ("GiB", "{:.1f}".format),
+    "seconds_left": ("left", lambda seconds: str(datetime.timedelta(seconds=round(seconds)))),
+}
+
+
+def peak_host_bytes() -> int:
+    """The most memory this process has held on its host so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def peak_flops(device: Any) -> float | None:
@@ -58,8 +76,10 @@ class Telemetry:
         if not self._active:
             return
         self._lines = (folder / "metrics.jsonl").open("a")
-        self._bar = tqdm(initial=start, total=num_steps, desc=name, unit="step", file=sys.stderr, mininterval=0.5,
-                         dynamic_ncols=True)
+        self._bar = None  # a log file gets a line per report instead
+        if sys.stderr.isatty():
+            self._bar = tqdm(initial=start, total=num_steps, desc=name, unit="step", file=sys.stderr, mininterval=0.5,
+                             dynamic_ncols=True)
         self._board = self._wandb = None
         if use_tensorboard:
             from tensorboardX import SummaryWriter
@@ -70,7 +90,7 @@ class Telemetry:
     def add(self, step: int, metrics: dict[str, jax.Array], learning_rate: float) -> None:
         """Takes the metrics of a step; raises `FloatingPointError(step)` at a report that holds a non-finite one."""
         self._pending.append((step, metrics))
-        if self._active:
+        if self._active and self._bar is not None:
             self._bar.update(step - self._bar.n)
         if self._time is None or step % self._log_every == 0 or step == self._num_steps:
             self.report(learning_rate)
@@ -98,11 +118,13 @@ class Telemetry:
         if before is not None:
             record["tokens_per_second"] = tokens / (now - before)
             record["learned_tokens_per_second"] = count / (now - before)
+            record["seconds_left"] = (now - before) / len(steps) * (self._num_steps - steps[-1])
             if self._peak:
                 record["mfu"] = record["tokens_per_second"] * self._flops_per_token / self._peak
         memory = jax.local_devices()[0].memory_stats()
         if memory and "peak_bytes_in_use" in memory:
             record["peak_memory_gib"] = memory["peak_bytes_in_use"] / 2**30
+        record["peak_host_memory_gib"] = peak_host_bytes() / 2**30
         self.write(record)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -118,13 +140,13 @@ class Telemetry:
                 self._board.add_scalar(key, value, step)
         if self._wandb:
             self._wandb.log(scalars, step=step)
-        shown = {"loss": f"{record['loss']:.3f}"} if "loss" in record else {}
-        if "tokens_per_second" in record:
-            shown["tok/s"] = f"{record['tokens_per_second']:,.0f}"
-        if "mfu" in record:
-            shown["mfu"] = f"{record['mfu']:.1%}"
-        if shown:
+        shown = {word: text(record[name]) for name, (word, text) in SHOWN.items() if name in record}
+        if self._bar is not None:
+            shown.pop("left", None)  # the bar has its own
             self._bar.set_postfix(shown, refresh=False)
+        elif shown:
+            words = " ".join(f"{word} {text}" for word, text in shown.items())
+            print(f"step {step}/{self._num_steps} {words}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Flushes and closes every sink."""
@@ -135,6 +157,38 @@ class Telemetry:
                 sink.close()
         if self._wandb:
             self._wandb.finish()
+
+
+class Profiler:
+    """JAX's profiler from after the first to after the second step of its window, on process 0."""
+
+    def __init__(self, window: tuple[int, ...], folder: Path):
+        self._window, self._folder = window if jax.process_index() == 0 else (), folder
+        self._running = False
+
+    def after(self, step: int, metrics: Any) -> None:
+        """Starts or stops it where the window says so; a run resumed inside the window starts at once."""
+        inside = bool(self._window) and self._window[0] <= step < self._window[1]
+        if inside != self._running:
+            jax.block_until_ready(metrics)
+            if inside:
+                jax.profiler.start_trace(str(self._folder))
+            else:
+                jax.profiler.stop_trace()
+            self._running = inside
+
+    def close(self) -> None:
+        """Writes what was profiled so far where the run ends inside the window."""
+        if self._running:
+            jax.profiler.stop_trace()
+
+
+def is_recorded(folder: Path, step: int, name: str) -> bool:
+    """Whether metrics.jsonl has a value of that name, or that beginning of a name, at a step."""
+    file = folder / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.is_file() else []
+    records = [json.loads(line) for line in lines if f'"step": {step},' in line and line.endswith("}")]
+    return any(key.startswith(name) for record in records for key in record)
 
 
 def group_metrics(groups: list[tuple[str, str]], losses: np.ndarray, counts: np.ndarray) -> dict[str, float]:
@@ -152,6 +206,6 @@ def _start_wandb(name: str, folder: Path, config: dict[str, Any]) -> Any:
     try:
         import wandb
     except ImportError:
-        logging.warning("--wandb: wandb is not installed; metrics go to %s only", folder)
+        logging.warning("--wandb is set but wandb is not installed; metrics go to %s only", folder)
         return None
     return wandb.init(project="crossin_jax", name=name, dir=str(folder), config=config, resume="allow")

@@ -239,3 +239,22 @@ def test_a_checkpoint_of_other_data_is_refused(parts, tokenizer):
         loader_of((mixture, Renderer(tokenizer, "llama"), data)).set_state(state)
     with pytest.raises(UserError, match="data changed since the checkpoint: mixture"):
         loader_of((Mixture(data, mixture.corpora, 1), *parts[1:])).set_state(state)
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_the_examples_of_a_batch_can_be_named(parts, packs, small_windows):
+    """The names of each row are those whose ids lie in it, in their order, also where a batch spans two windows."""
+    mixture, renderer, _ = parts
+    examples = mixture.take(np.arange(len(mixture)))
+    ids = {f"{e.id} {e.component} {e.prompt_language}>{e.answer_language}": tuple(r.ids.tolist())
+           for e, r in zip(examples, renderer.render_many(examples), strict=True)}
+    loader = loader_of(parts, packing=packs, batch_size=5)
+    for _ in range(6):
+        begin = loader.position
+        batch = next(loader)
+        names = loader.name_rows(begin)
+        assert [[ids[name] for name in row] for row in names] == [
+            [segment[0] for segment in segments_of({key: rows[i:i + 1] for key, rows in batch.items()})]
+            for i in range(5)]
+    loader.go_to(begin)
+    assert digest(next(loader)) == digest(batch)

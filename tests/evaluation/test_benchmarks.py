@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from crossin_jax.config import UserError
-from crossin_jax.evaluation.benchmarks import Version, draw_shot_items, draw_shots, load_benchmark, make_prompt
+from crossin_jax.evaluation.benchmarks import (
+    Version,
+    draw_shot_items,
+    draw_shots,
+    list_shots,
+    load_benchmark,
+    make_prompt,
+)
 
 LANGUAGES = ("en", "zh")
 CITY = Version("Which city?", ("(A) Rome", "(B) Oslo"), 1)
@@ -190,7 +197,12 @@ def test_shots_are_the_same_items_in_every_language(tmp_path):
             assert draw_shots(benchmark, item, code, 5, 3) == tuple(shot.versions[code] for shot in drawn)
     first = benchmark.items[0]
     assert draw_shot_items(benchmark, first, 5, 3) != draw_shot_items(benchmark, first, 5, 4)
-    assert draw_shot_items(benchmark, first, 5, 3) != draw_shot_items(benchmark, benchmark.items[1], 5, 3)
+    drawn = {item.id: [shot.id for shot in draw_shot_items(benchmark, item, 5, 3)] for item in benchmark.items}
+    record = list_shots(benchmark, 5, 3)
+    assert {key: record["others"].get(key, record["usual"]) for key in drawn} == drawn
+    for one in drawn.values():  # one order for all: what two items share comes in the same order
+        for other in drawn.values():
+            assert [key for key in one if key in other] == [key for key in other if key in one]
     whole = load_benchmark(str(tmp_path / "f.json"), LANGUAGES)
     assert draw_shot_items(whole, first, 5, 3) == draw_shot_items(benchmark, first, 5, 3)  # --limit changes no prompt
     with pytest.raises(UserError, match=r"'0'.*only 10 other items"):

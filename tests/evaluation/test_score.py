@@ -32,7 +32,8 @@ def write(folder, rows, name="log.json"):
 
 
 def score(log, **options):
-    return main(SimpleNamespace(**{"log": str(log), "mode": "expectation", "out": None, "alignments": None, "seed": 0}
+    return main(SimpleNamespace(**{"log": str(log), "mode": "expectation", "out": None, "alignments": None, "seed": 0,
+                                       "few_shot": "auto"}
                                 | {key: str(value) if key != "seed" else value for key, value in options.items()}))
 
 
@@ -94,6 +95,17 @@ def test_columns_of_any_name_ten_choices_tags_and_ids(tmp_path):
     score(tmp_path / "log.json", alignments=tmp_path / "a.json.gz")
     assert json.loads(gzip.decompress((tmp_path / "a.json.gz").read_bytes())) == [
         {"id": 7, "Klingon": 9, "Old Norse": 9}]
+
+
+def test_five_shot_answers_end_at_their_first_line_break(tmp_path):
+    rows = [row(English=version("(B) two\n\nQuestion:\nAnd 2?\n\nAnswer:\n(A). (A). (A)."), Chinese=version("\n(B)"))]
+    for name, few_shot, candidates in (
+            ("five_shot_p1.json", "auto", (1, [0, 1, 2])), ("cross_mmlu_few_shot.json", "auto", (1, [0, 1, 2])),
+            ("zero_shot.json", "auto", (0, 1)), ("zero_shot.json", "yes", (1, [0, 1, 2])),
+            ("five_shot_p1.json", "no", (0, 1))):
+        score(write(tmp_path, rows, name), few_shot=few_shot, alignments=tmp_path / "a.json")
+        assert json.loads((tmp_path / "a.json").read_text()) == [
+            {"id": "test_1", "English": candidates[0], "Chinese": candidates[1]}], name
 
 
 def without(key):

@@ -1,15 +1,16 @@
 """The training step: exact under accumulation, sharding and chunking; stops at the first non-finite loss."""
 
 import dataclasses
-from functools import partial
+from functools import cache, partial
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from crossin_jax.config import Lora, Mesh, Optim
+from crossin_jax.config import Lora, Mesh, Optim, UserError
 from crossin_jax.models import transformer
 from crossin_jax.models.attention import Kernel
 from crossin_jax.models.lora import is_trainable, resolve
@@ -211,3 +212,91 @@ def test_schedule_warms_up_and_decays():
     assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0) and rates[100] == pytest.approx(0.1)
     assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
     assert partial(make_schedule, Optim(learning_rate=2.0, schedule="constant", warmup_share=0.0))(10)(7) == 2.0
+
+
+@cache
+def small_params() -> tuple:
+    """Trained parameters of a small model, and gradients that are made up."""
+    _, state, _ = make_state()
+    rng = np.random.default_rng(0)
+    return state.trainable, jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), state.trainable)
+
+
+def update(optim: Optim):
+    """{name: (parameter, its update)} of one step of an optimizer, and its moments."""
+    (params, grads), rule = small_params(), make_optimizer(optim, 10)
+    moments = jax.jit(rule.init)(params)
+    updates = jax.jit(rule.update)(grads, moments, params)[0]
+    flat = [{leaf_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+            for tree in (params, updates)]
+    return {name: (value, flat[1][name]) for name, value in flat[0].items()}, moments
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon"])
+def test_groups_of_parameters_have_their_own_rate_and_decay(name):
+    optim = Optim(name=name, learning_rate=1e-2, warmup_share=0.0, weight_decay=0.1)
+    groups = {"embed_tokens/*": {"rate": 0.25}, "layers/*_proj/*": {"rate": 0.5, "weight_decay": 0.0},
+              "layers/*": {"weight_decay": 0.0}}
+    plain, _ = update(optim)
+    grouped, moments = update(dataclasses.replace(optim, groups=groups))
+    still, _ = update(dataclasses.replace(optim, weight_decay=0.0))
+    for key, (_, change) in grouped.items():
+        expected = (0.25 * plain[key][1] if key.startswith("embed") else
+                    0.5 * still[key][1] if "_proj/" in key else plain[key][1])
+        np.testing.assert_allclose(change, expected, rtol=2e-5, atol=1e-9, err_msg=key)
+    on_mesh = shardings(jax.eval_shape(lambda: moments), make_mesh(Mesh(fsdp=8)))
+    split = [leaf for leaf in jax.tree.leaves(on_mesh) if any(leaf.spec)]
+    assert split or name == "adafactor"  # moments in groups are sharded like their parameters; factored ones are not
+
+
+def test_a_group_that_names_nothing_is_refused():
+    for groups in ({"embed_token/*": {"rate": 0.1}}, {"*": {"rate": 0.1}, "embed_tokens/*": {"rate": 0.2}}):
+        with pytest.raises(UserError, match=r"names no trained parameter beside .*embed_tokens/weight"):
+            update(Optim(groups=groups))
+
+
+def test_decay_moves_matrices_alone():
+    decayed, _ = update(Optim(learning_rate=1e-2, warmup_share=0.0, weight_decay=0.5))
+    still, _ = update(Optim(learning_rate=1e-2, warmup_share=0.0, weight_decay=0.0))
+    for name, (value, change) in decayed.items():
+        expected = 0 if "norm" in name else -1e-2 * 0.5 * value
+        np.testing.assert_allclose(change - still[name][1], expected, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
+def test_first_moments_take_their_dtype(name):
+    _, moments = update(Optim(name=name, moments_dtype="bfloat16"))
+    first = [leaf.dtype for path, leaf in jax.tree_util.tree_flatten_with_path(moments)[0] if "/mu/" in leaf_name(path)]
+    assert first and set(first) == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize(("accumulation", "compute_dtype"), [(1, "bfloat16"), (2, "bfloat16"), (1, "float32")])
+def test_frozen_weights_have_neither_gradients_nor_float32_copies(accumulation, compute_dtype):
+    """Nothing the step computes has the shape of a frozen weight, or of a layer's slice of one, in float32.
+
+    The control: products in float32 need such copies, and are found.
+    """
+    lora = Lora(rank=3, dropout=0.1, modules_to_save=())
+    model = nnx.eval_shape(lambda: Transformer(SPEC, lora=lora, param_dtype="float32", frozen_dtype="bfloat16",
+                                               compute_dtype=compute_dtype, rngs=nnx.Rngs(0)))
+    graphdef, trainable, frozen = nnx.split(model, lambda p, v: is_trainable(p, v, resolve(lora, SPEC)), ...)
+    optimizer = make_optimizer(Optim(), 10)
+    state = jax.eval_shape(lambda t, f: init_state(t, f, optimizer), trainable, frozen)
+    step = make_train_step(graphdef, optimizer, dataclasses.replace(SETTINGS, accumulation=accumulation))
+    shapes = {leaf.shape for leaf in jax.tree.leaves(frozen) if leaf.dtype == jnp.bfloat16 and leaf.size > 100}
+    shapes |= {shape[1:] for shape in shapes if len(shape) > 2}
+    assert len(shapes) > 8 and not shapes & {leaf.shape for leaf in jax.tree.leaves(trainable)}
+    shapes = {tuple(sorted(shape)) for shape in shapes}  # transposed or not
+    batch = jax.eval_shape(lambda: make_batch(0, rows=10, length=24))
+    copies = [f"{equation.primitive} {variable.aval}" for equation in walk(jax.make_jaxpr(step)(state, batch).jaxpr)
+              for variable in equation.outvars
+              if variable.aval.dtype == jnp.float32 and tuple(sorted(variable.aval.shape)) in shapes]
+    assert bool(copies) == (compute_dtype == "float32"), copies
+
+
+def walk(jaxpr):
+    """Every equation of a program, those of its loops and branches included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from walk(inner)

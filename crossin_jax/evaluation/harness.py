@@ -1,0 +1,147 @@
+"""The engine as a model of EleutherAI's lm-evaluation-harness: its tasks run on JAX weights."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
+
+from crossin_jax.config import UserError
+from crossin_jax.generate import open_speaker
+from crossin_jax.generation.engine import Engine
+
+ROWS = 16  # prompts in one program where the harness leaves the choice to the model ("auto")
+OURS = ("pretrained", "adapter", "tokenizer", "dtype", "batch_size", "max_length", "max_gen_toks")
+SAMPLING = ("temperature", "top_k", "top_p")
+
+
+@register_model("crossin_jax")
+class EngineLM(TemplateLM):
+    """Log-likelihoods and answers of an engine, for texts that `tokenizer` turns into ids.
+
+    Requests with one context are scored from one reading of it; contexts that begin alike share that beginning, as the
+    solved examples of a few-shot task do. A context that is too long loses its first tokens, as the harness prescribes.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Any, *, max_length: int | None = None, max_gen_toks: int = 256):
+        super().__init__()
+        self.engine, self.tokenizer, self.max_gen_toks = engine, tokenizer, max_gen_toks
+        self.max_length = min(max_length or engine.max_length, engine.max_length)
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any],
+                            additional_config: dict[str, Any] | None = None) -> "EngineLM":
+        """Opens `pretrained` (a folder, a Hub id, an adapter or a run); takes model_args and flags of the harness."""
+        settings = {key: value for key, value in (arg_dict | (additional_config or {})).items() if value is not None}
+        if settings.pop("device", None):
+            raise UserError("--device: JAX takes the devices that it finds; choose them with JAX_PLATFORMS")
+        settings.pop("max_batch_size", None)
+        if unknown := sorted(set(settings) - set(OURS)):
+            raise UserError(f"--model_args {unknown[0]}={settings[unknown[0]]}: crossin_jax takes {', '.join(OURS)}")
+        if "pretrained" not in settings:
+            raise UserError("--model_args: pretrained is missing; give pretrained=FOLDER, a Hub id or a run")
+        rows = settings.get("batch_size", 1)
+        speaker = open_speaker(settings["pretrained"], adapter=settings.get("adapter"), template="plain",
+                               tokenizer=settings.get("tokenizer"), dtype=settings.get("dtype"),
+                               batch_size=ROWS if str(rows).startswith("auto") or int(rows) == 1 else int(rows))
+        limits = {key: int(settings[key]) for key in ("max_length", "max_gen_toks") if key in settings}
+        return cls(speaker.engine, speaker.tokenizer, **limits)
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> "EngineLM":
+        """As `create_from_arg_obj`, from "pretrained=FOLDER,max_length=2048"."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @property
+    def eot_token_id(self) -> int:
+        """What ends a text."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What a text without context is conditioned on."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        """A name for the harness's cache of requests."""
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Ids of a text; BOS is not doubled where the text brings its own."""
+        if add_special_tokens is None:
+            bos = self.tokenizer.bos_token
+            add_special_tokens = not (bos and string.startswith(bos))
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a conversation by the tokenizer's chat template."""
+        return self.tokenizer.apply_chat_template(chat_history, tokenize=False,
+                                                  add_generation_prompt=add_generation_prompt,
+                                                  continue_final_message=not add_generation_prompt)
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, each token once, with as much context as fits."""
+        windows, owners = [], []
+        for i, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0])
+            found = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
+            for window in map(make_disjoint_window, found):
+                windows.append((None, *window))
+                owners.append(i)
+        totals = [0.0] * len(requests)
+        for i, (value, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm), strict=True):
+            totals[i] += value
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _loglikelihood_tokens(self, requests: Iterable[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False,
+                              **_: Any) -> list[tuple[float, bool]]:
+        by_context: dict[tuple[int, ...], list[int]] = {}
+        requests = list(requests)
+        for i, (_, context, continuation) in enumerate(requests):
+            room = self.max_length + 1 - len(continuation)  # the model does not read the last token
+            if room < 1:
+                raise UserError(f"request {i}: a continuation of {len(continuation)} tokens is longer than "
+                                f"max_length={self.max_length}")
+            by_context.setdefault(tuple(context[-room:]), []).append(i)
+        judged = self.engine.judge(list(by_context), [[requests[i][2] for i in members] for members in
+                                                      by_context.values()], progress=not disable_tqdm)
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        for members, (scores, best) in zip(by_context.values(), judged, strict=True):
+            for i, score, is_best in zip(members, scores, best, strict=True):
+                answers[i] = float(score), bool(is_best)
+                if requests[i][0] is not None:  # a window of a longer text has no name of its own
+                    self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
+        return answers
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Answers up to a stop; requests with the same settings are decoded together."""
+        by_settings: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            by_settings.setdefault(repr(sorted(request.args[1].items())), []).append(i)
+        answers = [""] * len(requests)
+        for members in by_settings.values():
+            given = normalize_gen_kwargs(requests[members[0]].args[1], self.max_gen_toks)
+            until = handle_stop_sequences(given.pop("until"), self.tokenizer.decode([self.eot_token_id]))
+            room, sampled = given.pop("max_gen_toks"), given.pop("do_sample")
+            sampling = {key: given.pop(key) for key in SAMPLING if key in given}
+            if given:
+                raise UserError(f"generation_kwargs {', '.join(sorted(given))}: the engine knows do_sample, "
+                                f"max_gen_toks, until, {', '.join(SAMPLING)}")
+            if room >= self.max_length:
+                raise UserError(f"max_gen_toks={room} leaves no room for a prompt in max_length={self.max_length}")
+            prompts = [self.tok_encode(requests[i].args[0])[-(self.max_length - room):] for i in members]
+            found = self.engine.generate(prompts, max_new_tokens=room, stop=until, detokenize=self._decode,
+                                         progress=not disable_tqdm, **(sampling if sampled else {}))
+            for i, ids in zip(members, found, strict=True):
+                answers[i] = postprocess_generated_text(self._decode(ids), until, None)
+                self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
+        return answers
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)

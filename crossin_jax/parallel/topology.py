@@ -1,0 +1,130 @@
+"""TPUs that are not there: their devices by name, and programs compiled for them."""
+
+import dataclasses
+import math
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from crossin_jax.config import UserError
+from crossin_jax.parallel.cost import Cost, count
+
+FORMS = ("v4:2x2x1", "v4:2x2x2", "v5e:2x2", "v5e:4x4", "v5e:8x16", "v5p:2x2x1", "v5p:4x4x4", "v6e:2x4", "v6e:16x16")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Bytes per second of one chip, from the maker's data sheets."""
+
+    hbm: float
+    links: float  # what all links together can send
+
+
+CHIPS = {"v4": Chip(1.228e12, 3.0e11), "v5e": Chip(8.19e11, 2.0e11), "v5p": Chip(2.765e12, 6.0e11),
+         "v6e": Chip(1.64e12, 4.0e11)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """An absent slice of TPUs."""
+
+    name: str
+    chip: Chip
+    devices: tuple[Any, ...]
+    hbm_limit: int  # bytes of HBM per chip that programs may use, as the compiler says
+
+    @property
+    def num_hosts(self) -> int:
+        """Machines that the slice hangs on."""
+        return len({device.process_index for device in self.devices})
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program: bytes of HBM per chip, and what one run costs; `cost` is None where it does not fit."""
+
+    argument_bytes: int
+    temporary_bytes: int
+    peak_bytes: int
+    cost: Cost | None
+
+
+def open_topology(name: str) -> Topology:
+    """The slice that a name like v5e:4x4 stands for; `UserError` where there is none, or no TPU compiler."""
+    kind, _, shape = name.partition(":")
+    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+        raise UserError(f"--topology={name}: not a TPU slice; give CHIP:SHAPE with {', '.join(CHIPS)}, "
+                        f"e.g. {', '.join(FORMS)}")
+    # read when the library is loaded: no questions to a metadata server that is not there, and no lock on real chips
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    try:
+        import libtpu  # noqa: F401
+    except ImportError:
+        raise UserError("the TPU compiler is not installed: pip install 'crossin_jax[plan]' (libtpu; Linux on x86-64)"
+                        ) from None
+    from jax.experimental import topologies
+
+    # two cores of a v4 or v5p chip work as one device, as they do where they are
+    options = {"chip_config_name": "megacore"} if kind in ("v4", "v5p") else {}
+    jax.devices()  # this machine's own backend reads XLA_FLAGS when it starts: now, not while they are away
+    xla_flags = os.environ.pop("XLA_FLAGS", None)  # the library ends the process over a flag that it does not know
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+        return Topology(name, CHIPS[kind], tuple(devices), _hbm_limit(devices[0]))
+    except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")[:200]
+        raise UserError(f"--topology={name}: {reason}\nknown forms: {', '.join(FORMS)}") from None
+    finally:
+        if xla_flags is not None:
+            os.environ["XLA_FLAGS"] = xla_flags
+
+
+def _hbm_limit(device: Any) -> int:
+    """The HBM that the compiler grants, which is less than the data sheet's: it says so when asked for too much."""
+    too_much = jax.ShapeDtypeStruct((2**40,), jnp.int8, sharding=jax.sharding.SingleDeviceSharding(device))
+    try:
+        jax.jit(lambda x: x + 1).lower(too_much).compile()
+    except jax.errors.JaxRuntimeError as error:
+        return _sizes(error)[1]
+    raise AssertionError("a tebibyte fits")
+
+
+def _sizes(error: Exception) -> tuple[int, int]:
+    """(bytes needed, bytes there are) of the compiler's complaint."""
+    found = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)", str(error))
+    if not found:
+        raise error
+    needed, unit, limit, limit_unit = found.groups()
+    return int(float(needed) * _UNITS[unit]), int(float(limit) * _UNITS[limit_unit])
+
+
+def compile_program(function: Any, *arguments: Any) -> Program:
+    """Compiles a jitted function for the devices of its abstract arguments.
+
+    Where it does not fit, the peak is what it would need, and there is no cost.
+    """
+    lowered, argument_bytes = function.lower(*arguments), shard_bytes(arguments)
+    with tempfile.TemporaryDirectory(prefix="crossin_jax_plan_") as folder:
+        try:
+            # the text of some compiled programs cannot be had afterwards (compiled.as_text fails on them)
+            compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
+        except jax.errors.JaxRuntimeError as error:
+            needed, _ = _sizes(error)
+            return Program(argument_bytes, needed - argument_bytes, needed, None)
+        text = next(Path(folder).glob("*.after_codegen.txt")).read_text()
+    memory = compiled.memory_analysis()
+    return Program(argument_bytes, memory.temp_size_in_bytes, memory.peak_memory_in_bytes, count(text))
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes of an abstract tree on one chip; what has no place on the mesh yet counts for nothing."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+               for leaf in jax.tree.leaves(tree) if getattr(leaf, "sharding", None) is not None)

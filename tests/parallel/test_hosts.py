@@ -1,0 +1,232 @@
+"""Several hosts as one run: found by flags or by the cluster, missing ones named, told to stop by signal or notice."""
+
+import http.server
+import os
+import signal
+import socket
+import threading
+import time
+
+import pytest
+
+from crossin_jax.config import UserError
+from crossin_jax.parallel import hosts
+from crossin_jax.parallel.roll_call import Place, call_roll
+from tests.processes import free_port
+
+
+def roll(*processes: int, number: int = 3, names: tuple[str, ...] = (), seconds: float = 20,
+         numbers: dict[int, int] | None = None) -> list[str | None]:
+    """What each of the processes that come hears: None, or the error."""
+    coordinator, answers = f"localhost:{free_port()}", [None] * len(processes)
+
+    def come(i: int, process: int) -> None:
+        try:
+            call_roll(Place(coordinator, (numbers or {}).get(process, number), process, names), seconds)
+        except UserError as error:
+            answers[i] = str(error)
+
+    threads = [threading.Thread(target=come, args=pair) for pair in enumerate(processes)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return answers
+
+
+def test_a_full_roll_passes_in_any_order():
+    assert roll(2, 0, 1) == [None, None, None]
+
+
+def test_missing_processes_are_named_on_every_host():
+    for answer in roll(0, 2, number=5, names=tuple(f"host-{i}" for i in range(5)), seconds=2):
+        assert answer.startswith("3 of 5 processes did not come within 2 s: 1 (host-1), 3 (host-3), 4 (host-4); "
+                                 f"here are 0 ({socket.gethostname()}), 2 ({socket.gethostname()})\n")
+    assert roll(0, number=40, seconds=0.2)[0].startswith("39 of 40 processes did not come within 0.2 s: 1, 2, 3, 4, 5, "
+                                                         "6, 7, 8 and 31 more; here are 0 (")
+
+
+def test_without_process_0_its_address_is_named(monkeypatch):
+    (answer,) = roll(1, names=("host-0",), seconds=0.2)
+    assert "process 0 (host-0) does not answer at localhost:" in answer
+
+
+def test_processes_that_disagree_are_refused():
+    assert all("1 (" in answer and "expects 4 processes, not 3 as 0 does" in answer
+               for answer in roll(0, 1, numbers={1: 4}))
+
+
+def test_a_number_given_twice_is_refused(monkeypatch):
+    names = iter(["a", "b", "c", "d", "e"])
+    monkeypatch.setattr(socket, "gethostname", lambda: next(names))
+    answers = [answer for answer in roll(0, 1, 1, seconds=2) if answer]
+    assert any("two processes call themselves 1: on " in answer for answer in answers)
+
+
+def test_strangers_on_the_port_change_nothing():
+    place = Place(f"localhost:{free_port()}", 2, 0)
+    zero = threading.Thread(target=call_roll, args=(place, 20))
+    zero.start()
+    for word in (b"GET / HTTP/1.1\r\n\r\n", b'{"process": 1}\n', b""):
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            try:
+                with socket.create_connection(("localhost", int(place.coordinator.split(":")[1]))) as link:
+                    link.sendall(word)
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.05)
+    call_roll(Place(place.coordinator, 2, 1), 20)
+    zero.join()
+
+
+def test_a_port_in_use_is_named():
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} of --coordinator cannot be opened .*earlier run"):
+            call_roll(Place(f"localhost:{port}", 2, 0), 1)
+
+
+def test_flags_say_where_this_process_stands():
+    assert hosts.find_place("host:99", 4, 3) == Place("host:99", 4, 3)
+    for flags, words in ((("host:99", None, None), "needs --num_processes"), (("host", 4, 3), "give host:port"),
+                         (("host:99", 4, 4), "below the number"), ((None, 4, 3), "need --coordinator")):
+        with pytest.raises(UserError, match=words):
+            hosts.find_place(*flags)
+
+
+def test_slurm_tells_the_place_and_the_names(monkeypatch, tmp_path):
+    (tmp_path / "scontrol").write_text('#!/bin/sh\n[ "$*" = "show hostnames gpu[01-02]" ] && echo gpu01 gpu02\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name, value in {"JOB_ID": "7", "STEP_NODELIST": "gpu[01-02]", "NTASKS": "4", "PROCID": "3", "LOCALID": "1",
+                        "STEP_NUM_NODES": "2"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    place = hosts.find_place(None, None, None)
+    assert place == Place(f"gpu01:{65535 - 2**12 + 1 + 7}", 4, 3, ("gpu01", "gpu01", "gpu02", "gpu02"))
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert hosts.find_place(None, None, None) is None
+
+
+def test_tpu_pods_tell_the_place_and_the_names(monkeypatch):
+    from jax._src.clusters import cloud_tpu_cluster
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # Kubernetes Engine: all is in the environment
+    for name, value in {"TPU_WORKER_HOSTNAMES": "localhost,w1", "TPU_WORKER_ID": "1", "MEGASCALE_NUM_SLICES": "2",
+                        "MEGASCALE_SLICE_ID": "1", "MEGASCALE_COORDINATOR_ADDRESS": "localhost:1"}.items():
+        monkeypatch.setenv(name, value)
+    assert hosts.find_place(None, None, None) is None  # JAX_PLATFORMS=cpu: a pod's host computing for itself
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    names = ("slice 0, worker 0", "slice 0, worker 1", "slice 1, worker 0", "slice 1, worker 1")
+    assert hosts.find_place(None, None, None) == Place("localhost:8482", 4, 3, names)
+    monkeypatch.setenv("MEGASCALE_NUM_SLICES", "1")
+    monkeypatch.setenv("MEGASCALE_SLICE_ID", "0")
+    assert hosts.find_place(None, None, None).names == ("localhost", "w1")
+
+
+def test_the_metadata_server_of_a_tpu_vm_tells_the_place(monkeypatch, metadata):
+    from jax._src.clusters import cloud_tpu_cluster
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+    metadata.entries |= {"attributes/agent-worker-number": "1", "attributes/tpu-env": "ZONE: 'z'",
+                         "attributes/worker-network-endpoints": "x:0:127.0.0.1,x:1:10.0.0.2"}
+    assert hosts.find_place(None, None, None) == Place("127.0.0.1:8482", 2, 1, ("127.0.0.1", "10.0.0.2"))
+
+
+# ---- Being told to stop
+
+class Metadata(http.server.BaseHTTPRequestHandler):
+    """A metadata server with the entries of its class."""
+
+    entries: dict[str, str] = {}
+
+    def do_GET(self):
+        name = self.path.removeprefix("/computeMetadata/v1/instance/")
+        found = name in self.entries and self.headers["Metadata-Flavor"] == "Google"
+        self.send_response(200 if found else 404)
+        self.end_headers()
+        self.wfile.write(self.entries.get(name, "").encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def metadata(monkeypatch):
+    """A loopback metadata server without news."""
+    Metadata.entries = {"maintenance-event": "NONE", "preempted": "FALSE"}
+    with http.server.ThreadingHTTPServer(("localhost", 0), Metadata) as server:
+        monkeypatch.setenv("GCE_METADATA_IP", f"localhost:{server.server_port}")
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        yield Metadata
+        server.shutdown()
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """Set when this process gets SIGTERM."""
+    event = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    yield event
+    signal.signal(signal.SIGTERM, before)
+
+
+def wait_until(condition, seconds: float = 5) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
+
+
+@pytest.mark.parametrize(("name", "notice"), [("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE"),
+                                              ("preempted", "TRUE")])
+def test_a_notice_of_the_host_becomes_the_signal(name, notice, metadata, told):
+    over = hosts.watch_notices(seconds=0.02)
+    time.sleep(0.2)
+    assert not told.is_set()
+    metadata.entries[name] = notice
+    assert wait_until(told.is_set)
+    over.set()
+
+
+def test_a_notice_that_stands_already_stops_nothing(metadata, told):
+    metadata.entries["maintenance-event"] = "TERMINATE_ON_HOST_MAINTENANCE"
+    over = hosts.watch_notices(seconds=0.02)
+    time.sleep(0.3)
+    metadata.entries["maintenance-event"] = "NONE"  # over
+    time.sleep(0.3)
+    assert not told.is_set()
+    metadata.entries["maintenance-event"] = "TERMINATE_ON_HOST_MAINTENANCE"  # the next one
+    assert wait_until(told.is_set)
+    over.set()
+
+
+def test_hosts_without_a_metadata_server_are_left_alone(told, monkeypatch):
+    monkeypatch.setenv("GCE_METADATA_IP", f"localhost:{free_port()}")
+    over = hosts.watch_notices(seconds=0.01)
+    time.sleep(0.2)
+    assert not told.is_set()
+    over.set()
+
+
+def test_signals_are_a_question_and_the_second_changes_nothing(told):
+    with hosts.Preemption() as preemption:
+        assert not preemption.reached(1)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert wait_until(lambda: preemption.reached(2)) and not told.is_set()
+    os.kill(os.getpid(), signal.SIGTERM)  # while the interpreter ends
+    assert not told.is_set()
+
+
+def test_before_the_first_step_a_signal_leaves_at_once():
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        hosts.start()
+        with pytest.raises(SystemExit) as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        assert stop.value.code == 75
+    finally:
+        signal.signal(signal.SIGTERM, before)

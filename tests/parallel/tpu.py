@@ -1,0 +1,14 @@
+"""The TPU compiler for tests, where it is installed."""
+
+import functools
+
+import pytest
+
+from crossin_jax.parallel.topology import Topology, open_topology
+
+
+@functools.cache
+def topology(name: str) -> Topology:
+    """An absent slice; skips the test where there is no TPU compiler."""
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install 'crossin_jax[plan]'")
+    return open_topology(name)

@@ -1,0 +1,55 @@
+"""Programs in processes of their own, alone or several as one run over loopback."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TINY = ("--config", str(REPOSITORY / "tests/configs/tiny.py"))
+QUICK = os.environ["XLA_FLAGS"].partition(" ")[2]  # conftest's, without the number of devices
+
+# torch is no dependency, but transformers imports it where it is installed, which would be half of these seconds
+WITHOUT_TORCH = """import runpy, sys
+sys.modules["torch"] = None
+runpy.run_module("crossin_jax.train", run_name="__main__")"""
+
+
+def start_process(folder: Path, *arguments: str, devices: int = 1, config: tuple[str, ...] = TINY) -> subprocess.Popen:
+    """The training program; its output and errors are one text."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY),
+                                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}"}
+    command = [sys.executable, "-c", WITHOUT_TORCH, *config, f"--config.output_dir={folder}", *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def start_group(folder: Path, number: int, *arguments: str, come: range | None = None) -> list[subprocess.Popen]:
+    """Processes of one run on this machine; `come` are those that are started."""
+    coordinator = f"localhost:{free_port()}"
+    return [start_process(folder, *arguments, f"--coordinator={coordinator}", f"--num_processes={number}",
+                          f"--process_id={i}") for i in come or range(number)]
+
+
+def free_port() -> int:
+    """A port that nobody listens on at the moment."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    """The output of a process that must end with this exit code."""
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == code, output
+    return output
+
+
+def wait_for_steps(process: subprocess.Popen, folder: Path, count: int) -> None:
+    """Returns when a run has reported that many steps."""
+    lines = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (lines.is_file() and lines.read_text().count("\n") >= count):
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0]
+        time.sleep(0.1)

@@ -1,0 +1,82 @@
+"""The training program in processes of its own: one, two and four of them, stopped by signals, short of disk."""
+
+import signal
+import subprocess
+
+import numpy as np
+import pytest
+
+from crossin_jax.checkpoint.store import Store
+from tests.processes import finish, start_group, start_process, wait_for_steps
+from tests.test_train import copy_run, read_arrays, read_losses
+
+LONG = ("--config.train.steps=100000", "--config.train.checkpoint_every=100000")
+
+
+def test_four_two_and_one_process_agree_with_eight_devices(pretrained, tmp_path):
+    """Four processes train; two, and then one, continue from what the four saved after step 3."""
+    expected = read_losses(pretrained)
+    for process in start_group(tmp_path / "four", 4):
+        finish(process)
+    assert read_losses(tmp_path / "four").keys() == expected.keys()
+    runs = [("four", 1)]
+    for name, number in (("two", 2), ("one", 1)):
+        folder = copy_run(tmp_path / "four", tmp_path / name, without=6)
+        (folder / "metrics.jsonl").unlink()
+        group = start_group(folder, number) if number > 1 else [start_process(folder)]
+        outputs = [finish(process) for process in group]
+        assert sum("trained: " in output for output in outputs) == 1  # process 0 speaks
+        runs.append((name, 4))
+    for name, first in runs:
+        losses = read_losses(tmp_path / name)
+        steps = range(first, 7)
+        assert sorted(losses) == list(steps)
+        np.testing.assert_allclose([losses[s] for s in steps], [expected[s] for s in steps], rtol=1e-5)
+        assert (tmp_path / name / "metrics.jsonl").read_text().count("\n") == len(steps)  # process 0 writes
+
+
+def test_a_process_that_never_starts_is_named(tmp_path):
+    for process in start_group(tmp_path / "run", 3, "--start_timeout=15", come=(0, 2)):
+        output = finish(process, 2)
+        assert "1 of 3 processes did not come within 15 s: 1; here are 0 (" in output and "Traceback" not in output
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
+    pair = start_group(tmp_path / "run", 2, *LONG)
+    wait_for_steps(pair[0], tmp_path / "run", 3)
+    pair[1].send_signal(signal.SIGTERM)
+    pair[1].send_signal(signal.SIGTERM)
+    for process in pair:
+        output = finish(process, 75)
+        assert "told to stop: step " in output
+    (step,) = Store(tmp_path / "run").steps()
+    assert len(read_losses(tmp_path / "run")) == step
+
+
+def test_two_signals_save_once(tmp_path):
+    process = start_process(tmp_path / "run", *LONG)
+    wait_for_steps(process, tmp_path / "run", 3)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    finish(process, 75)
+    (step,) = Store(tmp_path / "run").steps()
+    assert len(read_losses(tmp_path / "run")) == step
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 600 KiB, where this user may mount one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this user may not mount a file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_named_and_leaves_the_last_whole_checkpoint(small_disk):
+    output = finish(start_process(small_disk / "run", "--config.train.checkpoint_every=1", "--config.train.keep=9"), 2)
+    assert "a checkpoint could not be written; step" in output and "Traceback" not in output
+    (*_, newest) = Store(small_disk / "run").steps()
+    assert read_arrays(small_disk / "run", newest)["step"] == newest

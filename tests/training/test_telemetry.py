@@ -1,0 +1,195 @@
+"""What a run says of itself, and to whom: console, JSONL, TensorBoard, W&B; process 0 alone speaks."""
+
+import io
+import json
+import logging
+import struct
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from crossin_jax.models.spec import spec_from_architecture
+from crossin_jax.parallel.mesh import make_mesh
+from crossin_jax.training import telemetry as module
+from crossin_jax.training.state import abstract_model
+from crossin_jax.training.telemetry import Profiler, Telemetry, flops_per_token, is_recorded, peak_flops
+from tests.helpers import config_in, small_architecture
+
+GROUPS = [("base", "en"), ("x2x", "zh")]
+
+
+def metrics(loss: float = 2.0) -> dict[str, np.ndarray]:
+    """What a step returns: 30 learned tokens of base/en at 1.0 and 10 of x2x/zh at 5.0, out of 100."""
+    return {"loss": np.float32(loss), "count": np.float32(40), "tokens": np.float32(100), "grad_norm": np.float32(0.5),
+            "group_loss": np.float32([30, 50]), "group_count": np.float32([30, 10])}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Two seconds pass between readings."""
+    readings = iter(range(0, 1000, 2))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(readings))
+
+
+@pytest.fixture
+def start(tmp_path, clock):
+    """Starts a telemetry of ten steps that reports every second one."""
+    started = []
+
+    def start(**changes) -> Telemetry:
+        started.append(Telemetry(tmp_path, **{
+            "name": "mine", "start": 0, "num_steps": 10, "log_every": 2, "groups": GROUPS, "flops_per_token": 1e9,
+            "use_tensorboard": False, "use_wandb": False, "config": {"seed": 1}} | changes))
+        return started[-1]
+
+    yield start
+    for telemetry in started:
+        telemetry.close()
+
+
+def take_steps(telemetry: Telemetry, steps: int = 4) -> None:
+    for step in range(1, steps + 1):
+        telemetry.add(step, metrics(), 1e-4)
+
+
+def read_records(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_record_holds_all_there_is_to_know(start, tmp_path, monkeypatch):
+    device = types.SimpleNamespace(device_kind="TPU v5 lite", memory_stats=lambda: {"peak_bytes_in_use": 3 * 2**30})
+    for name in ("devices", "local_devices"):
+        monkeypatch.setattr(jax, name, lambda: [device] * 8)
+    take_steps(start())
+    first, second, third = read_records(tmp_path)
+    assert [record["step"] for record in (first, second, third)] == [1, 2, 4]  # the first step compiles: not timed
+    assert not {"tokens_per_second", "mfu", "seconds_left"} & first.keys()
+    host = third.pop("peak_host_memory_gib")
+    assert 0.05 < host < 100
+    assert third == {
+        "step": 4, "loss": 2.0, "losses": [2.0, 2.0], "grad_norm": 0.5, "learning_rate": 1e-4, "loss/base/en": 1.0,
+        "loss/x2x/zh": 5.0, "share/base/en": 0.75, "share/x2x/zh": 0.25, "tokens_per_second": 100.0,
+        "learned_tokens_per_second": 40.0, "seconds_left": 6.0, "mfu": pytest.approx(100 * 1e9 / (8 * 197e12)),
+        "peak_memory_gib": 3.0}
+
+
+def test_a_log_file_gets_a_line_per_report(start, capsys):
+    telemetry = start()
+    take_steps(telemetry)
+    telemetry.write({"step": 4, "held_out/loss": 1.25})
+    assert capsys.readouterr().err.splitlines() == [
+        "step 1/10 loss 2.000 norm 0.50 rate 1.00e-04",
+        "step 2/10 loss 2.000 norm 0.50 rate 1.00e-04 tok/s 50 left 0:00:16",
+        "step 4/10 loss 2.000 norm 0.50 rate 1.00e-04 tok/s 100 left 0:00:06",
+        "step 4/10 held-out loss 1.250"]
+
+
+def test_a_terminal_gets_a_bar_with_the_time_left(start, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    telemetry = start()
+    take_steps(telemetry)
+    telemetry._bar.refresh()
+    last = terminal.getvalue().split("\r")[-1]
+    assert "mine:  40%" in last and "| 4/10 [" in last and "<" in last and "tok/s=100" in last and "loss=2.000" in last
+
+
+def test_tensorboard_gets_every_number(start, tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+    telemetry = start(use_tensorboard=True)
+    take_steps(telemetry)
+    telemetry.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    data, values = file.read_bytes(), {}
+    while data:  # records of length, checksum, event, checksum
+        (length,) = struct.unpack("<Q", data[:8])
+        event = Event.FromString(data[12:12 + length])
+        values |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
+        data = data[16 + length:]
+    for record in read_records(tmp_path):
+        for name, value in record.items():
+            if isinstance(value, float):
+                assert values[record["step"], name] == pytest.approx(value)
+
+
+def test_wandb_gets_them_where_it_is_installed_and_asked_for(start, tmp_path, monkeypatch, caplog):
+    calls = []
+    run = types.SimpleNamespace(log=lambda values, step: calls.append((step, values)),
+                                finish=lambda: calls.append("finished"))
+    fake = types.SimpleNamespace(init=lambda **options: calls.append(options) or run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    telemetry = start(use_wandb=True)
+    take_steps(telemetry, 1)
+    telemetry.close()
+    assert calls[0]["name"] == "mine" and calls[0]["config"] == {"seed": 1}
+    assert calls[1][0] == 1 and calls[1][1]["loss/x2x/zh"] == 5.0 and calls[2] == "finished"
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with caplog.at_level(logging.WARNING):
+        take_steps(start(use_wandb=True), 1)
+    assert "wandb is not installed" in caplog.text
+
+
+def test_only_process_0_writes(start, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    telemetry = start(use_tensorboard=True, use_wandb=True)
+    take_steps(telemetry)
+    telemetry.write({"step": 4, "held_out/loss": 1.0})
+    assert not list(tmp_path.iterdir()) and capsys.readouterr().err == ""
+    with pytest.raises(FloatingPointError):  # but every process stops
+        telemetry.add(5, metrics(np.nan), 1e-4)
+        telemetry.add(6, metrics(), 1e-4)
+
+
+def test_a_fault_is_told_by_its_first_step(start):
+    telemetry = start(log_every=8)
+    telemetry.add(1, metrics(), 1e-4)
+    for step in range(2, 8):
+        telemetry.add(step, metrics(np.inf if step > 4 else 1.0), 1e-4)
+    with pytest.raises(FloatingPointError) as fault:
+        telemetry.add(8, metrics(), 1e-4)
+    assert fault.value.args == (5,)
+
+
+@pytest.mark.parametrize(("first", "last", "expected"), [
+    (1, 9, [("start", 4), ("stop", 6)]), (5, 9, [("start", 5), ("stop", 6)]), (7, 9, []),
+    (1, 5, [("start", 4), ("stop", 5)])])
+def test_the_profiler_runs_in_its_window(first, last, expected, tmp_path, monkeypatch):
+    """From the start, resumed inside the window or behind it, and ended inside it."""
+    calls = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(("start", step)))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(("stop", step)))
+    profiler = Profiler((4, 6), tmp_path)
+    for step in range(first, last + 1):
+        profiler.after(step, ())
+    profiler.close()
+    assert calls == expected
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    Profiler((4, 6), tmp_path).after(4, ())
+    assert calls == expected
+
+
+def test_what_is_recorded_is_found(start, tmp_path):
+    assert not is_recorded(tmp_path, 2, "held_out/")
+    telemetry = start()
+    take_steps(telemetry, 2)
+    telemetry.write({"step": 2, "held_out/loss": 1.0})
+    assert is_recorded(tmp_path, 2, "held_out/") and not is_recorded(tmp_path, 1, "held_out/")
+    assert not is_recorded(tmp_path, 2, "cross_mmlu")
+
+
+def test_flops_and_peaks():
+    """The count of a small model by hand: the embedding is tied, so it is a matrix that tokens pass through."""
+    spec = spec_from_architecture(small_architecture(), 300)
+    model = abstract_model(config_in("x", model=config_in("x").model), spec, make_mesh(config_in("x").mesh))
+    width, heads, kv, head, ff, layers = 32, 8, 2, 4, 48, 2
+    matrices = layers * (width * head * (2 * heads + 2 * kv) + 3 * width * ff) + 300 * width
+    norms = (2 * layers + 1) * width
+    assert flops_per_token(spec, model, 16) == 6 * (matrices + norms) + 12 * layers * heads * head * 16
+    for kind, peak in (("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("TPU v6e", 918e12), ("cpu", None),
+                       ("NVIDIA H100 80GB HBM3", 989e12)):
+        assert peak_flops(types.SimpleNamespace(device_kind=kind)) == peak
