@@ -182,9 +182,6 @@ class Train:
     checkpoint_every: int | None = setting(500, "steps between checkpoints; None only at the end", at_least=1)
     keep: int = setting(2, "newest checkpoints kept", at_least=1)
     keep_every: int | None = setting(None, "steps whose multiples are kept for good", at_least=1)
-    resume: bool = setting(True, "continue from the newest whole checkpoint in `output_dir`")
-    compilation_cache: str | None = setting("~/.cache/crossin_jax/xla", "folder of compiled programs kept across runs")
-    profile_steps: tuple[int, ...] = setting((), "profiled: after the first to after the second, e.g. (10, 12)")
     tensorboard: bool = setting(True, "write TensorBoard files")
 
 
@@ -322,9 +319,6 @@ def check(config: Config) -> Config:
                         f"train.accumulation={config.train.accumulation}; use a multiple of it")
     if config.train.benchmark_every and not config.evaluation.benchmarks:
         raise UserError(f"train.benchmark_every={config.train.benchmark_every}, but evaluation.benchmarks is empty")
-    window = config.train.profile_steps
-    if window and (len(window) != 2 or window[0] >= window[1]):
-        raise UserError(f"train.profile_steps={window}: give two steps, the first below the second, e.g. 10,12")
     for number in config.evaluation.prompts:
         if number not in range(1, 6):
             raise UserError(f"evaluation.prompts={config.evaluation.prompts} names prompt {number}; SeaEval has 1 to 5")

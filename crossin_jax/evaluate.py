@@ -22,7 +22,7 @@ from crossin_jax import config as settings
 from crossin_jax import program, provenance
 from crossin_jax.checkpoint.restore import restore_params
 from crossin_jax.config import Config, UserError
-from crossin_jax.data.pipeline import open_renderer, open_tokenizer
+from crossin_jax.data.pipeline import open_asker, open_tokenizer
 from crossin_jax.evaluation.predictions import Predictions
 from crossin_jax.evaluation.report import Run, print_table, read_pair, write_results
 from crossin_jax.evaluation.runner import describe_benchmarks, load_benchmarks, run_benchmarks
@@ -49,7 +49,7 @@ def evaluate(config: Config, checkpoint: str | Path | None, out: Path) -> tuple[
         tokenizer, trained = open_tokenizer(config), {"base": config.model.path, "adapter": adapter}
         check_tokenizer(config, tokenizer, spec)
         graphdef, state = model.graphdef, nnx.merge_state(*load_base(config, model.trainable, model.frozen))
-    renderer = open_renderer(config, tokenizer)
+    renderer = open_asker(config, tokenizer)
     engine = Engine(graphdef, state, spec, eos_ids=renderer.eos_ids, pad_id=renderer.pad_id, mesh=mesh,
                     batch_size=config.evaluation.batch_size, cache_dtype=config.evaluation.cache_dtype,
                     attention=config.model.attention)

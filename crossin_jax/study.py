@@ -32,7 +32,7 @@ from crossin_jax.evaluation.runner import answer_without_model
 from crossin_jax.evaluation.study_report import Table, write_study
 from crossin_jax.export import export
 from crossin_jax.study_cost import print_costs
-from crossin_jax.train import train
+from crossin_jax.train import keep_compiled, train
 
 FORMAT = 1  # raised when the same settings would give other results
 BUDGETS = ("steps", "examples", "tokens")
@@ -185,6 +185,7 @@ def define_flags() -> None:
 
 def main(arguments: Any) -> None:
     """Runs the study and prints its tables."""
+    keep_compiled()
     study = read_study(arguments)
     keys = cell_keys(study)
     chosen = slice(None)

@@ -12,7 +12,7 @@ import math
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from crossin_jax import program, provenance
 from crossin_jax.checkpoint.store import Store
 from crossin_jax.config import Config, UserError
 from crossin_jax.data.loader import make_loader
-from crossin_jax.data.pipeline import open_pipeline
+from crossin_jax.data.pipeline import open_asker, open_pipeline
 from crossin_jax.evaluation.metrics import evaluate
 from crossin_jax.evaluation.runner import run_benchmarks
 from crossin_jax.generation.engine import Engine
@@ -48,8 +48,11 @@ from crossin_jax.training.state import (
 from crossin_jax.training.step import COMPILER_OPTIONS, StepSettings, make_eval_step, make_train_step
 from crossin_jax.training.telemetry import Profiler, Telemetry, flops_per_token, group_metrics, is_recorded
 
+CACHE = "~/.cache/crossin_jax/xla"
 
-def train(config: Config, *, use_wandb: bool = False, kill_after: int | None = None) -> Path:
+
+def train(config: Config, *, resume: bool = True, use_wandb: bool = False, profile_steps: Sequence[int] = (),
+          kill_after: int | None = None) -> Path:
     """Runs one experiment to its last step and returns its folder; raises `SystemExit(75)` when told to stop."""
     output_dir = prepare_folder(config)
 
@@ -81,7 +84,7 @@ def train(config: Config, *, use_wandb: bool = False, kill_after: int | None = N
 
     with jax.set_mesh(mesh), hosts.Preemption() as preemption, Store(output_dir, config=config) as store:
         # ---- Resume
-        restored = store.restore_newest(abstract, config) if config.train.resume else None
+        restored = store.restore_newest(abstract, config) if resume else None
         if restored:
             state, position = restored
             state.frozen = load_base(config, model.frozen)[0] if config.model.path else model.frozen
@@ -95,9 +98,9 @@ def train(config: Config, *, use_wandb: bool = False, kill_after: int | None = N
                               log_every=config.train.log_every, use_wandb=use_wandb,
                               flops_per_token=flops_per_token(spec, model, config.data.length),
                               use_tensorboard=config.train.tensorboard, config=settings.to_dict(config))
-        profiler = Profiler(config.train.profile_steps, output_dir / "profile")
+        profiler = Profiler(profile_steps, output_dir / "profile")
         held_out_losses = HeldOut(batches_of, data.held_out, model, static, mesh)
-        benchmark_scores = Benchmarks(config, data.renderer, model, mesh)
+        benchmark_scores = Benchmarks(config, open_asker(config, data.tokenizer), model, mesh)
         begins = deque(maxlen=config.train.log_every + 1)  # (step, where its batch begins): no more wait for a report
 
         def due_evaluations(step: int) -> Iterator[tuple[str, Callable]]:
@@ -143,7 +146,7 @@ def train(config: Config, *, use_wandb: bool = False, kill_after: int | None = N
 
 
 def prepare_folder(config: Config) -> Path:
-    """Makes `output_dir` with the resolved configuration in it, and sets the compilation cache."""
+    """Makes `output_dir` with the resolved configuration in it."""
     if "://" in config.output_dir:
         raise UserError(f"output_dir={config.output_dir}: give a folder; a bucket can be mounted as one (docs/tpu.md)")
     folder = Path(config.output_dir).expanduser()
@@ -153,8 +156,6 @@ def prepare_folder(config: Config) -> Path:
         part.write_text(json.dumps(settings.to_dict(config), indent=2, ensure_ascii=False))
         os.replace(part, folder / "config.json")
     hosts.check_shared(folder)
-    if config.train.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.train.compilation_cache).expanduser()))
     return folder
 
 
@@ -209,12 +210,29 @@ class Benchmarks:
         return scores
 
 
+def keep_compiled(folder: str = CACHE) -> None:
+    """Keeps compiled programs in a folder across runs; one that JAX's environment variable names is left alone."""
+    if folder and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+
+
+def read_window(words: list[str]) -> tuple[int, ...]:
+    """The two steps of `--profile_steps`, or none."""
+    steps = tuple(int(word) for word in words if word.isdigit())
+    if words and (len(steps) != 2 or len(words) != 2 or steps[0] >= steps[1]):
+        raise UserError(f"--profile_steps={','.join(words)}: give two steps, the first below the second, e.g. 10,12")
+    return steps
+
+
 def define_flags() -> None:
     """Flags beside the configuration."""
     flags.DEFINE_string("coordinator", None, "host:port of process 0, where the cluster does not tell")
     flags.DEFINE_integer("num_processes", None, "processes of the run, with --coordinator")
     flags.DEFINE_integer("process_id", None, "number of this process, with --coordinator")
     flags.DEFINE_integer("start_timeout", 300, "seconds to wait for all processes")
+    flags.DEFINE_bool("resume", True, "continue from the newest whole checkpoint in output_dir")
+    flags.DEFINE_list("profile_steps", [], "profiled: after the first to after the second, e.g. 10,12")
+    flags.DEFINE_string("compilation_cache", CACHE, "folder of compiled programs kept across runs; empty: none")
     flags.DEFINE_bool("selftest_resume", False, "kill and continue a short run here, and compare it bit by bit")
     flags.DEFINE_integer("kill_after", None, "step after which the self-test kills its run")
     flags.DEFINE_bool("wandb", False, "log to Weights & Biases too, where it is installed")
@@ -226,8 +244,11 @@ def main(config: Config, arguments: Any) -> int | None:
     if arguments.selftest_resume:
         found = hosts.find_place(*place, arguments.start_timeout)
         return run_selftest(config.output_dir, process=found.process_id if found else 0)
+    profile_steps = read_window(arguments.profile_steps)
+    keep_compiled(arguments.compilation_cache)
     hosts.start(*place, timeout_seconds=arguments.start_timeout)
-    folder = train(config, use_wandb=arguments.wandb, kill_after=arguments.kill_after)
+    folder = train(config, resume=arguments.resume, use_wandb=arguments.wandb, profile_steps=profile_steps,
+                   kill_after=arguments.kill_after)
     if jax.process_index() == 0:
         print(f"trained: {folder}; next: python -m crossin_jax.evaluate --checkpoint {folder}")
     return 0

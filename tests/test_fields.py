@@ -17,7 +17,7 @@ import pytest
 
 from crossin_jax import train as train_program
 from crossin_jax.checkpoint.store import Store
-from crossin_jax.config import Component, Config, Data, Lora, Source, Train, UserError, check
+from crossin_jax.config import Component, Config, Data, Source, Train, UserError, check
 from crossin_jax.data import loader as loading
 from crossin_jax.data.corpus import load_corpus
 from crossin_jax.data.pipeline import open_asker, open_pipeline, open_tokenizer
@@ -65,11 +65,16 @@ def corpus(config: Config) -> tuple:
     return len(found), [repr(found[i]) for i in range(len(found))]
 
 
+def digest(rows: np.ndarray) -> str:
+    return f"{rows.shape} {hashlib.sha256(rows.tobytes()).hexdigest()}"
+
+
 def batches(config: Config) -> list[str]:
     """Three batches of the mixture, and how it is made."""
     data = open_pipeline(config)
     made = loading.make_loader(data.mixture, data.renderer, config.data, batch_size=4, seed=config.seed)
-    texts = [hashlib.sha256(next(made)[f"{name}_BT"].tobytes()).hexdigest() for _ in range(3) for name in loading.FIELDS]
+    texts = [digest(rows) for _ in range(3) for rows in next(made).values()]
+    made.close()
     return [*texts, str(made._workers), str(data.held_out is not None), str(made.groups)]
 
 
@@ -92,15 +97,17 @@ def store(config: Config) -> tuple:
 class Engine:
     """Writes nothing, knows nothing, remembers how it was made and what it was asked."""
 
+    max_length = 1000
+
     def __init__(self, *_, **options):
         self.asked = ENGINES
-        self.asked.append({name: str(value) for name, value in options.items() if name in ("batch_size", "cache_dtype")})
+        self.asked.append((options["batch_size"], options["cache_dtype"]))
 
-    def score(self, prompts, continuations, progress):
+    def score(self, prompts, continuations, **_):
         self.asked.append([ids.tolist() for ids in prompts])
         return [np.zeros(len(entry)) for entry in continuations]
 
-    def generate(self, prompts, detokenize, progress, **options):
+    def generate(self, prompts, detokenize, **options):
         self.asked.append(([ids.tolist() for ids in prompts], options))
         return [[] for _ in prompts]
 
@@ -177,14 +184,11 @@ def run(config: Config) -> list:
         "abstract_state": lambda *_: None, "make_train_step": lambda *_: None, "flops_per_token": lambda *_: 1,
         "to_mesh": lambda batch, mesh: batch, "open_asker": lambda *_: None,
         "start_state": lambda *_: types.SimpleNamespace(step=0)}
-    before = jax.config.jax_compilation_cache_dir
     with pytest.MonkeyPatch.context() as patch:
         for name, stand_in in stand_ins.items():
             patch.setattr(train_program, name, stand_in)
         patch.setattr(jax, "jit", lambda function, **_: step)
         told.append(train_program.train(config))
-    told.append(jax.config.jax_compilation_cache_dir)
-    jax.config.update("jax_compilation_cache_dir", before)
     return told
 
 
@@ -208,7 +212,7 @@ def bases(pretrained, tmp_path_factory) -> dict[str, Config]:
     files["questions"] = write_lines(folder / "questions.jsonl", questions)
     lora = config_in(folder / "lora", str(pretrained / "model"))
     new = config_in(folder / "new")
-    new.train = dataclasses.replace(new.train, tensorboard=True, compilation_cache=str(folder / "cache"))
+    new.train = dataclasses.replace(new.train, tensorboard=True)
     parts = Data(sources=(Source(name="rows", path=files["rows"]), Source(name="more", path=files["more"])),
                  components=(Component(kind="base", source="rows"), Component(kind="x2x", source="rows")), length=512,
                  languages=("en", "zh", "vi", "es"))
@@ -216,8 +220,7 @@ def bases(pretrained, tmp_path_factory) -> dict[str, Config]:
     asks = dataclasses.replace(data, evaluation=dataclasses.replace(
         lora.evaluation, benchmarks=(files["questions"],), languages=("en", "zh"), prompts=(1, 2), method="generate"))
     trains = dataclasses.replace(lora, train=Train(
-        steps=6, batch_size=8, log_every=2, eval_every=2, benchmark_every=3, checkpoint_every=2, tensorboard=False,
-        compilation_cache=str(folder / "cache")))
+        steps=6, batch_size=8, log_every=2, eval_every=2, benchmark_every=3, checkpoint_every=2, tensorboard=False))
 
     def component(kind: str) -> Config:
         return dataclasses.replace(data, data=dataclasses.replace(parts, components=(
@@ -250,7 +253,7 @@ TABLE = {
     "Lora.path": ("LORA", "lora.path", "/no/where", shapes),
     "Lora.released_code_compatible": ("LORA", "lora.released_code_compatible", True, shapes),
     "Source.name": ("DATA", "data.sources.0.name", "other", batches),
-    "Source.kind": ("DATA", "data.sources.0.kind", "columns", corpus),
+    "Source.kind": ("DATA", "data.sources.0.kind", "csv", corpus),
     "Source.path": ("DATA", "data.sources.0.path", "{more}", corpus),
     "Source.split": ("LORA", "data.sources.0.split", "dev", corpus),
     "Source.languages": ("DATA", "data.sources.0.languages", ("en", "zh"), corpus),
@@ -288,7 +291,7 @@ TABLE = {
     "Mesh.tensor": ("NEW", "mesh.tensor", 2, mesh),
     **{f"Train.{name}": ("TRAINS", f"train.{name}", value, run) for name, value in {
         "steps": 5, "batch_size": 16, "log_every": 3, "eval_every": 3, "benchmark_every": 2, "checkpoint_every": 3,
-        "resume": False, "compilation_cache": "/tmp/other", "profile_steps": (2, 3), "tensorboard": True}.items()},
+        "tensorboard": True}.items()},
     "Train.epochs": ("EPOCHS", "train.epochs", 2.0, run),
     "Train.accumulation": ("LORA", "train.accumulation", 2, program),
     "Train.loss_chunk": ("LORA", "train.loss_chunk", 8, program),
@@ -298,6 +301,7 @@ TABLE = {
         "benchmarks": ("cross_world:dev",), "languages": ("en", "es"), "method": "both", "prompts": (1, 3), "shots": 1,
         "mode": "strict", "template": "plain", "max_new_tokens": 9, "batch_size": 4, "temperature": 0.5, "top_k": 5,
         "top_p": 0.5, "cache_dtype": "bfloat16", "limit": 3}.items()},
+    "Evaluation.over_long": ("LONG", "evaluation.over_long", "skip", benchmark),
     "Config.name": ("TRAINS", "name", "other", run),
     "Config.seed": ("DATA", "seed", 7, batches),
     "Config.output_dir": ("NEW", "output_dir", "{folder}/other", store),
@@ -330,6 +334,9 @@ def base_of(name: str, bases: dict) -> Config:
     elif name == "SHORT":
         config = copy.deepcopy(bases["DATA"])
         config.data.length = 170
+    elif name == "LONG":
+        config = copy.deepcopy(bases["ASKS"])
+        config.evaluation.max_new_tokens = 1000
     elif name == "EPOCHS":
         config = copy.deepcopy(bases["TRAINS"])
         config.train.steps = None
@@ -369,7 +376,8 @@ def test_a_changed_field_changes_what_comes_of_it(field, bases):
     key = (name, look)
     if key not in SEEN:
         SEEN[key] = observe(name, None, None, look, bases)
-        assert name == "HUB" or name == "APART" or not str(SEEN[key]).startswith("UserError"), SEEN[key]
+        assert observe(name, None, None, look, bases) == SEEN[key]  # the same twice, else a change says nothing
+        assert name in ("HUB", "APART", "LONG") or not str(SEEN[key]).startswith("UserError"), SEEN[key]
     changed = observe(name, path, value, look, bases)
     assert changed != SEEN[key]
     assert not isinstance(changed, str) or "Error: " not in changed[:30] or changed.startswith("UserError"), changed

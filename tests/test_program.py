@@ -30,11 +30,11 @@ def parse():
 
 def test_overrides_take_the_type_of_their_field(parse):
     config = parse(f"--config={QUICKSTART}", "--config.optim.learning_rate=1e-4", "--config.train.steps=7",
-                   "--config.data.languages=en,zh", "--config.evaluation.prompts=1,3", "--config.train.resume=false",
+                   "--config.data.languages=en,zh", "--config.evaluation.prompts=1,3", "--config.data.packing=false",
                    "--config.optim.clip_norm=none", "--config.lora.rank=8", "--config.model.path=some/where")
     assert (config.optim.learning_rate, config.train.steps, config.lora.rank) == (1e-4, 7, 8)
     assert (config.data.languages, config.evaluation.prompts) == (("en", "zh"), (1, 3))
-    assert (config.train.resume, config.optim.clip_norm, config.model.path) == (False, None, "some/where")
+    assert (config.data.packing, config.optim.clip_norm, config.model.path) == (False, None, "some/where")
 
 
 @pytest.mark.parametrize(("argument", "words"), [
@@ -62,6 +62,7 @@ def test_a_configuration_that_fails_says_where(tmp_path):
     (("--config", "configs/quickstart.py:x2y"), "choose pretrain or one of base, x2x"),
     (("--config", QUICKSTART, "--config.train.steps=many"), "train.steps=many"),
     (("--config", QUICKSTART, "--confog.x=1"), "confog"),
+    (("--config", QUICKSTART, "--profile_steps=12,10"), "--profile_steps=12,10: give two steps"),
     (("--config", QUICKSTART, "extra"), "unexpected argument 'extra'"),
     (("--config", QUICKSTART, "--config.output_dir=/proc/x"), "/proc/x"),
     (("--config", QUICKSTART, "--config.model.path=/no/where"), "/no/where: no such folder"),

@@ -189,6 +189,21 @@ def test_a_run_continues_on_another_mesh(pretrained, tmp_path):
         np.testing.assert_allclose([losses[s] for s in (4, 5, 6)], [expected[s] for s in (4, 5, 6)], rtol=1e-5)
 
 
+def test_compiled_programs_are_kept_where_nobody_said_where(tmp_path, monkeypatch):
+    before = jax.config.jax_compilation_cache_dir
+    train_program.keep_compiled(str(tmp_path / "other"))
+    assert jax.config.jax_compilation_cache_dir == before  # the environment variable goes first
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        train_program.keep_compiled("")
+        assert jax.config.jax_compilation_cache_dir is None
+        monkeypatch.setenv("HOME", str(tmp_path))
+        train_program.keep_compiled()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / ".cache/crossin_jax/xla")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
 def test_another_experiment_is_refused(pretrained, adapted, tmp_path):
     changed = dataclasses.replace(tiny.get_config().optim, learning_rate=1e-3)
     with pytest.raises(UserError, match=r"optim.learning_rate: 0.01 -> 0.001"):
@@ -242,9 +257,9 @@ def test_a_tokenizer_of_another_model_is_refused(pretrained, tmp_path):
 
 def test_benchmarks_and_profiler_run_during_training(adapted, pretrained, tmp_path):
     config = config_in(tmp_path / "run", str(pretrained / "model"))
-    config.train = dataclasses.replace(config.train, benchmark_every=3, profile_steps=(2, 3))
+    config.train = dataclasses.replace(config.train, benchmark_every=3)
     config.evaluation = dataclasses.replace(config.evaluation, method="choices", limit=4)
-    train(config)
+    train(config, profile_steps=(2, 3))
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     scored = [record for record in records if "cross_world:dev/sum/p0/AC3_2" in record]
     assert [record["step"] for record in scored] == [3, 6]

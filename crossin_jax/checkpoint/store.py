@@ -25,9 +25,8 @@ from crossin_jax.training.step import TrainState
 
 # fields that may differ between a checkpoint and the run that continues it
 MAY_CHANGE = ("name", "output_dir", "mesh.", "train.log_every", "train.eval_every", "train.benchmark_every",
-              "train.checkpoint_every", "train.keep", "train.resume", "train.compilation_cache", "train.profile_steps",
-              "train.tensorboard", "train.loss_chunk", "evaluation.", "data.workers",
-              "data.eval_sources", "model.attention", "model.remat")
+              "train.checkpoint_every", "train.keep", "train.tensorboard", "train.loss_chunk", "evaluation.",
+              "data.workers", "data.eval_sources", "model.attention", "model.remat")
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -194,7 +193,7 @@ def check_same_experiment(stored: dict[str, Any], config: Config, place: Path) -
         lines = "; ".join(f"{name}: {before.get(name)!r} -> {now.get(name)!r}" for name in changed[:4])
         raise UserError(f"{place}: the configuration changed since this checkpoint: {lines}"
                         f"{' …' if len(changed) > 4 else ''}\n"
-                        "use another output_dir, delete the checkpoint, or set --config.train.resume=false")
+                        "use another output_dir, delete the checkpoint, or say --noresume")
 
 
 def flatten_dict(values: Any, prefix: str = "") -> dict[str, Any]:

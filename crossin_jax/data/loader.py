@@ -144,7 +144,7 @@ class Loader:
         for name, value in mine.items():
             if state.get(name) != value:
                 raise UserError(f"the data changed since the checkpoint: {name} was {state.get(name)!r}, is {value!r}; "
-                                f"restore the settings, or start anew with another output_dir or train.resume=False")
+                                f"restore the settings, or start anew with another output_dir or with --noresume")
         self.go_to((int(state["window"]), int(state["row"])))
 
 

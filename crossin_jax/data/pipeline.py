@@ -41,6 +41,12 @@ def open_renderer(config: Config, tokenizer: Any) -> Renderer:
                                                                     strict=True) if component.template is not None})
 
 
+def open_asker(config: Config, tokenizer: Any) -> Renderer:
+    """The renderer of the benchmarks: training's, or that of `evaluation.template`."""
+    data = dataclasses.replace(config.data, template=config.evaluation.template or config.data.template)
+    return open_renderer(dataclasses.replace(config, data=data), tokenizer)
+
+
 def open_tokenizer(config: Config, corpora: dict[str, Corpus] | None = None) -> Any:
     """The tokenizer of the model; a new model's is trained on its text once and kept in `output_dir/tokenizer`."""
     if config.model.tokenizer or config.model.path:

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 STEPS, SAVED, KILLED = 6, 3, 4  # a run of six steps, saved after the third, killed after the fourth
 OVERRIDES = {"train.steps": STEPS, "train.checkpoint_every": SAVED, "train.log_every": 1, "train.keep": 9,
              "train.keep_every": "none", "train.eval_every": "none", "train.benchmark_every": "none",
-             "train.resume": "true", "train.tensorboard": "false", "train.profile_steps": "()"}
+             "train.tensorboard": "false"}
 
 
 def run_selftest(output_dir: str, *, process: int, start: Callable[[list[str], Path], int] | None = None) -> int:
@@ -56,8 +56,9 @@ def say(process: int, text: str) -> None:
 
 def start_child(more: list[str], log: Path) -> int:
     """Runs this command once more with other settings; its output is shown only where it fails by itself."""
-    names = [f"--config.{name}=" for name in OVERRIDES] + ["--config.output_dir=", "--selftest_resume"]
-    command = [argument for argument in sys.orig_argv[1:] if not argument.startswith(tuple(names))]
+    names = ("--config.output_dir=", "--selftest_resume", "--noresume", "--profile_steps", "--wandb",
+             *(f"--config.{name}=" for name in OVERRIDES))
+    command = [argument for argument in sys.orig_argv[1:] if not argument.startswith(names)]
     command = [sys.executable, *command, *(f"--config.{name}={value}" for name, value in OVERRIDES.items()), *more]
     # GPUs add up in any order unless they are told not to; other backends do not know the flag's subject
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()

@@ -5,8 +5,7 @@ from crossin_jax.config import Architecture, Component, Config, Data, Evaluation
 
 def get_config(variant: str = "pretrain") -> Config:
     """"pretrain", or a folder of weights to adapt."""
-    train = Train(steps=6, batch_size=8, log_every=1, checkpoint_every=3, keep=3, tensorboard=False, loss_chunk=16,
-                  compilation_cache=None)
+    train = Train(steps=6, batch_size=8, log_every=1, checkpoint_every=3, keep=3, tensorboard=False, loss_chunk=16)
     optim = Optim(learning_rate=1e-2, warmup_share=0.0)
     if variant == "pretrain":
         return Config(
