@@ -23,6 +23,7 @@ from crossin_jax.generation.plan import (
     bucket,
     coarsen,
     find_stop,
+    leave_out_beginnings,
     power_of_two,
     share_prefixes,
 )
@@ -129,7 +130,8 @@ class Engine:
               progress: bool = True) -> list[np.ndarray | None]:
         """The summed log-likelihood of each continuation given its prompt, (C,) float64 per prompt.
 
-        A prompt is read once for all its continuations. One too long for `max_length` (the last token of a continuation
+        A prompt is read once for all its continuations, and a continuation that another begins with is not read again.
+        A prompt too long for `max_length` (the last token of a continuation
         is not read) raises `UserError`, or yields None with over_long="skip".
         """
         return [judged and judged[0] for judged in self.judge(prompts, continuations, over_long=over_long,
@@ -148,15 +150,17 @@ class Engine:
         fits = self._fitting(tokens, [max(map(len, entry)) - 1 for entry in choices],
                              "the longest continuation but its last token", over_long)
         results: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(tokens)
+        kept, places = zip(*map(leave_out_beginnings, choices), strict=True) if choices else ((), ())
+        read = [[entry[k] for k in some] for entry, some in zip(choices, kept, strict=True)]
         pending: deque = deque()
 
         def collect():
             members, judged = pending.popleft()
             scores_BCK, best_BCK = (np.asarray(x).swapaxes(0, 1) for x in judged)
             for i, scores_CK, best_CK in zip(members, scores_BCK.astype(np.float64), best_BCK, strict=False):
-                sizes = [len(choice) for choice in choices[i]]
-                results[i] = (np.array([scores[:n].sum() for scores, n in zip(scores_CK, sizes, strict=False)]),
-                              np.array([best[:n].all() for best, n in zip(best_CK, sizes, strict=False)]))
+                where = [(c, len(choice)) for c, choice in zip(places[i], choices[i], strict=True)]
+                results[i] = (np.array([scores_CK[c, :n].sum() for c, n in where]),
+                              np.array([best_CK[c, :n].all() for c, n in where]))
                 if not np.isfinite(results[i][0]).all():
                     raise UserError(f"prompt {i}: log-likelihoods {NOT_FINITE}")
             bar.update(len(members))
@@ -164,9 +168,9 @@ class Engine:
         with tqdm(total=len(fits), desc="score", unit="prompt", disable=not progress, delay=2) as bar:
             for group in self._groups(tokens, sorted(fits)):
                 prefix = self._read_prefix(group.prefix, self.programs.score_dtype)
-                for shape, members in self._scoring_batches(group, tokens, choices):
+                for shape, members in self._scoring_batches(group, tokens, read):
                     rests = [tokens[i][len(group.prefix):] for i in members]
-                    pending.append((members, self.programs.score(prefix, shape, rests, [choices[i] for i in members])))
+                    pending.append((members, self.programs.score(prefix, shape, rests, [read[i] for i in members])))
                     if len(pending) > 2:  # one runs and one waits while the host prepares the next
                         collect()
             while pending:
@@ -273,15 +277,17 @@ class Engine:
                          ) -> Iterator[tuple[tuple[int, int, int, int], list[int]]]:
         """((B, T, C, K), members) of every call."""
         C = bucket(max(len(choices[i]) for i in group.members), CHOICE_BUCKETS)
-        K = 1 + bucket(max(len(choice) for i in group.members for choice in choices[i]) - 1, TAIL_BUCKETS)
         P = bucket(len(group.prefix), self.buckets) if len(group.prefix) else 0
-        sizes = coarsen([len(tokens[i]) - len(group.prefix) for i in group.members], self.buckets)
-        for T in sorted(set(sizes)):
-            members = [i for i, size in zip(group.members, sizes, strict=True) if size == T]
-            most = max(1, self.programs.batch_size * SCORED_TOKENS // (P + T + C * K))
-            B = self.programs.whole_rows(min(1 << most.bit_length() - 1, power_of_two(len(members))))
-            for start in range(0, len(members), B):
-                yield (B, T, C, K), members[start:start + B]
+        tails = coarsen([max(map(len, choices[i])) - 1 for i in group.members], TAIL_BUCKETS, weight=C)
+        for tail in sorted(set(tails)):
+            alike = [i for i, size in zip(group.members, tails, strict=True) if size == tail]
+            sizes = coarsen([len(tokens[i]) - len(group.prefix) for i in alike], self.buckets)
+            for T in sorted(set(sizes)):
+                members = [i for i, size in zip(alike, sizes, strict=True) if size == T]
+                most = max(1, self.programs.batch_size * SCORED_TOKENS // (P + T + C * (tail + 1)))
+                B = self.programs.whole_rows(min(1 << most.bit_length() - 1, power_of_two(len(members))))
+                for start in range(0, len(members), B):
+                    yield (B, T, C, tail + 1), members[start:start + B]
 
     def _read_prefix(self, prefix: np.ndarray, dtype: Any) -> Any:
         return self.programs.read_prefix(prefix, bucket(len(prefix), self.buckets), dtype) if len(prefix) else None

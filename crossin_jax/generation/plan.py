@@ -33,8 +33,9 @@ def bucket(size: int, buckets: Sequence[int]) -> int:
     return buckets[i]
 
 
-def coarsen(sizes: Sequence[int], buckets: Sequence[int]) -> list[int]:
-    """A bucket for each size, chosen so that padding and `PROGRAM_COST` per bucket in use are least together."""
+def coarsen(sizes: Sequence[int], buckets: Sequence[int], weight: int = 1) -> list[int]:
+    """A bucket for each size, chosen so that padding, `weight` times, and `PROGRAM_COST` per bucket in use are least
+    together."""
     counts = Counter(bucket(size, buckets) for size in sizes)
     used = sorted(counts)
     best = [(0, 0)]  # for the first i buckets: their cost, and how many of them come before the last one chosen
@@ -42,7 +43,7 @@ def coarsen(sizes: Sequence[int], buckets: Sequence[int]) -> list[int]:
         members, options = 0, []
         for start in range(i - 1, -1, -1):
             members += counts[used[start]]
-            options.append((best[start][0] + members * size + PROGRAM_COST, start))
+            options.append((best[start][0] + weight * members * size + PROGRAM_COST, start))
         best.append(min(options))
     chosen, end = {}, len(used)
     while end:
@@ -97,6 +98,20 @@ def common_length(a: np.ndarray, b: np.ndarray) -> int:
     size = min(len(a), len(b))
     differ = np.flatnonzero(a[:size] != b[:size])
     return int(differ[0]) if len(differ) else size
+
+
+def leave_out_beginnings(choices: Sequence[np.ndarray]) -> tuple[list[int], list[int]]:
+    """The choices that are no beginning of another, and for every choice the place among those of one that begins so.
+
+    The letter "(A)" is read off the choice "(A) Paris".
+    """
+    kept: list[int] = []
+    for i in sorted(range(len(choices)), key=lambda i: -len(choices[i])):
+        if not any(common_length(choices[k], choices[i]) == len(choices[i]) for k in kept):
+            kept.append(i)
+    kept.sort()
+    return kept, [next(place for place, k in enumerate(kept) if common_length(choices[k], choice) == len(choice))
+                  for choice in choices]
 
 
 def pad(rows: Sequence[np.ndarray], length: int, value: int) -> np.ndarray:
