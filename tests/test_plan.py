@@ -1,0 +1,132 @@
+"""The plan of a run: what it counts, what it needs, what it proposes; compiled for TPUs that are not there."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from crossin_jax.config import Config, Data, Evaluation, Lora, Mesh, Model, Train
+from crossin_jax.models.spec import spec_from_hf, spec_to_hf
+from crossin_jax.parallel.topology import open_topology
+from crossin_jax.plan import changes, describe_change, find_change, make_plan, render
+from tests.conftest import REPOSITORY
+from tests.models.published import CHECKPOINTS
+from tests.parallel.tpu import topology
+
+ROWS, T = 8, 256
+SPEC = dataclasses.replace(spec_from_hf(CHECKPOINTS["meta-llama/Llama-2-7b-hf"][0], "llama"), width=256, ff_width=512,
+                           num_layers=3, num_heads=2, num_kv_heads=2, vocab_size=1024, max_length=1024)
+LAYER = 4 * 256 * 256 + 3 * 256 * 512  # numbers in the matrices of a layer
+TOKENS = ROWS * T // 4  # per chip
+
+
+def config_of(folder, **changes) -> Config:
+    """Full fine-tuning of a model of which only config.json exists."""
+    (folder / "config.json").write_text(json.dumps(spec_to_hf(SPEC)))
+    return dataclasses.replace(Config(
+        model=Model(path=str(folder)), mesh=Mesh(fsdp=4), data=Data(length=T), train=Train(steps=7200, batch_size=ROWS),
+        evaluation=Evaluation(benchmarks=("cross_mmlu",), batch_size=4, max_new_tokens=32)), **changes)
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """The configuration and its plan."""
+    topology("v5e:2x2")
+    config = config_of(tmp_path_factory.mktemp("model"))
+    return config, make_plan(config, "v5e:2x2")
+
+
+def test_the_training_step_is_counted_to_the_last_product(planned):
+    _, plan = planned
+    train = plan.phases["train"]
+    # forward and two products backward, for every matrix that tokens pass; the embedding is a look-up
+    assert train.flops - train.kernel_flops == 3 * 2 * TOKENS * (3 * LAYER + 1024 * 256)
+    # one tile of attention per row and head: 2 products forward, 3 + 4 backward
+    assert train.kernel_flops == 3 * 9 * 2 * T * T * 128 * 2 * (ROWS // 4)
+    assert sum(train.sent_bytes.values()) > 0 and 0 < train.matrix_cycles < train.cycles
+
+
+def test_memory_is_that_of_the_sharded_state(planned):
+    _, plan = planned
+    train, limit = plan.phases["train"], topology("v5e:2x2").hbm_limit
+    norms = (2 * 3 + 1) * 256
+    state = 3 * 4 * ((SPEC.num_parameters - norms) // 4 + norms)  # weights and two moments in float32; norms are whole
+    batch = 5 * 4 * TOKENS + TOKENS
+    assert state + batch <= train.argument_bytes <= state + batch + 64  # the counters of the steps
+    assert train.argument_bytes < train.peak_bytes < limit == plan.hbm_limit and plan.fits
+    assert plan.read_bytes == 2 * SPEC.num_parameters  # one host, every number once, in bfloat16
+    assert plan.host_peak_bytes >= 1024 * 256 * 2 and abs(plan.saved_bytes - 4 * state) < 64
+    assert set(os.listdir(planned[0].model.path)) == {"config.json"}
+
+
+def test_prefill_and_decoding_are_the_engines(planned):
+    _, plan = planned
+    prefill, decode = plan.phases["prefill"], plan.phases["decode"]
+    matrices, head = 3 * LAYER, 1024 * 256
+    assert prefill.flops - prefill.kernel_flops == 2 * (T * matrices + head)  # one prompt per chip; one row of logits
+    slots = T + 32  # room for prompts and for what is drawn, all of which a step attends to
+    assert decode.flops == 2 * (matrices + head + 3 * 2 * slots * 256)
+    assert decode.argument_bytes > 2 * 3 * slots * 256 * 2  # the cache of one row per chip
+
+
+def test_floors_follow_from_the_data_sheet(planned):
+    config, plan = planned
+    train = plan.phases["train"]
+    assert train.floor_seconds == max(train.flops / 197e12, train.argument_bytes / 8.19e11)
+    assert plan.hours_floor == pytest.approx(2 * train.floor_seconds)
+    text = render(plan)
+    assert "7,200 steps take at least" in text and "HBM, peak of 15.75 GiB" in text and text.endswith("fits")
+    json.dumps(dataclasses.asdict(plan))
+
+
+def test_the_smallest_change_that_fits_is_found_by_compiling(planned):
+    config, plan = planned
+    config = dataclasses.replace(config, evaluation=Evaluation())
+    slice_ = dataclasses.replace(topology("v5e:2x2"), hbm_limit=plan.phases["train"].peak_bytes - 1)
+    failed = dataclasses.replace(plan, phases={"train": plan.phases["train"]}, fits=False)
+    better = find_change(config, slice_, failed)
+    assert better.change == {"model.remat": "dots"} and better.phases["train"].peak_bytes <= slice_.hbm_limit
+    assert describe_change(better.change) == "--config.model.remat=dots"
+    hopeless = dataclasses.replace(slice_, hbm_limit=plan.phases["train"].argument_bytes // 2)
+    assert find_change(config, hopeless, failed) is None  # the state alone is too big everywhere: nothing is compiled
+
+
+def test_changes_go_from_cheap_to_dear(tmp_path):
+    slice_ = topology("v5e:2x2")
+    asked = dataclasses.replace(config_of(tmp_path), mesh=Mesh(), train=Train(batch_size=16, accumulation=4))
+    tried = list(changes(asked, slice_))
+    assert tried[:3] == [{"model.remat": "dots"}, {"model.remat": "full"},
+                         {"model.remat": "full", "train.accumulation": 8}]
+    meshes = [change for change in tried if "mesh.fsdp" in change]
+    assert meshes[0] == {"mesh.data": None, "mesh.fsdp": 4, "mesh.tensor": 1} and meshes[-1]["mesh.tensor"] == 4
+    assert tried.index(meshes[0]) > tried.index({"model.remat": "full", "train.accumulation": 16})
+
+
+def test_lora_pairs_are_sharded_on_both_sides(tmp_path):
+    slice_ = topology("v5e:2x2")
+    config = config_of(tmp_path, lora=Lora(rank=8, modules_to_save=()))
+    from crossin_jax.parallel.mesh import make_mesh
+    from crossin_jax.training.state import abstract_model
+    model = abstract_model(config, SPEC, make_mesh(config.mesh, list(slice_.devices)))
+    assert all(leaf.sharding.shard_shape(leaf.shape) != leaf.shape for leaf in jax.tree.leaves(model.trainable))
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--topology=v5e:3x3"], "v5e:4x4"), (["--topology=v9:2x2"], "v4, v5e, v5p, v6e"), ([], "--topology is missing"),
+    (["--topology=v5e:2x2", "--config.mesh.fsdp=3"], "4 devices"),
+    (["--topology=v5e:2x2", "--config.train.batch_size=6"], "use 4 or 8")])
+def test_what_cannot_be_planned_is_refused_in_a_line(tmp_path, arguments, words):
+    topology("v5e:2x2")
+    config_of(tmp_path)
+    (tmp_path / "c.py").write_text(
+        "from crossin_jax.config import *\ndef get_config():\n"
+        f"    return Config(model=Model(path={str(tmp_path)!r}), mesh=Mesh(fsdp=4))\n")
+    command = [sys.executable, "-m", "crossin_jax.plan", f"--config={tmp_path}/c.py", *arguments]
+    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""})
+    assert run.returncode == 2 and run.stderr.startswith("error: ") and words in run.stderr, run.stderr
+    assert len(run.stderr.strip().splitlines()) <= 3 and not run.stdout
+    assert open_topology("v5e:2x2").num_hosts == 1
