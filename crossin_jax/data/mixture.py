@@ -273,8 +273,10 @@ class Mixture(Sequence):
         used = dict.fromkeys(component.source for component in self.data.components)
         components = []
         for c, (label, pool, size) in enumerate(zip(self.labels, self.pools, self.sizes, strict=True)):
-            chosen = dataclasses.asdict(pool.component) | {"tag": pool.component.tag or self.data.tag}
+            chosen = dataclasses.asdict(pool.component)
             del chosen["template"]  # how a text is laid out is the renderer's; its hash travels beside this one
+            if chosen["tag"] is None:  # then `data.tag` below decides
+                del chosen["tag"]
             components.append({"name": label, **chosen, "rows": len(pool), "examples": int(size),
                                "pairs": {f"{a}>{b}": n for (a, b), n in sorted(self.count_pairs(c).items())}})
         decides = {

@@ -9,6 +9,7 @@ from crossin_jax.config import Config
 from crossin_jax.data.corpus import Corpus
 from crossin_jax.data.mixture import Mixture, held_out, label_components, load_corpora
 from crossin_jax.data.prompts import Renderer, load_tokenizer
+from crossin_jax.data.templates import load_template
 from crossin_jax.data.world import tokenizer_lines, train_tokenizer
 
 
@@ -35,10 +36,12 @@ def open_pipeline(config: Config) -> Pipeline:
 def open_renderer(config: Config, tokenizer: Any) -> Renderer:
     """The one renderer of an experiment, for training and evaluation alike."""
     make = partial(Renderer, tokenizer, system=config.data.system, tokenization=config.data.tokenization)
-    components = config.data.components
-    return make(config.data.template, others={
-        label: make(component.template) for label, component in zip(label_components(components), components,
-                                                                    strict=True) if component.template is not None})
+    others, components = {}, config.data.components
+    for i, (label, component) in enumerate(zip(label_components(components), components, strict=True)):
+        if component.template is not None:
+            load_template(component.template, f"data.components[{i}].template")  # a fault names this place
+            others[label] = make(component.template)
+    return make(config.data.template, others=others)
 
 
 def open_asker(config: Config, tokenizer: Any) -> Renderer:

@@ -55,20 +55,23 @@ TEMPLATES: dict[str, Template] = {
 }
 
 
-def load_template(name: str) -> Template | None:
-    """A built-in template, or a JSON file with its fields, as the release's template files are; None for "chat"."""
+def load_template(name: str, place: str = "data.template") -> Template | None:
+    """A built-in template, or a JSON file with its fields, as the release's template files are; None for "chat".
+
+    `place` is the setting that an error names.
+    """
     if name == "chat":
         return None
     if name in TEMPLATES:
         return TEMPLATES[name]
     path = Path(name).expanduser()
     if not path.is_file():
-        raise UserError(f"data.template={name!r} is no file and none of {', '.join((*TEMPLATES, 'chat'))}"
+        raise UserError(f"{place}={name!r} is no file and none of {', '.join((*TEMPLATES, 'chat'))}"
                         f"{hint(name, (*TEMPLATES, 'chat'))}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"data.template={name}: not JSON ({error})") from None
+        raise UserError(f"{place}={name}: not JSON ({error})") from None
     known = set(Template.__dataclass_fields__)
     values.pop("description", None)
     for key in values:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crossin_jax.config import Component, Config, Data, Source, UserError
+from crossin_jax.config import Component, Config, Data, Model, Source, UserError, check
 from crossin_jax.data.crosslingual import Example
 from crossin_jax.data.mixture import Mixture, load_corpora
 from crossin_jax.data.pipeline import open_renderer
@@ -280,3 +280,16 @@ def test_a_component_may_have_a_template_and_a_tag_of_its_own(tokenizer, paralle
     changed = dataclasses.replace(config.data, components=(components[0], Component(kind="en2x", source="s"),
                                                            components[2]))
     assert Mixture(changed, mixture.corpora, 0).manifest()["hash"] != mixture.manifest()["hash"]
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"kind": "x2x", "template": "lama"}, r"data.components\[0\].template='lama' is no file .* did you mean llama\?"),
+    ({"kind": "x2x", "tag": "inptu"}, r"data.components\[0\].tag='inptu' is not one of .* did you mean input\?"),
+    ({"kind": "trans", "tag": "input"}, "has no effect on kind 'trans'"),
+    ({"kind": "base", "tag": "input"}, "has no effect on kind 'base'"),
+    ({"kind": "text", "template": "llama"}, "has no effect on kind 'text'")])
+def test_a_component_s_template_and_tag_are_checked(tokenizer, settings, message):
+    component = Component(source="s", **settings)
+    config = Config(model=Model(path="m"), data=Data(sources=(Source(name="s"),), components=(component,)))
+    with pytest.raises(UserError, match=message):
+        open_renderer(check(config), tokenizer)
