@@ -273,7 +273,7 @@ def iterate_fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, da
 
 
 def _allows(annotation: Any, value: Any) -> bool:
-    """Whether a value has the annotated type; an int is a float, a bool is not an int."""
+    """Whether a value, and each entry of a tuple, has the annotated type; an int is a float, a bool is not an int."""
     options = typing.get_args(annotation) if isinstance(annotation, type(int | None)) else (annotation,)
     for option in options:
         origin = typing.get_origin(option) or option
@@ -282,7 +282,7 @@ def _allows(annotation: Any, value: Any) -> bool:
         if origin is int and isinstance(value, bool):
             continue
         if isinstance(value, origin):
-            return True
+            return origin is not tuple or all(_allows(typing.get_args(option)[0], entry) for entry in value)
     return False
 
 
@@ -291,7 +291,8 @@ def check(config: Config) -> Config:
     for path, value, field in iterate_fields(config):
         rules = field.metadata
         if not _allows(field.type, value):
-            expected = getattr(field.type, "__name__", field.type)
+            expected = field.type if typing.get_args(field.type) else field.type.__name__
+            expected = str(expected).replace("crossin_jax.config.", "")
             raise UserError(f"{path}={value!r} is a {type(value).__name__}; it takes {expected}: {rules['doc']}")
         if value is None:
             continue

@@ -89,6 +89,8 @@ def define_config(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) 
     The file named by `--config` is loaded here, so that `--config.field=value` is typed by the field it overrides.
     """
     path = _flag_value(argv, "config")
+    if sum(argument.partition("=")[0] in ("--config", "-config") for argument in argv) > 1:
+        raise UserError("--config is given twice; one run has one file")
     if path is None:
         raise UserError("--config=FILE.py is missing; see configs/ for examples")
     config = load_config_file(path)
