@@ -21,6 +21,7 @@ from flax import nnx
 from crossin_jax import config as settings
 from crossin_jax import program, provenance
 from crossin_jax.checkpoint.restore import restore_params
+from crossin_jax.checks import check
 from crossin_jax.config import Config, UserError
 from crossin_jax.data.pipeline import open_asker, open_tokenizer
 from crossin_jax.evaluation.predictions import Predictions
@@ -104,7 +105,7 @@ def narrow(config: Config, arguments: Any) -> None:
         except ValueError:
             raise UserError(f"--prompts={','.join(arguments.prompts)}: give numbers from 1 to 5, e.g. 1,3") from None
     config.evaluation = dataclasses.replace(config.evaluation, **{k: v for k, v in given.items() if v is not None})
-    settings.check(config)
+    check(config)
 
 
 def main(config: Config, arguments: Any) -> None:

@@ -22,7 +22,8 @@ from jax.sharding import Mesh
 from crossin_jax import program
 from crossin_jax.checkpoint.hf_map import weight_keys
 from crossin_jax.checkpoint.stream import predict_peak
-from crossin_jax.config import Config, UserError, check
+from crossin_jax.checks import check
+from crossin_jax.config import Config, UserError
 from crossin_jax.generation.engine import RING
 from crossin_jax.generation.plan import LENGTH_BUCKETS, bucket
 from crossin_jax.generation.programs import CHUNK, Programs

@@ -13,7 +13,8 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from crossin_jax.config import Config, UserError, check, hint, iterate_fields
+from crossin_jax.checks import check
+from crossin_jax.config import Config, UserError, hint, iterate_fields
 
 EXIT_USER_ERROR = 2
 

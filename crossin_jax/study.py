@@ -23,7 +23,8 @@ from absl import flags
 from crossin_jax import config as settings
 from crossin_jax import program, provenance
 from crossin_jax.checkpoint.store import MAY_CHANGE, flatten_dict
-from crossin_jax.config import Cell, Config, Study, UserError, check
+from crossin_jax.checks import check
+from crossin_jax.config import Cell, Config, Study, UserError
 from crossin_jax.data.loader import make_loader
 from crossin_jax.data.pipeline import open_pipeline
 from crossin_jax.evaluate import evaluate, write_run

@@ -5,6 +5,7 @@ import typing
 
 import pytest
 
+from crossin_jax.checks import check
 from crossin_jax.config import (
     Architecture,
     Component,
@@ -18,7 +19,6 @@ from crossin_jax.config import (
     Source,
     Train,
     UserError,
-    check,
     from_dict,
     iterate_fields,
     to_dict,

@@ -17,7 +17,8 @@ import pytest
 
 from crossin_jax import train as train_program
 from crossin_jax.checkpoint.store import Store
-from crossin_jax.config import Component, Config, Data, Source, Train, UserError, check
+from crossin_jax.checks import check
+from crossin_jax.config import Component, Config, Data, Source, Train, UserError
 from crossin_jax.data import loader as loading
 from crossin_jax.data.corpus import load_corpus
 from crossin_jax.data.pipeline import open_asker, open_pipeline, open_tokenizer

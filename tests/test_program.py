@@ -6,7 +6,8 @@ import sys
 import pytest
 from absl import flags
 
-from crossin_jax.config import UserError, check
+from crossin_jax.checks import check
+from crossin_jax.config import UserError
 from crossin_jax.program import define_config, load_config_file
 
 QUICKSTART = "configs/quickstart.py:x2x"

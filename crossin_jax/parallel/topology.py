@@ -74,6 +74,7 @@ def open_topology(name: str) -> Topology:
 
     # two cores of a v4 or v5p chip work as one device, as they do where they are
     options = {"chip_config_name": "megacore"} if kind in ("v4", "v5p") else {}
+    jax.devices()  # this machine's own backend reads XLA_FLAGS when it starts: now, not while they are away
     xla_flags = os.environ.pop("XLA_FLAGS", None)  # the library ends the process over a flag that it does not know
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crossin_jax.config import Component, Data, Source, UserError, check
+from crossin_jax.checks import check
+from crossin_jax.config import Component, Data, Source, UserError
 from crossin_jax.data.corpus import Corpus, Record, Text
 from crossin_jax.data.mixture import Mixture, held_out, load_corpora, mix_bits, temper
 from tests.data.conftest import parallel_rows, write_lines

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crossin_jax.config import Component, Config, Data, Model, Source, UserError, check
+from crossin_jax.checks import check
+from crossin_jax.config import Component, Config, Data, Model, Source, UserError
 from crossin_jax.data.crosslingual import Example
 from crossin_jax.data.mixture import Mixture, load_corpora
 from crossin_jax.data.pipeline import open_renderer

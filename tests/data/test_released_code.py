@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crossin_jax.config import UserError, check
+from crossin_jax.checks import check
+from crossin_jax.config import UserError
 from crossin_jax.data.mixture import Mixture, load_corpora
 from crossin_jax.program import load_config_file
 from tests.data.conftest import parallel_rows
