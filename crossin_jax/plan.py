@@ -47,6 +47,7 @@ class Phase:
     argument_bytes: int
     temporary_bytes: int
     peak_bytes: int
+    compile_seconds: float
     flops: float | None = None  # executed matrix FLOPs, attention kernels included; None and below: does not fit
     kernel_flops: float | None = None  # of them in attention kernels, by formula
     hbm_bytes: float | None = None
@@ -156,7 +157,7 @@ def _plan_generation(config: Config, topology: Topology, mesh: Mesh, model: Abst
 
 def _phase(topology: Topology, mesh: Mesh, model: AbstractModel, compiled: Program, kernel: Kernel, rows: int,
            length: int) -> Phase:
-    sizes = (compiled.argument_bytes, compiled.temporary_bytes, compiled.peak_bytes)
+    sizes = (compiled.argument_bytes, compiled.temporary_bytes, compiled.peak_bytes, compiled.compile_seconds)
     cost = compiled.cost
     if cost is None:
         return Phase(*sizes)
@@ -280,6 +281,7 @@ def render(plan: Plan) -> str:
     for kind in sorted({kind for phase in plan.phases.values() for kind in phase.sent_bytes or ()}):
         row(f"sent by {kind}, GB", lambda phase, kind=kind: (phase.sent_bytes or {}).get(kind, 0) / 1e9)
         row("  times", lambda phase, kind=kind: (phase.collectives or {}).get(kind, 0), "{:,.0f}")
+    row("compiled here in seconds", lambda phase: phase.compile_seconds, "{:,.0f}")
     row("seconds at least (ceiling of the chip)", lambda phase: phase.floor_seconds, "{:,.4f}")
     lines += [f"  {label:40}" + "".join(f"{cell:>14}" for cell in cells) for label, cells in rows]
     if plan.read_bytes:

@@ -5,6 +5,7 @@ Queries arrive scaled. A token sees the tokens of its own segment that are not l
 """
 
 import functools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,11 +42,14 @@ def choose_kernel(attention: str, spec: ModelSpec, length: int, compute_dtype: A
     """The kernel for rows of `length` on `platform` (tpu, gpu or cpu).
 
     `auto` takes the platform's own kernel where it can do the work, else the reference; a kernel asked for by name that
-    cannot raises `UserError` with the reason, or gives way to the reference where it is not `required`.
+    cannot raises `UserError` with the reason, or gives way to the reference where it is not `required`. `splash:1024`
+    sets the tile.
     """
-    if attention not in KERNELS:
-        raise UserError(f"model.attention={attention!r} is not one of {', '.join(KERNELS)}{hint(attention, KERNELS)}")
-    name = _PREFERRED.get(platform, "reference") if attention == "auto" else attention
+    asked, _, block = attention.partition(":")
+    if attention not in KERNELS and not (re.fullmatch(r"splash:[1-9]\d*", attention) and int(block) % LANES == 0):
+        raise UserError(f"model.attention={attention!r} is not one of {', '.join(KERNELS)}, or splash:BLOCK with a "
+                        f"multiple of {LANES}{hint(attention, KERNELS)}")
+    name = _PREFERRED.get(platform, "reference") if asked == "auto" else asked
     obstacle = None
     if name != "reference" and _PREFERRED.get(platform) != name:
         obstacle = f"it runs on {'TPU' if name == 'splash' else 'NVIDIA GPUs'}, not on {platform}"
@@ -58,8 +62,8 @@ def choose_kernel(attention: str, spec: ModelSpec, length: int, compute_dtype: A
     elif name == "cudnn" and jnp.dtype(compute_dtype) != jnp.bfloat16:
         obstacle = "it takes bfloat16 only; set model.compute_dtype=bfloat16"
     if obstacle is None:
-        return Kernel(name)
-    if attention == "auto" or not required:
+        return Kernel(name, int(block)) if block else Kernel(name)
+    if asked == "auto" or not required:
         return Kernel("reference")
     raise UserError(f"model.attention={name}: {obstacle}; use auto or reference")
 

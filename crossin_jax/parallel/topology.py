@@ -5,6 +5,7 @@ import math
 import os
 import re
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class Program:
     argument_bytes: int
     temporary_bytes: int
     peak_bytes: int
+    compile_seconds: float  # tracing included
     cost: Cost | None
 
 
@@ -99,6 +101,8 @@ def _hbm_limit(device: Any) -> int:
 
 def _sizes(error: Exception) -> tuple[int, int]:
     """(bytes needed, bytes there are) of the compiler's complaint."""
+    if "ScopedVmemOom" in str(error):
+        raise UserError("a kernel's tile does not fit the chip's fast memory; set model.attention=splash:512 or less")
     found = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)", str(error))
     if not found:
         raise error
@@ -111,6 +115,7 @@ def compile_program(function: Any, *arguments: Any) -> Program:
 
     Where it does not fit, the peak is what it would need, and there is no cost.
     """
+    start = time.perf_counter()
     lowered, argument_bytes = function.lower(*arguments), shard_bytes(arguments)
     with tempfile.TemporaryDirectory(prefix="crossin_jax_plan_") as folder:
         try:
@@ -118,10 +123,11 @@ def compile_program(function: Any, *arguments: Any) -> Program:
             compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
         except jax.errors.JaxRuntimeError as error:
             needed, _ = _sizes(error)
-            return Program(argument_bytes, needed - argument_bytes, needed, None)
+            return Program(argument_bytes, needed - argument_bytes, needed, time.perf_counter() - start, None)
+        seconds = time.perf_counter() - start
         text = next(Path(folder).glob("*.after_codegen.txt")).read_text()
     memory = compiled.memory_analysis()
-    return Program(argument_bytes, memory.temp_size_in_bytes, memory.peak_memory_in_bytes, count(text))
+    return Program(argument_bytes, memory.temp_size_in_bytes, memory.peak_memory_in_bytes, seconds, count(text))
 
 
 def shard_bytes(tree: Any) -> int:

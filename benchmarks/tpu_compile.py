@@ -1,7 +1,7 @@
 """Our training step under the TPU compiler, on the work that peers were compiled with; no TPU is needed.
 
-    python benchmarks/plan.py [--work W2@v5e:4x4 ...] [--remat full] [--out FILE.jsonl]
-    python benchmarks/plan.py --table FILE.jsonl
+    python benchmarks/tpu_compile.py [--work W2@v5e:4x4 ...] [--remat full] [--out FILE.jsonl]
+    python benchmarks/tpu_compile.py --table FILE.jsonl
 
 W1: Llama-2-7B in full, 64 x 2048 tokens. W2: the same with LoRA r=64 on all projections. W3: Gemma-2B with LoRA r=64,
 32 x 2048. All with FSDP over every chip and full rematerialisation. Peers' figures come from the same compiler (jax
@@ -12,10 +12,10 @@ Cycles are the compiler's estimate and leave out attention kernels, collectives 
 import argparse
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,14 @@ GEMMA_2B = {"model_type": "gemma", "hidden_size": 2048, "intermediate_size": 163
             "max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "hidden_activation": "gelu_pytorch_tanh"}
 WORK = {"W1": (LLAMA2_7B, 64, False), "W2": (LLAMA2_7B, 64, True), "W3": (GEMMA_2B, 32, True)}
 
-# the best peer per work and topology: (system, peak GiB, TFLOP per chip, Mcycles); None: no peer was compiled there
+# the best figure of any peer per work and topology: (peak GiB, Mcycles, compile s on a quiet machine, on a loaded one);
+# W1 by precision of trained weights, in the order of PRECISIONS, where peers were compiled with both
+PRECISIONS = ("float32", "bfloat16")
 PEERS = {
-    "W1@v6e:4x4": ("MaxText, fp32 master", 11.1, 407, 2847), "W1@v5p:2x2x4": ("MaxText, fp32 master", 11.1, 407, 2958),
-    "W2@v6e:4x4": ("MaxText", 5.6, 309, 2696), "W2@v5e:4x4": ("MaxText", 5.7, 309, 5500),
-    "W2@v5p:2x2x2": ("MaxText", 9.8, 619, 4699), "W3@v5e:2x4": ("MaxText", 6.5, 110, 1998),
-    "W3@v6e:2x4": ("MaxText", 6.5, 110, 978),
+    "W1@v6e:4x4": ((11.1, 2814, 39, 126), (6.8, 2814, 39, 126)), "W1@v5p:2x2x4": ((11.1, 2955, 23, 93),) * 2,
+    "W2@v6e:4x4": ((5.6, 2667, 45, 65),) * 2, "W2@v5e:4x4": ((5.7, 5500, 29, 108),) * 2,
+    "W2@v5p:2x2x2": ((9.8, 4699, None, 28),) * 2, "W3@v5e:2x4": ((6.5, 1998, 26, 63),) * 2,
+    "W3@v6e:2x4": ((6.5, 978, None, 104),) * 2,
 }
 
 
@@ -55,33 +57,33 @@ def measure(work: str, options: argparse.Namespace) -> dict[str, Any]:
             lora=Lora(rank=64, dropout=options.dropout, modules_to_save=()) if with_lora else None,
             data=Data(length=2048), mesh=Mesh(fsdp=len(slice_.devices)),
             train=Train(batch_size=rows, loss_chunk=options.loss_chunk))
-        start = time.perf_counter()
+        start = time.process_time()
         plan = make_plan(config, slice_, ("train",))
     phase = plan.phases["train"]
     return {"work": work, "remat": options.remat, "param_dtype": options.param_dtype, "loss_chunk": options.loss_chunk,
             "dropout": options.dropout, "fits": plan.fits, "limit": plan.hbm_limit, **vars(phase),
-            "seconds": time.perf_counter() - start, "load": os.getloadavg()[0], "cores": os.cpu_count(),
-            "machine": platform.machine()}
+            "processor_seconds": time.process_time() - start, "load": os.getloadavg()[0], "cores": os.cpu_count(),
+            "versions": {name: version(name) for name in ("jax", "libtpu")}}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows in Markdown, each beside its peer."""
-    lines = ["| work | remat, master, loss chunk | peak GiB | TFLOP per chip | Mcycles (matrix work) | x best peer | "
-             "sent, GB | compile s (load) | best peer: GiB, TFLOP, Mcycles |", "|" + "---|" * 9]
+    """The rows in Markdown, each beside the best of its peers."""
+    lines = ["| work | remat, master, loss chunk, micro-batches | peak GiB (peers' best) | TFLOP per chip | "
+             "Mcycles (matrix work) | peers' best | ratio | sent, GB | compile s (load) | peers' s, quiet / loaded |",
+             "|" + "---|" * 10]
     for row in rows:
-        peer = PEERS.get(row["work"])
-        peak = f"{row['peak_bytes'] / 2**30:.2f}" + ("" if row["fits"] else " does not fit")
+        peak, cycles, quiet, loaded = PEERS[row["work"]][PRECISIONS.index(row["param_dtype"])]
+        mine = f"{row['peak_bytes'] / 2**30:.2f} ({peak})" + ("" if row["fits"] else " does not fit")
         if row["flops"] is None:
-            cells = ["-"] * 4
+            cells = ["-"] * 5
         else:
-            tflop, cycles = (row["flops"] - row["kernel_flops"]) / 1e12, row["cycles"] / 1e6
             sent = ", ".join(f"{kind} {count / 1e9:.1f}" for kind, count in sorted(row["sent_bytes"].items()))
-            cells = [f"{tflop:.0f}", f"{cycles:.0f} ({row['matrix_cycles'] / 1e6:.0f})",
-                     f"{cycles / peer[3]:.2f}" if peer else "-", sent]
+            cells = [f"{(row['flops'] - row['kernel_flops']) / 1e12:.0f}",
+                     f"{row['cycles'] / 1e6:.0f} ({row['matrix_cycles'] / 1e6:.0f})",
+                     f"{cycles}", f"{row['cycles'] / 1e6 / cycles:.2f}", sent]
         lines.append("| " + " | ".join([
-            row["work"], f"{row['remat']}, {row['param_dtype']}, {row['loss_chunk']}", peak, *cells,
-            f"{row['seconds']:.0f} ({row['load']:.0f})",
-            f"{peer[0]}: {peer[1]}, {peer[2]}, {peer[3]}" if peer else "-"]) + " |")
+            row["work"], f"{row['remat']}, {row['param_dtype']}, {row['loss_chunk']}, {row.get('accumulation', 1)}",
+            mine, *cells, f"{row['compile_seconds']:.0f} ({row['load']:.0f})", f"{quiet or '-'} / {loaded}"]) + " |")
     return "\n".join(lines)
 
 
