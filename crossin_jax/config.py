@@ -280,6 +280,15 @@ def hint(name: Any, known: Any) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def replace_settings(config: Config, change: dict[str, Any]) -> Config:
+    """The configuration with some settings replaced, e.g. {"model.remat": "full"}."""
+    for name, value in change.items():
+        section, field = name.split(".")
+        config = dataclasses.replace(
+            config, **{section: dataclasses.replace(getattr(config, section), **{field: value})})
+    return config
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The resolved configuration as plain JSON types."""
     return json.loads(json.dumps(dataclasses.asdict(config)))

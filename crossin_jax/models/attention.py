@@ -130,7 +130,7 @@ def _splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids
     """The Pallas TPU kernel, on each device's share of rows and heads."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    T, block = q_BTNH.shape[1], _block(kernel, q_BTNH.shape[1])
+    T, block = q_BTNH.shape[1], tile(kernel, q_BTNH.shape[1])
     blocks = splash.BlockSizes(block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block,
                                block_kv_dq=block)
     mask = splash.CausalMask((T, T)) if window is None else splash.LocalMask((T, T), (window - 1, 0), 0)
@@ -156,7 +156,7 @@ def _splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids
                          out_specs=q_spec, check_vma=False)(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
 
-def _block(kernel: Kernel, length: int) -> int:
+def tile(kernel: Kernel, length: int) -> int:
     """The tile in effect: the largest up to the kernel's that divides the row."""
     return max(b for b in range(LANES, max(kernel.block, LANES) + 1, LANES) if length % b == 0)
 
@@ -172,7 +172,7 @@ def kernel_flops(spec: ModelSpec, kernel: Kernel, calls: Mapping[str, float], ro
                    for name, number in calls.items() if name.startswith("splash"))
     if not products:
         return 0.0
-    block = _block(kernel, length)
+    block = tile(kernel, length)
     back = np.subtract.outer(np.arange(length // block), np.arange(length // block)) * block
 
     def tiles(window: int | None) -> int:

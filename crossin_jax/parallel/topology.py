@@ -21,14 +21,15 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Bytes per second of one chip, from the maker's data sheets."""
+    """What one chip can do, from the maker's data sheets: bytes per second, cycles per second."""
 
     hbm: float
     links: float  # what all links together can send
+    clock: float  # peak FLOP/s over 2 * 128 * 128 per unit: 8 such units in v4 and v5p, 4 in v5e, 16 in v6e
 
 
-CHIPS = {"v4": Chip(1.228e12, 3.0e11), "v5e": Chip(8.19e11, 2.0e11), "v5p": Chip(2.765e12, 6.0e11),
-         "v6e": Chip(1.64e12, 4.0e11)}
+CHIPS = {"v4": Chip(1.228e12, 3.0e11, 1.05e9), "v5e": Chip(8.19e11, 2.0e11, 1.5e9),
+         "v5p": Chip(2.765e12, 6.0e11, 1.75e9), "v6e": Chip(1.64e12, 4.0e11, 1.75e9)}
 
 
 @dataclasses.dataclass(frozen=True)
