@@ -1,6 +1,6 @@
 """Our training step under the TPU compiler, on the work that peers were compiled with; no TPU is needed.
 
-    python benchmarks/tpu_compile.py [--work W2@v5e:4x4 ...] [--remat full] [--out FILE.jsonl]
+    python benchmarks/tpu_compile.py [--work W2@v5e:4x4 ...] [--remat full] [--tune] [--out FILE.jsonl]
     python benchmarks/tpu_compile.py --table FILE.jsonl
 
 W1: Llama-2-7B in full, 64 x 2048 tokens. W2: the same with LoRA r=64 on all projections. W3: Gemma-2B with LoRA r=64,
@@ -42,14 +42,18 @@ PEERS = {
 
 
 def measure(work: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Plans the training step of one piece of work."""
+    """Plans the training step of one piece of work, as it is or tuned."""
     from crossin_jax.config import Config, Data, Lora, Mesh, Model, Train
     from crossin_jax.parallel.topology import open_topology
-    from crossin_jax.plan import make_plan
+    from crossin_jax.plan import describe_change, make_plan
+    from crossin_jax.tune import tune
 
     name, _, topology = work.partition("@")
     architecture, rows, with_lora = WORK[name]
     slice_ = open_topology(topology)
+    about = {"work": work, "remat": options.remat, "param_dtype": options.param_dtype, "dropout": options.dropout,
+             "loss_chunk": options.loss_chunk, "limit": slice_.hbm_limit, "load": os.getloadavg()[0],
+             "cores": os.cpu_count(), "versions": {name: version(name) for name in ("jax", "libtpu")}}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(architecture))
         config = Config(
@@ -58,21 +62,24 @@ def measure(work: str, options: argparse.Namespace) -> dict[str, Any]:
             data=Data(length=2048), mesh=Mesh(fsdp=len(slice_.devices)),
             train=Train(batch_size=rows, loss_chunk=options.loss_chunk))
         start = time.process_time()
-        plan = make_plan(config, slice_, ("train",))
-    phase = plan.phases["train"]
-    return {"work": work, "remat": options.remat, "param_dtype": options.param_dtype, "loss_chunk": options.loss_chunk,
-            "dropout": options.dropout, "fits": plan.fits, "limit": plan.hbm_limit, **vars(phase),
-            "processor_seconds": time.process_time() - start, "load": os.getloadavg()[0], "cores": os.cpu_count(),
-            "versions": {name: version(name) for name in ("jax", "libtpu")}}
+        if options.tune:
+            best, trials = tune(config, slice_, lambda line: print(f"  {work} {line}", flush=True))
+            about |= {"tuned": describe_change(best.change) or "nothing changed", "trials": len(trials)}
+            phase, fits = best.phase, best.fits
+        else:
+            plan = make_plan(config, slice_, ("train",))
+            phase, fits = plan.phases["train"], plan.fits
+    return about | {"fits": fits, **vars(phase), "processor_seconds": time.process_time() - start}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown, each beside the best of its peers."""
-    lines = ["| work | remat, master, loss chunk, micro-batches | peak GiB (peers' best) | TFLOP per chip | "
+    lines = ["| work | remat, master, loss chunk | peak GiB (peers' best) | TFLOP per chip | "
              "Mcycles (matrix work) | peers' best | ratio | sent, GB | compile s (load) | peers' s, quiet / loaded |",
              "|" + "---|" * 10]
     for row in rows:
         peak, cycles, quiet, loaded = PEERS[row["work"]][PRECISIONS.index(row["param_dtype"])]
+        tuned = f"; tuned in {row['trials']} trials: {row['tuned']}" if "tuned" in row else ""
         mine = f"{row['peak_bytes'] / 2**30:.2f} ({peak})" + ("" if row["fits"] else " does not fit")
         if row["flops"] is None:
             cells = ["-"] * 5
@@ -82,7 +89,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                      f"{row['cycles'] / 1e6:.0f} ({row['matrix_cycles'] / 1e6:.0f})",
                      f"{cycles}", f"{row['cycles'] / 1e6 / cycles:.2f}", sent]
         lines.append("| " + " | ".join([
-            row["work"], f"{row['remat']}, {row['param_dtype']}, {row['loss_chunk']}, {row.get('accumulation', 1)}",
+            row["work"], f"{row['remat']}, {row['param_dtype']}, {row['loss_chunk']}{tuned}",
             mine, *cells, f"{row['compile_seconds']:.0f} ({row['load']:.0f})", f"{quiet or '-'} / {loaded}"]) + " |")
     return "\n".join(lines)
 
@@ -94,6 +101,7 @@ def main() -> None:
     parser.add_argument("--param_dtype", default="float32", help="precision of trained weights")
     parser.add_argument("--loss_chunk", type=int, default=512, help="positions per row with logits at once")
     parser.add_argument("--dropout", type=float, default=0.0, help="dropout of LoRA; peers had none")
+    parser.add_argument("--tune", action="store_true", help="search as plan --tune does, from these settings on")
     parser.add_argument("--out", type=Path, help="append one JSON line for each")
     parser.add_argument("--table", type=Path, help="print such lines as a table, and compile nothing")
     options = parser.parse_args()
