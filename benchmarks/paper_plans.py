@@ -45,9 +45,10 @@ def make(model: str, topology: str) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The plans in Markdown."""
-    lines = ["| model | slice | fits | HBM peak of limit, GiB: train, prefill, decode | train: TFLOP, Mcycles (matrix "
-             "work) | train: tokens/s at most | decode: steps/s at most | sent per step, GB | a host reads, its memory, a "
-             "checkpoint, GiB |", "|" + "---|" * 9]
+    heads = ("model", "slice", "fits", "HBM peak of limit, GiB: train, prefill, decode",
+             "train: TFLOP, Mcycles (matrix work)", "train: tokens/s at most", "decode: steps/s at most",
+             "sent per step, GB", "a host reads, its memory, a checkpoint, GiB")
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for row in rows:
         gib, phases = 2**30, row["phases"]
         peaks = ", ".join(f"{phases[name]['peak_bytes'] / gib:.1f}" for name in ("train", "prefill", "decode"))
