@@ -7,6 +7,8 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "crossin_jax/__init__.py").read_text()).group(1)
+LIBTPU = "libtpu>=0.0.52; sys_platform == 'linux' and platform_machine == 'x86_64'"  # it is built for no other
+LM_EVAL = "lm_eval>=0.4.13"
 
 setup(
     name="crossin_jax",
@@ -38,8 +40,10 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
-        "plan": ["libtpu"],
-        "test": ["pytest>=9", "hypothesis>=6.170", "peft>=0.21", "torch>=2.13", "sentencepiece>=0.2", "ruff>=0.14"],
+        "plan": [LIBTPU],
+        "lm_eval": [LM_EVAL],
+        "test": ["pytest>=9", "hypothesis>=6.170", "peft>=0.21", "torch>=2.13", "sentencepiece>=0.2", "ruff>=0.14",
+                 LM_EVAL, LIBTPU],
     },
     classifiers=[
         "Programming Language :: Python :: 3.11",

@@ -26,6 +26,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items: list) -> None:
+    """Tests with the TPU compiler run last: where libtpu 0.0.52 is loaded, jax's profiler ends the process."""
+    items.sort(key=lambda item: hasattr(item.module, "topology"))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Real benchmark rows, answers, tokenizers and parallel text, beside the repository; absent on users' machines."""

@@ -110,7 +110,7 @@ def test_an_adapter(tmp_path, family):
     make_run(tmp_path, family, LORA)
     (tmp_path / "run/evaluation").mkdir()
     scores = {name: Estimate(0.41234, 0.3, 0.5) for name in ("accuracy", "consistency_3", "AC3_3")}
-    rows = [Row(arm, (0,), 150, scores, {}, {}, [], {}, is_baseline=arm == "blind") for arm in ("tiny", "blind")]
+    rows = [Row(arm, (0,), 150, scores, {}, {}, [], {}, {}, is_baseline=arm == "blind") for arm in ("tiny", "blind")]
     blocks = [asdict(Block("cross_mmlu", "choices", tag, ("en", "zh", "vi", "es"), 150, 0.25, tuple(rows)))
               for tag in (None, "tagged")]
     (tmp_path / "run/evaluation/results.json").write_text(json.dumps(

@@ -67,7 +67,6 @@ def test_a_configuration_that_fails_says_where(tmp_path):
     (("--config", QUICKSTART, "extra"), "unexpected argument 'extra'"),
     (("--config", QUICKSTART, "--config=other.py"), "--config is given twice"),
     (("--config", QUICKSTART, "--config.data.components=1"), "it takes tuple[Component, ...]"),
-    (("--config", QUICKSTART, "--profile_steps=12,10"), "--profile_steps=12,10: give two steps"),
     (("--config", QUICKSTART, "--config.output_dir=/proc/x"), "/proc/x"),
     (("--config", QUICKSTART, "--config.model.path=/no/where"), "/no/where: no such folder"),
 ])
