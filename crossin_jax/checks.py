@@ -1,6 +1,7 @@
 """Whether a configuration is allowed: types, limits and choices of every field, then what fields mean together."""
 
 import operator
+import re
 import typing
 from typing import Any
 
@@ -35,7 +36,7 @@ def check(config: Config) -> Config:
         for word, breaks in (("above", operator.le), ("at_least", operator.lt), ("at_most", operator.gt)):
             if word in rules and breaks(value, rules[word]):
                 raise UserError(f"{path}={value} must be {word.replace('_', ' ')} {rules[word]}: {rules['doc']}")
-        if "choices" in rules and value not in rules["choices"]:
+        if "choices" in rules and value not in rules["choices"] and not re.fullmatch(rules.get("form", ""), value):
             known = rules["choices"]
             raise UserError(f"{path}={value!r} is not one of {', '.join(known)}{hint(value, known)}")
     _check_model(config)

@@ -16,10 +16,10 @@ class UserError(ValueError):
     """A fault the user can mend: the message names place, value and remedy; programs print it and exit with 2."""
 
 
-def setting(default: Any, doc: str, *, choices: tuple = (), above: float | None = None,
+def setting(default: Any, doc: str, *, choices: tuple = (), form: str | None = None, above: float | None = None,
             at_least: float | None = None, at_most: float | None = None) -> Any:
-    """A dataclass field that carries its documentation line and its allowed values."""
-    limits = {"choices": choices, "above": above, "at_least": at_least, "at_most": at_most}
+    """A dataclass field that carries its documentation line and its allowed values; `form`: further ones, a pattern."""
+    limits = {"choices": choices, "form": form, "above": above, "at_least": at_least, "at_most": at_most}
     metadata = {"doc": doc, **{k: v for k, v in limits.items() if v not in ((), None)}}
     if isinstance(default, (dict, list)) or dataclasses.is_dataclass(default) and not isinstance(default, type):
         return dataclasses.field(default_factory=lambda: _copy(default), metadata=metadata)
@@ -49,6 +49,9 @@ class Architecture:
     vocab_size: int = setting(3000, "size of the byte-level BPE trained on the text component, tokens", at_least=300)
 
 
+_KEPT = "(q|k|v|attention|output|gate|up|down)"
+
+
 @dataclasses.dataclass(kw_only=True)
 class Model:
     """Which weights, in which precision, with which kernels."""
@@ -61,8 +64,10 @@ class Model:
     frozen_dtype: str = setting("bfloat16", "precision of frozen weights under LoRA",
                                 choices=("float32", "bfloat16", "int8", "nf4"))
     compute_dtype: str = setting("bfloat16", "precision of matrix products", choices=("float32", "bfloat16"))
-    attention: str = setting("auto", "kernel", choices=("auto", "reference", "splash", "cudnn"))
-    remat: str = setting("none", "what the backward pass recomputes", choices=("none", "full", "dots", "offload"))
+    attention: str = setting("auto", "kernel; splash:1024 sets its tile, tokens",
+                             choices=("auto", "reference", "splash", "cudnn"), form=r"splash:[1-9]\d*")
+    remat: str = setting("none", "what the backward pass recomputes, or names of what it keeps, e.g. q+k+v+attention",
+                         choices=("none", "full", "dots", "offload"), form=rf"{_KEPT}(\+{_KEPT})*")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -273,6 +278,15 @@ def hint(name: Any, known: Any) -> str:
     """The words "; did you mean X?" where a known name is near, else nothing."""
     near = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def replace_settings(config: Config, change: dict[str, Any]) -> Config:
+    """The configuration with some settings replaced, e.g. {"model.remat": "full"}."""
+    for name, value in change.items():
+        section, field = name.split(".")
+        config = dataclasses.replace(
+            config, **{section: dataclasses.replace(getattr(config, section), **{field: value})})
+    return config
 
 
 def to_dict(config: Any) -> dict[str, Any]:

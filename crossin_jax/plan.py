@@ -1,9 +1,10 @@
 """Compile a run for TPUs that are not there: does it fit, what does it cost, and what to change where it does not.
 
-  python -m crossin_jax.plan --config configs/xquad_llama.py:DATA --topology v5e:4x4
+  python -m crossin_jax.plan --config configs/xquad_llama.py:DATA --topology v5e:4x4 [--tune --out FILE.json]
 
 Compiled are the programs of the run itself: the training step, and prefill and decoding of the benchmarks. Of the model
-config.json is enough; data need not be there. `--json` prints the numbers for other programs.
+config.json is enough; data need not be there. `--json` prints the numbers for other programs. `--tune` looks for the
+fastest way to run the step; `python -m crossin_jax.train --tuned=FILE.json` takes what it proposes.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from crossin_jax import program
 from crossin_jax.checkpoint.hf_map import weight_keys
 from crossin_jax.checkpoint.stream import predict_peak
 from crossin_jax.checks import check
-from crossin_jax.config import Config, UserError
+from crossin_jax.config import Config, UserError, replace_settings
 from crossin_jax.generation.engine import RING
 from crossin_jax.generation.plan import LENGTH_BUCKETS, bucket
 from crossin_jax.generation.programs import CHUNK, Programs
@@ -47,6 +48,7 @@ class Phase:
     argument_bytes: int
     temporary_bytes: int
     peak_bytes: int
+    compile_seconds: float
     flops: float | None = None  # executed matrix FLOPs, attention kernels included; None and below: does not fit
     kernel_flops: float | None = None  # of them in attention kernels, by formula
     hbm_bytes: float | None = None
@@ -156,7 +158,7 @@ def _plan_generation(config: Config, topology: Topology, mesh: Mesh, model: Abst
 
 def _phase(topology: Topology, mesh: Mesh, model: AbstractModel, compiled: Program, kernel: Kernel, rows: int,
            length: int) -> Phase:
-    sizes = (compiled.argument_bytes, compiled.temporary_bytes, compiled.peak_bytes)
+    sizes = (compiled.argument_bytes, compiled.temporary_bytes, compiled.peak_bytes, compiled.compile_seconds)
     cost = compiled.cost
     if cost is None:
         return Phase(*sizes)
@@ -198,7 +200,7 @@ def _read_bytes(config: Config, model: AbstractModel) -> int:
 def find_change(config: Config, topology: Topology, failed: Plan) -> Plan | None:
     """The plan of the first change that fits, the smallest first; each is compiled. None where none does."""
     for change in changes(config, topology):
-        changed = check(_with(config, change))
+        changed = check(replace_settings(config, change))
         try:
             mesh = make_mesh(changed.mesh, list(topology.devices))
             check_batch(changed.train.batch_size, changed.train.accumulation, mesh)
@@ -241,15 +243,6 @@ def describe_change(change: dict[str, Any]) -> str:
     return " ".join(f"--config.{name}={value}" for name, value in change.items())
 
 
-def _with(config: Config, change: dict[str, Any]) -> Config:
-    """The configuration with some settings replaced."""
-    for name, value in change.items():
-        section, field = name.split(".")
-        config = dataclasses.replace(
-            config, **{section: dataclasses.replace(getattr(config, section), **{field: value})})
-    return config
-
-
 # ---- what is printed
 
 
@@ -280,6 +273,7 @@ def render(plan: Plan) -> str:
     for kind in sorted({kind for phase in plan.phases.values() for kind in phase.sent_bytes or ()}):
         row(f"sent by {kind}, GB", lambda phase, kind=kind: (phase.sent_bytes or {}).get(kind, 0) / 1e9)
         row("  times", lambda phase, kind=kind: (phase.collectives or {}).get(kind, 0), "{:,.0f}")
+    row("compiled here in seconds", lambda phase: phase.compile_seconds, "{:,.0f}")
     row("seconds at least (ceiling of the chip)", lambda phase: phase.floor_seconds, "{:,.4f}")
     lines += [f"  {label:40}" + "".join(f"{cell:>14}" for cell in cells) for label, cells in rows]
     if plan.read_bytes:
@@ -300,6 +294,8 @@ def define_flags() -> None:
     flags.DEFINE_string("topology", None, "TPU slice, e.g. v5e:4x4, v6e:2x4, v5p:2x2x4, v4:2x2x2")
     flags.DEFINE_bool("json", False, "print JSON")
     flags.DEFINE_bool("search", True, "where it does not fit, compile changes until one does")
+    flags.DEFINE_bool("tune", False, "compile variants of the training step and propose the fastest that fits")
+    flags.DEFINE_string("out", None, "file for the proposal of --tune, which train takes as --tuned=FILE")
 
 
 def main(config: Config, arguments: Any) -> int:
@@ -308,6 +304,10 @@ def main(config: Config, arguments: Any) -> int:
         raise UserError("--topology is missing; give CHIP:SHAPE, e.g. --topology v5e:4x4")
     jax.config.update("jax_platforms", "cpu")  # real chips, where there are any, stay free
     topology = open_topology(arguments.topology)
+    if arguments.out and not arguments.tune:
+        raise UserError("--out is for the proposal of --tune; add --tune, or leave it out")
+    if arguments.tune:
+        return _tune(config, topology, arguments)
     plan = make_plan(config, topology)
     better = None if plan.fits or not arguments.search else find_change(config, topology, plan)
     if arguments.json:
@@ -320,6 +320,22 @@ def main(config: Config, arguments: Any) -> int:
             print("no change of model.remat, train.accumulation or mesh fits: take more chips, LoRA, or "
                   "model.param_dtype=bfloat16")
     return 0 if plan.fits or better else 1
+
+
+def _tune(config: Config, topology: Topology, arguments: Any) -> int:
+    """Proposes how to train; 1 where nothing fits."""
+    from crossin_jax.tune import propose
+
+    plan = propose(config, topology, arguments.out, lambda line: print(line, file=sys.stderr, flush=True))
+    if arguments.json:
+        print(json.dumps({"plan": plan and dataclasses.asdict(plan)}, indent=1))
+    elif plan:
+        print(f"{render(plan)}\n\nproposed: {describe_change(plan.change) or 'the configuration as it is'}")
+        if arguments.out:
+            print(f"to train with it: python -m crossin_jax.train --config ... --tuned={arguments.out}")
+    else:
+        print("nothing fits: take more chips, LoRA, or model.param_dtype=bfloat16")
+    return 0 if plan and plan.fits else 1
 
 
 if __name__ == "__main__":

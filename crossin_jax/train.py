@@ -35,6 +35,7 @@ from crossin_jax.parallel import hosts
 from crossin_jax.parallel.mesh import check_batch, make_mesh
 from crossin_jax.training.faults import describe_fault, find_bad_rows
 from crossin_jax.training.optim import make_optimizer, make_schedule
+from crossin_jax.training.proposal import apply_proposal
 from crossin_jax.training.selftest import run_selftest
 from crossin_jax.training.state import (
     abstract_model,
@@ -230,6 +231,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_processes", None, "processes of the run, with --coordinator")
     flags.DEFINE_integer("process_id", None, "number of this process, with --coordinator")
     flags.DEFINE_integer("start_timeout", 300, "seconds to wait for all processes")
+    flags.DEFINE_string("tuned", None, "file of plan --tune: run with the settings that it proposes")
     flags.DEFINE_bool("resume", True, "continue from the newest whole checkpoint in output_dir")
     flags.DEFINE_list("profile_steps", [], "profiled: after the first to after the second, e.g. 10,12")
     flags.DEFINE_string("compilation_cache", CACHE, "folder of compiled programs kept across runs; empty: none")
@@ -240,6 +242,8 @@ def define_flags() -> None:
 
 def main(config: Config, arguments: Any) -> int | None:
     """Joins the hosts and trains."""
+    if arguments.tuned:
+        config = apply_proposal(arguments.tuned, config)
     place = arguments.coordinator, arguments.num_processes, arguments.process_id
     if arguments.selftest_resume:
         found = hosts.find_place(*place, arguments.start_timeout)

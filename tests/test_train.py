@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import logging
 import os
 import shutil
 import signal
@@ -173,12 +174,15 @@ def test_the_newest_and_every_so_many_are_kept(pretrained, tmp_path):
     assert Store(tmp_path / "run").steps() == [2, 4, 6]  # finished: nothing is saved, nothing goes
 
 
-def test_a_run_continues_on_another_mesh(pretrained, tmp_path):
+def test_a_run_continues_on_another_mesh_and_compiles_once(pretrained, tmp_path, caplog):
     """data=8 to fsdp=4 x tensor=2 and back: the losses of the run that stayed, to 1e-5."""
     every = dataclasses.replace(tiny.get_config().train, checkpoint_every=1)
     folder, expected = copy_run(pretrained, tmp_path / "run", without=6), read_losses(pretrained)
     (folder / "metrics.jsonl").unlink()
-    train(config_in(folder, mesh=Mesh(fsdp=4, tensor=2), train=every))
+    with jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
+        train(config_in(folder, mesh=Mesh(fsdp=4, tensor=2), train=every))
+    compiled = [record for record in caplog.records if "Finished XLA compilation of jit(train_step)" in record.message]
+    assert len(compiled) == 1  # for three steps, the first of them on restored arrays
     there = read_losses(folder)
     shutil.rmtree(folder / "checkpoints/6")
     train(config_in(folder))

@@ -5,6 +5,7 @@ Queries arrive scaled. A token sees the tokens of its own segment that are not l
 """
 
 import functools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,11 +42,14 @@ def choose_kernel(attention: str, spec: ModelSpec, length: int, compute_dtype: A
     """The kernel for rows of `length` on `platform` (tpu, gpu or cpu).
 
     `auto` takes the platform's own kernel where it can do the work, else the reference; a kernel asked for by name that
-    cannot raises `UserError` with the reason, or gives way to the reference where it is not `required`.
+    cannot raises `UserError` with the reason, or gives way to the reference where it is not `required`. `splash:1024`
+    sets the tile.
     """
-    if attention not in KERNELS:
-        raise UserError(f"model.attention={attention!r} is not one of {', '.join(KERNELS)}{hint(attention, KERNELS)}")
-    name = _PREFERRED.get(platform, "reference") if attention == "auto" else attention
+    asked, _, block = attention.partition(":")
+    if attention not in KERNELS and not (re.fullmatch(r"splash:[1-9]\d*", attention) and int(block) % LANES == 0):
+        raise UserError(f"model.attention={attention!r} is not one of {', '.join(KERNELS)}, or splash:BLOCK with a "
+                        f"multiple of {LANES}{hint(attention, KERNELS)}")
+    name = _PREFERRED.get(platform, "reference") if asked == "auto" else asked
     obstacle = None
     if name != "reference" and _PREFERRED.get(platform) != name:
         obstacle = f"it runs on {'TPU' if name == 'splash' else 'NVIDIA GPUs'}, not on {platform}"
@@ -58,8 +62,8 @@ def choose_kernel(attention: str, spec: ModelSpec, length: int, compute_dtype: A
     elif name == "cudnn" and jnp.dtype(compute_dtype) != jnp.bfloat16:
         obstacle = "it takes bfloat16 only; set model.compute_dtype=bfloat16"
     if obstacle is None:
-        return Kernel(name)
-    if attention == "auto" or not required:
+        return Kernel(name, int(block)) if block else Kernel(name)
+    if asked == "auto" or not required:
         return Kernel("reference")
     raise UserError(f"model.attention={name}: {obstacle}; use auto or reference")
 
@@ -126,7 +130,7 @@ def _splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids
     """The Pallas TPU kernel, on each device's share of rows and heads."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    T, block = q_BTNH.shape[1], _block(kernel, q_BTNH.shape[1])
+    T, block = q_BTNH.shape[1], tile(kernel, q_BTNH.shape[1])
     blocks = splash.BlockSizes(block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block,
                                block_kv_dq=block)
     mask = splash.CausalMask((T, T)) if window is None else splash.LocalMask((T, T), (window - 1, 0), 0)
@@ -152,7 +156,7 @@ def _splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids
                          out_specs=q_spec, check_vma=False)(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
 
-def _block(kernel: Kernel, length: int) -> int:
+def tile(kernel: Kernel, length: int) -> int:
     """The tile in effect: the largest up to the kernel's that divides the row."""
     return max(b for b in range(LANES, max(kernel.block, LANES) + 1, LANES) if length % b == 0)
 
@@ -168,7 +172,7 @@ def kernel_flops(spec: ModelSpec, kernel: Kernel, calls: Mapping[str, float], ro
                    for name, number in calls.items() if name.startswith("splash"))
     if not products:
         return 0.0
-    block = _block(kernel, length)
+    block = tile(kernel, length)
     back = np.subtract.outer(np.arange(length // block), np.arange(length // block)) * block
 
     def tiles(window: int | None) -> int:

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,15 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Bytes per second of one chip, from the maker's data sheets."""
+    """What one chip can do, from the maker's data sheets: bytes per second, cycles per second."""
 
     hbm: float
     links: float  # what all links together can send
+    clock: float  # peak FLOP/s over 2 * 128 * 128 per unit: 8 such units in v4 and v5p, 4 in v5e, 16 in v6e
 
 
-CHIPS = {"v4": Chip(1.228e12, 3.0e11), "v5e": Chip(8.19e11, 2.0e11), "v5p": Chip(2.765e12, 6.0e11),
-         "v6e": Chip(1.64e12, 4.0e11)}
+CHIPS = {"v4": Chip(1.228e12, 3.0e11, 1.05e9), "v5e": Chip(8.19e11, 2.0e11, 1.5e9),
+         "v5p": Chip(2.765e12, 6.0e11, 1.75e9), "v6e": Chip(1.64e12, 4.0e11, 1.75e9)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Program:
     argument_bytes: int
     temporary_bytes: int
     peak_bytes: int
+    compile_seconds: float  # tracing included
     cost: Cost | None
 
 
@@ -99,6 +102,8 @@ def _hbm_limit(device: Any) -> int:
 
 def _sizes(error: Exception) -> tuple[int, int]:
     """(bytes needed, bytes there are) of the compiler's complaint."""
+    if "ScopedVmemOom" in str(error):
+        raise UserError("a kernel's tile does not fit the chip's fast memory; set model.attention=splash:512 or less")
     found = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)", str(error))
     if not found:
         raise error
@@ -111,6 +116,7 @@ def compile_program(function: Any, *arguments: Any) -> Program:
 
     Where it does not fit, the peak is what it would need, and there is no cost.
     """
+    start = time.perf_counter()
     lowered, argument_bytes = function.lower(*arguments), shard_bytes(arguments)
     with tempfile.TemporaryDirectory(prefix="crossin_jax_plan_") as folder:
         try:
@@ -118,10 +124,11 @@ def compile_program(function: Any, *arguments: Any) -> Program:
             compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
         except jax.errors.JaxRuntimeError as error:
             needed, _ = _sizes(error)
-            return Program(argument_bytes, needed - argument_bytes, needed, None)
+            return Program(argument_bytes, needed - argument_bytes, needed, time.perf_counter() - start, None)
+        seconds = time.perf_counter() - start
         text = next(Path(folder).glob("*.after_codegen.txt")).read_text()
     memory = compiled.memory_analysis()
-    return Program(argument_bytes, memory.temp_size_in_bytes, memory.peak_memory_in_bytes, count(text))
+    return Program(argument_bytes, memory.temp_size_in_bytes, memory.peak_memory_in_bytes, seconds, count(text))
 
 
 def shard_bytes(tree: Any) -> int:

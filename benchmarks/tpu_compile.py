@@ -1,7 +1,7 @@
 """Our training step under the TPU compiler, on the work that peers were compiled with; no TPU is needed.
 
-    python benchmarks/plan.py [--work W2@v5e:4x4 ...] [--remat full] [--out FILE.jsonl]
-    python benchmarks/plan.py --table FILE.jsonl
+    python benchmarks/tpu_compile.py [--work W2@v5e:4x4 ...] [--remat full] [--tune] [--out FILE.jsonl]
+    python benchmarks/tpu_compile.py --table FILE.jsonl
 
 W1: Llama-2-7B in full, 64 x 2048 tokens. W2: the same with LoRA r=64 on all projections. W3: Gemma-2B with LoRA r=64,
 32 x 2048. All with FSDP over every chip and full rematerialisation. Peers' figures come from the same compiler (jax
@@ -12,10 +12,10 @@ Cycles are the compiler's estimate and leave out attention kernels, collectives 
 import argparse
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,24 +30,30 @@ GEMMA_2B = {"model_type": "gemma", "hidden_size": 2048, "intermediate_size": 163
             "max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "hidden_activation": "gelu_pytorch_tanh"}
 WORK = {"W1": (LLAMA2_7B, 64, False), "W2": (LLAMA2_7B, 64, True), "W3": (GEMMA_2B, 32, True)}
 
-# the best peer per work and topology: (system, peak GiB, TFLOP per chip, Mcycles); None: no peer was compiled there
+# the best figure of any peer per work and topology: (peak GiB, Mcycles, compile s on a quiet machine, on a loaded one);
+# W1 by precision of trained weights, in the order of PRECISIONS, where peers were compiled with both
+PRECISIONS = ("float32", "bfloat16")
 PEERS = {
-    "W1@v6e:4x4": ("MaxText, fp32 master", 11.1, 407, 2847), "W1@v5p:2x2x4": ("MaxText, fp32 master", 11.1, 407, 2958),
-    "W2@v6e:4x4": ("MaxText", 5.6, 309, 2696), "W2@v5e:4x4": ("MaxText", 5.7, 309, 5500),
-    "W2@v5p:2x2x2": ("MaxText", 9.8, 619, 4699), "W3@v5e:2x4": ("MaxText", 6.5, 110, 1998),
-    "W3@v6e:2x4": ("MaxText", 6.5, 110, 978),
+    "W1@v6e:4x4": ((11.1, 2814, 39, 126), (6.8, 2814, 39, 126)), "W1@v5p:2x2x4": ((11.1, 2955, 23, 93),) * 2,
+    "W2@v6e:4x4": ((5.6, 2667, 45, 65),) * 2, "W2@v5e:4x4": ((5.7, 5500, 29, 108),) * 2,
+    "W2@v5p:2x2x2": ((9.8, 4699, None, 28),) * 2, "W3@v5e:2x4": ((6.5, 1998, 26, 63),) * 2,
+    "W3@v6e:2x4": ((6.5, 978, None, 104),) * 2,
 }
 
 
 def measure(work: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Plans the training step of one piece of work."""
+    """Plans the training step of one piece of work, as it is or tuned."""
     from crossin_jax.config import Config, Data, Lora, Mesh, Model, Train
     from crossin_jax.parallel.topology import open_topology
-    from crossin_jax.plan import make_plan
+    from crossin_jax.plan import describe_change, make_plan
+    from crossin_jax.tune import tune
 
     name, _, topology = work.partition("@")
     architecture, rows, with_lora = WORK[name]
     slice_ = open_topology(topology)
+    about = {"work": work, "remat": options.remat, "param_dtype": options.param_dtype, "dropout": options.dropout,
+             "loss_chunk": options.loss_chunk, "limit": slice_.hbm_limit, "load": os.getloadavg()[0],
+             "cores": os.cpu_count(), "versions": {name: version(name) for name in ("jax", "libtpu")}}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(architecture))
         config = Config(
@@ -55,33 +61,36 @@ def measure(work: str, options: argparse.Namespace) -> dict[str, Any]:
             lora=Lora(rank=64, dropout=options.dropout, modules_to_save=()) if with_lora else None,
             data=Data(length=2048), mesh=Mesh(fsdp=len(slice_.devices)),
             train=Train(batch_size=rows, loss_chunk=options.loss_chunk))
-        start = time.perf_counter()
-        plan = make_plan(config, slice_, ("train",))
-    phase = plan.phases["train"]
-    return {"work": work, "remat": options.remat, "param_dtype": options.param_dtype, "loss_chunk": options.loss_chunk,
-            "dropout": options.dropout, "fits": plan.fits, "limit": plan.hbm_limit, **vars(phase),
-            "seconds": time.perf_counter() - start, "load": os.getloadavg()[0], "cores": os.cpu_count(),
-            "machine": platform.machine()}
+        start = time.process_time()
+        if options.tune:
+            best, trials = tune(config, slice_, lambda line: print(f"  {work} {line}", flush=True))
+            about |= {"tuned": describe_change(best.change) or "nothing changed", "trials": len(trials)}
+            phase, fits = best.phase, best.fits
+        else:
+            plan = make_plan(config, slice_, ("train",))
+            phase, fits = plan.phases["train"], plan.fits
+    return about | {"fits": fits, **vars(phase), "processor_seconds": time.process_time() - start}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows in Markdown, each beside its peer."""
-    lines = ["| work | remat, master, loss chunk | peak GiB | TFLOP per chip | Mcycles (matrix work) | x best peer | "
-             "sent, GB | compile s (load) | best peer: GiB, TFLOP, Mcycles |", "|" + "---|" * 9]
+    """The rows in Markdown, each beside the best of its peers."""
+    lines = ["| work | remat, master, loss chunk | peak GiB (peers' best) | TFLOP per chip | "
+             "Mcycles (matrix work) | peers' best | ratio | sent, GB | compile s (load) | peers' s, quiet / loaded |",
+             "|" + "---|" * 10]
     for row in rows:
-        peer = PEERS.get(row["work"])
-        peak = f"{row['peak_bytes'] / 2**30:.2f}" + ("" if row["fits"] else " does not fit")
+        peak, cycles, quiet, loaded = PEERS[row["work"]][PRECISIONS.index(row["param_dtype"])]
+        tuned = f"; tuned in {row['trials']} trials: {row['tuned']}" if "tuned" in row else ""
+        mine = f"{row['peak_bytes'] / 2**30:.2f} ({peak})" + ("" if row["fits"] else " does not fit")
         if row["flops"] is None:
-            cells = ["-"] * 4
+            cells = ["-"] * 5
         else:
-            tflop, cycles = (row["flops"] - row["kernel_flops"]) / 1e12, row["cycles"] / 1e6
             sent = ", ".join(f"{kind} {count / 1e9:.1f}" for kind, count in sorted(row["sent_bytes"].items()))
-            cells = [f"{tflop:.0f}", f"{cycles:.0f} ({row['matrix_cycles'] / 1e6:.0f})",
-                     f"{cycles / peer[3]:.2f}" if peer else "-", sent]
+            cells = [f"{(row['flops'] - row['kernel_flops']) / 1e12:.0f}",
+                     f"{row['cycles'] / 1e6:.0f} ({row['matrix_cycles'] / 1e6:.0f})",
+                     f"{cycles}", f"{row['cycles'] / 1e6 / cycles:.2f}", sent]
         lines.append("| " + " | ".join([
-            row["work"], f"{row['remat']}, {row['param_dtype']}, {row['loss_chunk']}", peak, *cells,
-            f"{row['seconds']:.0f} ({row['load']:.0f})",
-            f"{peer[0]}: {peer[1]}, {peer[2]}, {peer[3]}" if peer else "-"]) + " |")
+            row["work"], f"{row['remat']}, {row['param_dtype']}, {row['loss_chunk']}{tuned}",
+            mine, *cells, f"{row['compile_seconds']:.0f} ({row['load']:.0f})", f"{quiet or '-'} / {loaded}"]) + " |")
     return "\n".join(lines)
 
 
@@ -92,6 +101,7 @@ def main() -> None:
     parser.add_argument("--param_dtype", default="float32", help="precision of trained weights")
     parser.add_argument("--loss_chunk", type=int, default=512, help="positions per row with logits at once")
     parser.add_argument("--dropout", type=float, default=0.0, help="dropout of LoRA; peers had none")
+    parser.add_argument("--tune", action="store_true", help="search as plan --tune does, from these settings on")
     parser.add_argument("--out", type=Path, help="append one JSON line for each")
     parser.add_argument("--table", type=Path, help="print such lines as a table, and compile nothing")
     options = parser.parse_args()

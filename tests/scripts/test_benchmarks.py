@@ -1,0 +1,39 @@
+"""The benchmarks that need torch, hardware or hours, in miniature: every line of them runs."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu"}
+
+
+def test_training_beside_peft_has_the_same_losses(shared, tmp_path):
+    pytest.importorskip("peft")
+    run = subprocess.run([sys.executable, "benchmarks/train_vs_peft.py", "--quick", f"--data={shared}",
+                          f"--out={tmp_path}/r.json"], cwd=REPOSITORY, capture_output=True, text=True, env=ENVIRONMENT)
+    assert run.returncode == 0, run.stderr[-2000:]
+    results = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert [result["layout"] for result in results] == ["unpadded", "padded", "longest"]
+    assert all(result["losses_apart"] <= 1e-4 and result["ratio"] > 0 for result in results)
+    # packed and padded rows hold the same examples, and so as many learned tokens
+    assert results[1]["learned"] == results[2]["learned"] > 0 and results[1]["examples"] > 4
+
+
+def test_the_gpu_benchmark_runs_in_miniature(tmp_path):
+    run = subprocess.run([sys.executable, "benchmarks/gpu.py", "--quick", f"--out={tmp_path}/gpu.json"],
+                         cwd=REPOSITORY, capture_output=True, text=True, env=ENVIRONMENT)
+    assert run.returncode == 0, run.stdout + run.stderr[-2000:]
+    results = json.loads((tmp_path / "gpu.json").read_text())["results"]
+    for part in ("full", "lora"):
+        assert results[part]["ours"]["tokens_per_second"] > 0 < results[part]["theirs"]["tokens_per_second"]
+    # forward and backward of every matrix, and of attention; the tied embedding counts as the head
+    layer = 64 * 16 * (4 + 2 + 2 + 4) + 3 * 64 * 128
+    assert results["full"]["ours"]["flops_per_token"] == 6 * (layer + 512 * 64 + 3 * 64) + 12 * 4 * 16 * 128
+    ours, theirs = results["decode"]["ours"], results["decode"]["theirs"]
+    weights = 2 * (layer + 512 * 64 + 3 * 64)
+    assert ours["bytes_per_step"] == theirs["bytes_per_step"] == weights + 2 * 2 * 2 * 16 * 2 * (16 + 128)
