@@ -178,14 +178,14 @@ def to_json(study: Study, blocks: dict[str, list[Block]], mode: Mode) -> dict[st
     def entry(row: Row) -> dict[str, Any]:
         scores = {}
         for name, e in row.scores.items():
-            scores[name] = {"value": round(e.value, 4), "low": round(e.low, 4), "high": round(e.high, 4)}
+            scores[name] = {"value": round(e.value, 6), "low": round(e.low, 6), "high": round(e.high, 6)}
             if e.sd is not None:
-                scores[name]["sd"] = round(e.sd, 4)
+                scores[name]["sd"] = round(e.sd, 6)
             if e.change is not None:
-                scores[name] |= {"change": round(e.change.difference, 4), "p": round(e.change.p, 4),
+                scores[name] |= {"change": round(e.change.difference, 6), "p": round(e.change.p, 6),
                                  "clear": e.change.clear}
         return {"arm": row.arm, "rule": row.is_baseline, "items": row.num_items, "scores": scores,
-                "seeds": {str(seed): {name: round(value, 4) for name, value in told.items()}
+                "seeds": {str(seed): {name: round(value, 6) for name, value in told.items()}
                           for seed, told in row.seed_scores.items()}}
     return {"format": FORMAT, "title": study.name, "mode": mode, "tables": {name: [
         {"benchmark": block.benchmark, "method": block.method, "languages": block.languages, "chance": block.chance,
