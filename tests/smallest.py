@@ -17,7 +17,7 @@ from unittest import mock
 import numpy as np
 
 from crossin_jax import program
-from crossin_jax.config import Cell
+from crossin_jax.config import Config
 from crossin_jax.data import mixture, packing
 from crossin_jax.evaluate import evaluate
 from crossin_jax.evaluation.summary import OTHERS, Run, summarise
@@ -53,37 +53,28 @@ def broken(part: str) -> Iterator[None]:
         yield
 
 
-def tune(cells: dict[str, Cell], folder: Path, arms: tuple[str, ...]) -> None:
-    """Trains arms into a folder."""
-    for arm in arms:
-        train(dataclasses.replace(cells[arm].config, output_dir=str(folder / arm)))
-
-
-def ask(cells: dict[str, Cell], folders: dict[str, Path], out: Path) -> dict[str, dict[str, float]]:
-    """Scores by arm, choices by log-likelihood per token."""
-    runs = [Run(arm, cells[arm].config.seed, evaluate(cells[arm].config, folder, out / arm)[0])
-            for arm, folder in folders.items()]
-    block = next(b for b in summarise(runs) if b.method == "mean" and b.tag is None)
-    return {row.arm: {name: row.scores[name].value for name in ("accuracy/en", OTHERS, "AC3_2")} for row in block.rows}
+def ask(config: Config, folder: Path, out: Path) -> dict[str, float]:
+    """Scores of one arm, choices by log-likelihood per token."""
+    blocks = summarise([Run(config.name, config.seed, evaluate(config, folder, out)[0])])
+    block = next(block for block in blocks if block.method == "mean" and block.tag is None)
+    return {name: block.rows[0].scores[name].value for name in ("accuracy/en", OTHERS, "AC3_2")}
 
 
 def main(root: Path, seed: int, parts: list[str]) -> dict[str, dict[str, dict[str, float]]]:
     """Scores of the sound study, and with each of the parts broken."""
     study = program.call_config_file(str(CONFIG), "get_study", seeds=(seed,), root=str(root))
-    start, cells = study.cells[0], {cell.config.name: cell for cell in study.cells[1:]}
-    train(start.config)
-    export(Path(start.config.output_dir), "hf", Path(start.config.output_dir) / "model")
-    sound = root / "sound"
-    tune(cells, sound, ARMS)
-    found = {"sound": ask(cells, {arm: sound / arm for arm in ARMS}, root / "asked")}
+    start, arms = study.cells[0].config, {cell.config.name: cell.config for cell in study.cells[1:]}
+    train(start)
+    export(Path(start.output_dir), "hf", Path(start.output_dir) / "model")
+    sound = {arm: train(arms[arm]) for arm in ARMS}
+    found = {"sound": {arm: ask(arms[arm], sound[arm], root / "asked" / arm) for arm in ARMS}}
     for part in parts:
-        folders = {arm: sound / arm for arm in ARMS}
         with broken(part):
-            if part != "scorer":
-                changed = ARMS if part == "mask" else ARMS[1:]  # base has no pairs
-                tune(cells, root / part, changed)
-                folders |= {arm: root / part / arm for arm in changed}
-            found[part] = ask(cells, folders, root / f"asked_{part}")
+            changed = ARMS if part == "scorer" else ARMS[1:]  # against a broken base the gap is smaller still
+            folders = {arm: sound[arm] if part == "scorer" else train(dataclasses.replace(
+                arms[arm], output_dir=str(root / part / arm))) for arm in changed}
+            found[part] = found["sound"] | {arm: ask(arms[arm], folder, root / f"asked_{part}" / arm)
+                                            for arm, folder in folders.items()}
     return found
 
 

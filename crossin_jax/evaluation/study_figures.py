@@ -48,6 +48,7 @@ def draw_contrast(contrast: Contrast, blocks: dict[str, Block]) -> Any:
                           label=f"{arm} minus {contrast.control}" if y == len(tables) - 1 else None)
                 axes.plot(differences, [place] * len(differences), "o", color=COLOURS[i + 1], markersize=4)
         axes.axvline(0, color="black", linewidth=1)
+        axes.locator_params(axis="x", nbins=5)
         axes.set(xlabel=f"{describe_score(name)}, difference", yticks=range(len(tables)), yticklabels=tables)
     return _panels(next(iter(blocks.values())), fill, height=1.4 + 0.55 * len(tables), sharey=True)
 
