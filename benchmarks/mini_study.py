@@ -40,7 +40,8 @@ def read_results() -> Blocks:
 
 def spread(values: list[float]) -> str:
     """Mean ± sample standard deviation."""
-    return number(statistics.mean(values)) + (f" ± {number(statistics.stdev(values))}" if len(values) > 1 else "")
+    mean = number(statistics.mean(values)).replace("-", "−")
+    return mean + (f" ± {number(statistics.stdev(values))}" if len(values) > 1 else "")
 
 
 def shared(*blocks: Block) -> list[int]:
