@@ -1,4 +1,4 @@
-"""A study's figures as static SVG (matplotlib): curves, arms against a control, accuracy by language."""
+"""A study's figures (matplotlib): curves, arms against a control, accuracy by language; as SVG or PNG."""
 
 import io
 from collections import Counter
@@ -16,7 +16,7 @@ from crossin_jax.evaluation.wording import describe_score
 COLOURS = ("#56616e", "#0072b2", "#d55e00", "#00825f", "#a8578a", "#9a6b00", "#2b8fc4", "#6b4fa0")
 
 
-def draw_curves(title: str, blocks: dict[float, Block]) -> str:
+def draw_curves(title: str, blocks: dict[float, Block]) -> Any:
     """AC3 and accuracy outside English of every arm over x, with the standard deviation over seeds."""
     count = Counter(row.arm for _, block in sorted(blocks.items()) for row in _models(block))
     arms = [arm for arm, places in count.items() if places > 1]
@@ -31,7 +31,7 @@ def draw_curves(title: str, blocks: dict[float, Block]) -> str:
     return _panels(next(iter(blocks.values())), fill, height=3.4)
 
 
-def draw_contrast(contrast: Contrast, blocks: dict[str, Block]) -> str:
+def draw_contrast(contrast: Contrast, blocks: dict[str, Block]) -> Any:
     """Per table and arm the score minus the control's: a dot per seed, a bar for their mean."""
     tables = list(blocks)[::-1]  # the first one on top
 
@@ -48,6 +48,7 @@ def draw_contrast(contrast: Contrast, blocks: dict[str, Block]) -> str:
                           label=f"{arm} minus {contrast.control}" if y == len(tables) - 1 else None)
                 axes.plot(differences, [place] * len(differences), "o", color=COLOURS[i + 1], markersize=4)
         axes.axvline(0, color="black", linewidth=1)
+        axes.locator_params(axis="x", nbins=5)
         axes.set(xlabel=f"{describe_score(name)}, difference", yticks=range(len(tables)), yticklabels=tables)
     return _panels(next(iter(blocks.values())), fill, height=1.4 + 0.55 * len(tables), sharey=True)
 
@@ -58,7 +59,7 @@ def differ(row: Row, control: Row, name: str) -> list[float]:
             if seed in control.seed_scores]
 
 
-def draw_languages(blocks: dict[str, Block]) -> str:
+def draw_languages(blocks: dict[str, Block]) -> Any:
     """Accuracy of every arm in every language, a heat map per table."""
     columns = min(3, len(blocks))
     lines = -(-len(blocks) // columns)
@@ -77,14 +78,14 @@ def draw_languages(blocks: dict[str, Block]) -> str:
         axes.set_title(name, fontsize=10)
     for axes in list(grid):  # what the last line does not fill
         axes.set_axis_off()
-    return _to_svg(figure)
+    return figure
 
 
 def _models(block: Block) -> list[Row]:
     return [row for row in block.rows if not row.is_baseline]
 
 
-def _panels(block: Block, fill: Callable[[Any, str], None], *, height: float, **options: Any) -> str:
+def _panels(block: Block, fill: Callable[[Any, str], None], *, height: float, **options: Any) -> Any:
     """One panel for AC3 and one for accuracy outside English, with one legend."""
     names: Sequence[str] = [block.headline[-1], *([OTHERS] if OTHERS in block.headline else [])]
     figure = _figure(4.6 * len(names) + 1.0, height)
@@ -94,7 +95,7 @@ def _panels(block: Block, fill: Callable[[Any, str], None], *, height: float, **
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
-    return _to_svg(figure)
+    return figure
 
 
 def _figure(width: float, height: float) -> Any:
@@ -102,10 +103,17 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _to_svg(figure: Any) -> str:
+def to_svg(figure: Any) -> str:
     """The figure as SVG; the same figure gives the same text."""
     import matplotlib
     out = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "crossin_jax", "svg.fonttype": "none"}):
         figure.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()
+
+
+def to_png(figure: Any) -> bytes:
+    """The figure as PNG, as wide as a page of text."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=110, metadata={"Software": None})
     return out.getvalue()

@@ -5,6 +5,7 @@ tables/NAME has each table's own report, with the items.
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -13,13 +14,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from crossin_jax.config import Study
+from crossin_jax.config import Study, UserError
 from crossin_jax.evaluation import study_figures
 from crossin_jax.evaluation.figures import number
 from crossin_jax.evaluation.metrics import Mode
 from crossin_jax.evaluation.predictions import Predictions
 from crossin_jax.evaluation.report import explain_marks, format_estimate, write_results
-from crossin_jax.evaluation.summary import Block, Row, Run
+from crossin_jax.evaluation.summary import Block, Change, Estimate, Row, Run
 from crossin_jax.evaluation.wording import MODES_IN_WORDS, describe_score, method_name
 
 FORMAT = 1
@@ -51,7 +52,8 @@ def write_study(folder: Path, study: Study, tables: Sequence[Table], mode: Mode)
     for table in tables:
         blocks[table.name] = write_results(folder / "tables" / slug(table.name), table.runs, baselines=table.baselines,
                                            mode=mode, title=f"{study.name}: {table.name}")
-    figures = draw_figures(study, blocks)
+    figures = {name: (caption, study_figures.to_svg(figure))
+               for name, (caption, figure) in draw_figures(study, blocks).items()}
     contents = {"results.json": json.dumps(to_json(study, blocks, mode), indent=1, ensure_ascii=False),
                 "results.md": to_markdown(study, blocks, mode), "report.html": to_html(study, blocks, mode, figures)}
     contents |= {f"figures/{name}.svg": svg for name, (_, svg) in figures.items()}
@@ -81,9 +83,9 @@ def find(blocks: Sequence[Block], benchmark: str, method: str) -> Block | None:
                 None)
 
 
-def draw_figures(study: Study, blocks: dict[str, list[Block]]) -> dict[str, tuple[str, str]]:
-    """(caption, SVG) by file name: curves, contrasts and heat maps of every benchmark, by its first method."""
-    figures: dict[str, tuple[str, str]] = {}
+def draw_figures(study: Study, blocks: dict[str, list[Block]]) -> dict[str, tuple[str, Any]]:
+    """(caption, figure) by file name: curves, contrasts and heat maps of every benchmark, by its first method."""
+    figures: dict[str, tuple[str, Any]] = {}
     first = dict(reversed([(benchmark, method) for benchmark, method in questions(blocks)]))
     for benchmark, method in reversed(first.items()):
         here = {name: block for name, several in blocks.items() if (block := find(several, benchmark, method))}
@@ -176,16 +178,33 @@ def to_json(study: Study, blocks: dict[str, list[Block]], mode: Mode) -> dict[st
     def entry(row: Row) -> dict[str, Any]:
         scores = {}
         for name, e in row.scores.items():
-            scores[name] = {"value": round(e.value, 4), "low": round(e.low, 4), "high": round(e.high, 4)}
+            scores[name] = {"value": round(e.value, 6), "low": round(e.low, 6), "high": round(e.high, 6)}
             if e.sd is not None:
-                scores[name]["sd"] = round(e.sd, 4)
+                scores[name]["sd"] = round(e.sd, 6)
             if e.change is not None:
-                scores[name] |= {"change": round(e.change.difference, 4), "p": round(e.change.p, 4),
+                scores[name] |= {"change": round(e.change.difference, 6), "p": round(e.change.p, 6),
                                  "clear": e.change.clear}
         return {"arm": row.arm, "rule": row.is_baseline, "items": row.num_items, "scores": scores,
-                "seeds": {str(seed): {name: round(value, 4) for name, value in told.items()}
+                "seeds": {str(seed): {name: round(value, 6) for name, value in told.items()}
                           for seed, told in row.seed_scores.items()}}
     return {"format": FORMAT, "title": study.name, "mode": mode, "tables": {name: [
         {"benchmark": block.benchmark, "method": block.method, "languages": block.languages, "chance": block.chance,
          "arms": [entry(row) for row in block.rows]}
         for block in several if block.tag is None] for name, several in blocks.items()}}
+
+
+def from_json(results: dict[str, Any]) -> dict[str, list[Block]]:
+    """The blocks that `to_json` wrote, as far as it wrote them: no answers, and items of all tags together."""
+    if results["format"] != FORMAT:
+        raise UserError(f"results of a study in format {results['format']}, but this version reads {FORMAT}")
+
+    def read(entry: dict[str, Any]) -> Row:
+        scores = {name: Estimate(told["value"], told["low"], told["high"], told.get("sd"), change=Change(
+            told["change"], math.nan, math.nan, told["p"], told["clear"]) if "change" in told else None)
+            for name, told in entry["scores"].items()}
+        seeds = {int(seed): told for seed, told in entry["seeds"].items()}
+        return Row(entry["arm"], tuple(seeds), entry["items"], scores, seeds, {}, [], {}, {}, entry["rule"])
+    return {table: [Block(told["benchmark"], told["method"], None, tuple(told["languages"]),
+                          max(entry["items"] for entry in told["arms"]), told["chance"],
+                          tuple(read(entry) for entry in told["arms"])) for told in several]
+            for table, several in results["tables"].items()}
