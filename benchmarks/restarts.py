@@ -1,8 +1,9 @@
 """Restarts at random points: does the data stream go on with the identical batches, whatever hosts and workers?
 
-    python benchmarks/restarts.py [--points 500] [--out FILE.json]
+    python benchmarks/restarts.py [--points 500] [--with_workers 60] [--out FILE.json]
 
-The points are divided over 1 and 2 hosts and over 0 and 2 workers, packing on; the position passes through JSON, a new
+The points are divided over 1 and 2 hosts, packing on; `--with_workers` of them start two worker processes, the rest
+none, and the uninterrupted stream is that of no workers. The position passes through JSON, a new
 loader takes it, and the next two batches must have the hashes that the uninterrupted stream had. Exits with 1 at the
 first difference. A start of worker processes takes seconds, so this is a command and not a test; the test suite does
 500 points without workers and a few with them.
@@ -72,13 +73,15 @@ def main() -> int:
     """Checks the four combinations and prints a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=500)
+    parser.add_argument("--with_workers", type=int, default=60)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     report, rng = [], random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         loader_of = make_parts(Path(folder))
         for hosts, workers in itertools.product((1, 2), (0, 2)):
-            start, points = time.perf_counter(), options.points // 4
+            start = time.perf_counter()
+            points = (options.with_workers if workers else options.points - options.with_workers) // 2
             wrong = check(loader_of, hosts, workers, points, rng)
             report.append({"hosts": hosts, "workers": workers, "points": points, "different": wrong})
             print(f"{hosts} hosts, {workers} workers: {points} restarts, {wrong} with other batches "
