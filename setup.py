@@ -42,8 +42,8 @@ setup(
         "cuda": ["jax[cuda13]"],
         "plan": [LIBTPU],
         "lm_eval": [LM_EVAL],
-        "test": ["pytest>=9", "hypothesis>=6.170", "peft>=0.21", "torch>=2.13", "sentencepiece>=0.2", "ruff>=0.14",
-                 LM_EVAL, LIBTPU],
+        "test": ["pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6.170", "peft>=0.21", "torch>=2.13",
+                 "sentencepiece>=0.2", "ruff>=0.14", LM_EVAL, LIBTPU],
     },
     classifiers=[
         "Programming Language :: Python :: 3.11",

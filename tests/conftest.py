@@ -5,18 +5,22 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-# Most of the suite's time is compilation of programs that run once: the compiler is told not to try hard.
-os.environ["XLA_FLAGS"] = ("--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true "
-                           "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", ""))
-if version("jaxlib").startswith("0.10."):  # later ones do not know the flag, and an unknown flag ends the process
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
-_CACHE = tempfile.TemporaryDirectory(prefix="crossin_jax_tests_")  # a program that two tests share is compiled once
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_DATASETS_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+if WORKER is None:  # else what the first process set is inherited
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    # Most of the suite's time is compilation of programs that run once: the compiler is told not to try hard.
+    os.environ["XLA_FLAGS"] = ("--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true "
+                               "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", ""))
+    if version("jaxlib").startswith("0.10."):  # later ones do not know the flag, and an unknown flag ends the process
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+    _CACHE = tempfile.TemporaryDirectory(prefix="crossin_jax_tests_")  # a program that two tests share is compiled once
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HF_DATASETS_OFFLINE"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+else:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] += f"/{WORKER}"  # jax does not write its entries atomically
 
 import jax  # noqa: E402 - after the environment is set
 import pytest  # noqa: E402
