@@ -31,7 +31,7 @@ from crossin_jax.generation.programs import CHUNK, Programs
 from crossin_jax.generation.sampling import make_sampling
 from crossin_jax.models.attention import Kernel, choose_kernel, kernel_flops
 from crossin_jax.parallel.mesh import batch_sharding, check_batch, make_mesh
-from crossin_jax.parallel.topology import Program, Topology, compile_program, open_topology, shard_bytes
+from crossin_jax.parallel.topology import Program, Topology, compile_program, open_topology, shard_bytes, uncached
 from crossin_jax.training.optim import make_optimizer
 from crossin_jax.training.state import AbstractModel, abstract_model, abstract_state, model_spec
 from crossin_jax.training.step import COMPILER_OPTIONS, StepSettings, make_train_step
@@ -132,7 +132,8 @@ class AbsentPrograms(Programs):
         function = jax.jit(program, donate_argnums=donate)
         if kind in PROGRAMS:
             return compile_program(function, *inputs)
-        compiled = function.lower(*inputs).compile()
+        with uncached():
+            compiled = function.lower(*inputs).compile()
         return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
                             compiled.out_info, compiled.output_shardings)
 

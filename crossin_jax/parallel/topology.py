@@ -1,16 +1,19 @@
 """TPUs that are not there: their devices by name, and programs compiled for them."""
 
+import contextlib
 import dataclasses
 import math
 import os
 import re
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
 
 from crossin_jax.config import UserError
 from crossin_jax.parallel.cost import Cost, count
@@ -111,6 +114,20 @@ def _sizes(error: Exception) -> tuple[int, int]:
     return int(float(needed) * _UNITS[unit]), int(float(limit) * _UNITS[limit_unit])
 
 
+@contextlib.contextmanager
+def uncached() -> Iterator[None]:
+    """Leaves jax's cache on disk alone, which cannot give back programs of devices that are not there."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # else the answer to "is it used" of an earlier program stands
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
+@uncached()
 def compile_program(function: Any, *arguments: Any) -> Program:
     """Compiles a jitted function for the devices of its abstract arguments.
 
