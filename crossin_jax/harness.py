@@ -1,6 +1,6 @@
 """EleutherAI's lm-evaluation-harness on JAX weights: its own program, with our engine among its models.
 
-  pip install crossin_jax[lm_eval]
+  pip install lm_eval
   python -m crossin_jax.harness run --model crossin_jax --model_args pretrained=models/mine --tasks belebele
   python -m crossin_jax.harness run --model crossin_jax --model_args pretrained=runs/mine --tasks mine --include_path .
 
@@ -22,7 +22,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "lm_eval":
             raise
-        program.fail("lm_eval is not installed: pip install crossin_jax[lm_eval]")
+        program.fail("lm_eval is not installed: pip install lm_eval")
     try:
         cli_evaluate()
     except UserError as error:

@@ -35,9 +35,8 @@ class EngineLM(TemplateLM):
                             additional_config: dict[str, Any] | None = None) -> "EngineLM":
         """Opens `pretrained` (a folder, a Hub id, an adapter or a run); takes model_args and flags of the harness."""
         settings = {key: value for key, value in (arg_dict | (additional_config or {})).items() if value is not None}
-        if settings.pop("device", None):
-            raise UserError("--device: JAX takes the devices that it finds; choose them with JAX_PLATFORMS")
-        settings.pop("max_batch_size", None)
+        for name in ("device", "max_batch_size"):  # the harness names cuda:0 unasked; JAX finds its devices
+            settings.pop(name, None)
         if unknown := sorted(set(settings) - set(OURS)):
             raise UserError(f"--model_args {unknown[0]}={settings[unknown[0]]}: crossin_jax takes {', '.join(OURS)}")
         if "pretrained" not in settings:

@@ -7,13 +7,14 @@ import sys
 import pytest
 import yaml
 
-pytest.importorskip("lm_eval", reason="lm_eval is not installed (pip install crossin_jax[lm_eval])")
+pytest.importorskip("lm_eval", reason="lm_eval is not installed (pip install lm_eval)")
 
 import lm_eval
 from lm_eval.tasks import TaskManager
 
 from crossin_jax.config import UserError
 from crossin_jax.evaluation.harness import EngineLM
+from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the harness's own and those of its libraries
 
@@ -79,8 +80,18 @@ def test_arguments_that_cannot_be_meant_are_refused(pretrained):
                              (f"pretrained={pretrained / 'nowhere'}", "nowhere")):
         with pytest.raises(UserError, match=words):
             EngineLM.create_from_arg_string(arguments)
-    with pytest.raises(UserError, match="JAX_PLATFORMS"):
-        EngineLM.create_from_arg_obj({"pretrained": "x"}, {"device": "cuda"})
+
+
+def test_the_program_runs_a_task(pretrained, tasks):
+    """As users start it: the harness's own command line names a device, batch sizes and more of its own accord."""
+    done = subprocess.run(
+        [sys.executable, "-m", "crossin_jax.harness", "run", "--model", "crossin_jax", "--model_args",
+         f"pretrained={pretrained / 'model'},max_length=64", "--tasks", "capitals", "--include_path",
+         tasks.include_path], capture_output=True, text=True, cwd=REPOSITORY, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results, _ = run("crossin_jax", {"pretrained": str(pretrained / "model"), "max_length": 64}, tasks)
+    row = next(line for line in done.stdout.splitlines() if line.startswith("|capitals"))
+    assert float(row.split("|")[7]) == results["capitals"]["acc,none"]
 
 
 def test_without_the_harness_there_is_one_line(tmp_path):
@@ -88,4 +99,4 @@ def test_without_the_harness_there_is_one_line(tmp_path):
     done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); "
                            "from crossin_jax.harness import main; main()"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.strip() == "error: lm_eval is not installed: pip install crossin_jax[lm_eval]"
+    assert done.stderr.strip() == "error: lm_eval is not installed: pip install lm_eval"
