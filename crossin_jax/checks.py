@@ -38,7 +38,8 @@ def check(config: Config) -> Config:
                 raise UserError(f"{path}={value} must be {word.replace('_', ' ')} {rules[word]}: {rules['doc']}")
         if "choices" in rules and value not in rules["choices"] and not re.fullmatch(rules.get("form", ""), value):
             known = rules["choices"]
-            raise UserError(f"{path}={value!r} is not one of {', '.join(known)}{hint(value, known)}")
+            raise UserError(f"{path}={value!r} is not one of {', '.join(known)}{hint(value, known)}"
+                            + (f": {rules['doc']}" if "form" in rules else ""))
     _check_model(config)
     _check_data(config.data)
     for names, values in config.optim.groups.items():

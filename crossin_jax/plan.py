@@ -11,6 +11,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,6 +31,7 @@ from crossin_jax.generation.plan import LENGTH_BUCKETS, bucket
 from crossin_jax.generation.programs import CHUNK, Programs
 from crossin_jax.generation.sampling import make_sampling
 from crossin_jax.models.attention import Kernel, choose_kernel, kernel_flops
+from crossin_jax.outputs import check_output
 from crossin_jax.parallel.mesh import batch_sharding, check_batch, make_mesh
 from crossin_jax.parallel.topology import Program, Topology, compile_program, open_topology, shard_bytes, uncached
 from crossin_jax.training.optim import make_optimizer
@@ -305,6 +307,8 @@ def main(config: Config, arguments: Any) -> int:
         raise UserError("--topology is missing; give CHIP:SHAPE, e.g. --topology v5e:4x4")
     jax.config.update("jax_platforms", "cpu")  # real chips, where there are any, stay free
     topology = open_topology(arguments.topology)
+    if arguments.out:
+        check_output("--out", Path(arguments.out))
     if arguments.out and not arguments.tune:
         raise UserError("--out is for the proposal of --tune; add --tune, or leave it out")
     if arguments.tune:

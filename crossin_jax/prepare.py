@@ -21,6 +21,7 @@ from tqdm import tqdm
 from crossin_jax import program
 from crossin_jax.config import Config, Source, UserError, hint
 from crossin_jax.data.mixture import Mixture, load_corpora
+from crossin_jax.outputs import write_whole
 
 BATCH = 4096
 
@@ -54,7 +55,7 @@ def build(config: Config, arguments: Any) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-    write_atomically(manifest_path, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    write_whole(manifest_path, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
     print(describe_manifest(manifest))
     print(f"wrote {path} and manifest.json (mixture {manifest['hash']})")
 
@@ -87,13 +88,6 @@ def write_jsonl(mixture: Mixture, path: Path) -> None:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file by a whole one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
 def describe_manifest(manifest: dict[str, Any]) -> str:
     """Counts per component and language pair, as a table."""
     lines = [f"{'component':<20} {'examples':>9}  pairs"]
@@ -120,7 +114,7 @@ def preview(config: Config, arguments: Any) -> None:
     rows = [view.describe_row({name: window[name][r] for name in ("segment_ids",)})
             for r in range(min(4, len(window["tokens"])))]
     if arguments.html:
-        write_atomically(Path(arguments.html), view.to_html(data.renderer, pairs, rows, config.data.length))
+        write_whole(Path(arguments.html), view.to_html(data.renderer, pairs, rows, config.data.length))
         print(f"wrote {arguments.html}")
         return
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -142,8 +136,8 @@ def audit(config: Config, arguments: Any) -> None:
     folder = Path(arguments.out or Path(config.output_dir) / "audit").expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     table = auditing.to_markdown(report)
-    write_atomically(folder / "audit.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    write_atomically(folder / "audit.md", table)
+    write_whole(folder / "audit.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_whole(folder / "audit.md", table)
     auditing.draw(report, folder / "audit.png")
     print(table)
     print(f"wrote audit.json, audit.md and audit.png in {folder}")
@@ -181,7 +175,7 @@ def cross_xquad(config: Config, arguments: Any) -> None:
     rows = build_cross_xquad(source.path, source.languages or config.data.languages, config.seed)
     out = Path(arguments.out or Path(config.output_dir) / "cross_xquad.json").expanduser()
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    write_whole(out, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     print(f"wrote {len(rows)} items to {out}; evaluate with --config.evaluation.benchmarks={out},")
 
 

@@ -10,7 +10,6 @@ which SeaEval would toss a coin.
 
 import gzip
 import json
-import os
 import re
 import zlib
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from crossin_jax.evaluation.intervals import bootstrap
 from crossin_jax.evaluation.metrics import MODES, Scores, evaluate, pair_agreement
 from crossin_jax.evaluation.predictions import Answer, ItemAnswers, Predictions
 from crossin_jax.languages import CODES, LANGUAGES
+from crossin_jax.outputs import check_output, write_whole
 from crossin_jax.program import run
 from crossin_jax.provenance import commit
 
@@ -192,26 +192,16 @@ def check_outputs(log: Path, outputs: dict[str, Path | None]) -> None:
         if other := taken.get(path.resolve()):
             raise UserError(f"{flag}={path}: the same file as {other}; name another")
         taken[path.resolve()] = flag
-        if path.is_dir():
-            raise UserError(f"{flag}={path}: a folder; name a file in it")
-        if path.exists() and not path.is_file():  # replacing /dev/null would break the machine
-            raise UserError(f"{flag}={path}: not a regular file; name another")
-        if not path.parent.is_dir():
-            raise UserError(f"{flag}={path}: the folder {path.parent} does not exist; make it first")
-        if not os.access(path.parent, os.W_OK):
-            raise UserError(f"{flag}={path}: the folder {path.parent} is not writable; choose another")
+        check_output(flag, path)
 
 
 def write_json(path: str | Path, value: Any) -> None:
     """Writes a JSON file whole or not at all, compressed where its name ends in .gz."""
     path = Path(path)
     raw = json.dumps(value, ensure_ascii=False, indent=1).encode("utf-8", errors="surrogatepass") + b"\n"
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_bytes(gzip.compress(raw, mtime=0) if path.suffix == ".gz" else raw)
-        os.replace(part, path)
+        write_whole(path, gzip.compress(raw, mtime=0) if path.suffix == ".gz" else raw)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error.strerror}); nothing was kept") from None
 
 

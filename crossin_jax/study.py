@@ -11,7 +11,6 @@ run a part of the cells (--cells); whichever runs last writes the report of all 
 import dataclasses
 import json
 import logging
-import os
 import shutil
 import time
 from pathlib import Path
@@ -32,6 +31,7 @@ from crossin_jax.evaluation.report import Run, print_table, read_results, write_
 from crossin_jax.evaluation.runner import answer_without_model
 from crossin_jax.evaluation.study_report import Table, write_study
 from crossin_jax.export import export
+from crossin_jax.outputs import write_whole
 from crossin_jax.study_cost import print_costs
 from crossin_jax.train import keep_compiled, train
 
@@ -144,10 +144,8 @@ def read_key(file: Path) -> str | None:
 
 
 def write_key(file: Path, key: str, **more: Any) -> None:
-    """Writes a key whole or not at all."""
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps({"key": key, **more}))
-    os.replace(part, file)
+    """Writes a key, and what else is to be known, for `read_key`."""
+    write_whole(file, json.dumps({"key": key, **more}))
 
 
 def write_report(study: Study) -> Path | None:

@@ -13,7 +13,7 @@ from crossin_jax.config import Cell, Config, Study, UserError
 from crossin_jax.data.packing import BUCKETS
 from crossin_jax.models.spec import ModelSpec
 from crossin_jax.parallel.mesh import make_mesh
-from crossin_jax.parallel.topology import Topology, open_topology
+from crossin_jax.parallel.topology import NoCompiler, Topology, open_topology
 from crossin_jax.plan import make_plan
 from crossin_jax.training.optim import make_optimizer
 from crossin_jax.training.state import abstract_model, abstract_state, model_spec
@@ -119,7 +119,7 @@ def print_costs(study: Study, done: set[str], chosen: slice = slice(None), topol
     slice_of_tpus = None
     try:
         slice_of_tpus = open_topology(topology) if topology else None
-    except UserError as error:
+    except NoCompiler as error:
         print(f"no plan: {error}")
     costs = estimate_costs(study, chosen, slice_of_tpus)
     width = max((len(cost.name) for cost in costs), default=0)

@@ -31,6 +31,7 @@ from crossin_jax.data.pipeline import open_asker, open_pipeline
 from crossin_jax.evaluation.metrics import evaluate
 from crossin_jax.evaluation.runner import run_benchmarks
 from crossin_jax.generation.engine import Engine
+from crossin_jax.outputs import write_whole
 from crossin_jax.parallel import hosts
 from crossin_jax.parallel.mesh import check_batch, make_mesh
 from crossin_jax.training.faults import describe_fault, find_bad_rows
@@ -153,9 +154,7 @@ def prepare_folder(config: Config) -> Path:
     folder = Path(config.output_dir).expanduser()
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / "config.json.part"
-        part.write_text(json.dumps(settings.to_dict(config), indent=2, ensure_ascii=False))
-        os.replace(part, folder / "config.json")
+        write_whole(folder / "config.json", json.dumps(settings.to_dict(config), indent=2, ensure_ascii=False))
     hosts.check_shared(folder)
     return folder
 

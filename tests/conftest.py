@@ -23,7 +23,7 @@ else:
     os.environ["JAX_COMPILATION_CACHE_DIR"] += f"/{WORKER}"  # jax does not write its entries atomically
 
 import jax  # noqa: E402 - after the environment is set
-import pytest  # noqa: E402
+import pytest  # noqa: E402 - as above
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

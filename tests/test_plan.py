@@ -119,7 +119,8 @@ def test_lora_pairs_are_sharded_on_both_sides(tmp_path):
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--topology=v5e:3x3"], "v5e:4x4"), (["--topology=v9:2x2"], "v4, v5e, v5p, v6e"), ([], "--topology is missing"),
     (["--topology=v5e:2x2", "--config.mesh.fsdp=3"], "4 devices"),
-    (["--topology=v5e:2x2", "--config.train.batch_size=6"], "use 4 or 8")])
+    (["--topology=v5e:2x2", "--config.train.batch_size=6"], "use 4 or 8"),
+    (["--topology=v5e:2x2", "--tune", "--out=/no/where/p.json"], "/no/where does not exist")])
 def test_what_cannot_be_planned_is_refused_in_a_line(tmp_path, arguments, words):
     topology("v5e:2x2")
     config_of(tmp_path)

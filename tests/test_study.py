@@ -119,7 +119,7 @@ def test_a_dry_run_shows_every_cell_with_its_cost(study, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)  # as where it is not installed
     print_costs(study(), set(), slice(0, 1), "v5e:2x2")
     assert capsys.readouterr().out.splitlines()[0] == \
-        "no plan: the TPU compiler is not installed: pip install 'crossin_jax[plan]' (libtpu; Linux on x86-64)"
+        "no plan: the TPU compiler is not installed: pip install libtpu (Linux on x86-64)"
 
 
 def test_a_dry_run_plans_what_needs_no_other_cell(study, capsys, monkeypatch):
@@ -196,7 +196,8 @@ def test_cells_are_chosen_as_in_python(cells, shown, capsys):
 
 @pytest.mark.parametrize(("given", "words"), [
     ({"cells": "first"}, "give FIRST:LAST, e.g. 0:4"), ({"seeds": ["a"]}, "seeds are whole numbers"),
-    ({"budget": "epochs=1"}, "steps, examples or tokens"), ({"config": None}, "see configs/quickstart.py"),
+    ({"budget": "epochs=1"}, "steps, examples or tokens"),
+    ({"topology": "v9:2x2"}, "not a TPU slice"), ({"config": None}, "see configs/quickstart.py"),
     ({"config": str(REPOSITORY / "configs/mini_study.py:big")}, "choose all or some of main, full"),
 ])
 def test_wrong_flags_cost_one_line(given, words):

@@ -8,7 +8,6 @@ the sizes of all files: a checkpoint that lost some is found before several host
 import contextlib
 import json
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import orbax.checkpoint as ocp
 
 from crossin_jax import config as settings
 from crossin_jax.config import Config, UserError
+from crossin_jax.outputs import write_whole
 from crossin_jax.parallel import hosts
 from crossin_jax.parallel.mesh import leaf_name
 from crossin_jax.training.step import TrainState
@@ -91,9 +91,7 @@ class Store:
             known = self._read_sizes()
             sizes = {str(step): known.get(str(step)) or measure_files(self.folder / str(step)) for step in self.steps()}
             if sizes != known:
-                part = self.folder / "files.json.part"
-                part.write_text(json.dumps(sizes))
-                os.replace(part, self.folder / "files.json")
+                write_whole(self.folder / "files.json", json.dumps(sizes))
 
     def _read_sizes(self) -> dict[str, dict[str, int]]:
         try:

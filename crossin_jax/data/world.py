@@ -19,10 +19,8 @@ import datetime
 import functools
 import hashlib
 import json
-import os
 import random
 import unicodedata
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -34,6 +32,7 @@ from crossin_jax.data.corpus import Record, Text
 from crossin_jax.data.crosslingual import add_tag
 from crossin_jax.data.world_phrasings import ASK, LANGUAGE_FORM, TELL, join, with_article
 from crossin_jax.languages import LANGUAGES
+from crossin_jax.outputs import write_whole
 
 WORLD_LANGUAGES: tuple[str, ...] = tuple(TELL)
 TESTED: tuple[str, ...] = ("currency", "language", "time_zone")
@@ -266,9 +265,7 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int, folder: str | Path) -
     Path(folder).mkdir(parents=True, exist_ok=True)
     for file, content in (("tokenizer.json", tokenizer.to_str(pretty=True)),
                           ("tokenizer_config.json", json.dumps(settings, indent=2))):
-        part = Path(folder) / f"{file}.{uuid.uuid4().hex}"  # several processes may write the same at once
-        part.write_text(content, encoding="utf-8")
-        os.replace(part, Path(folder) / file)
+        write_whole(Path(folder) / file, content)
 
 
 # ---------------------------------------------------------------- Cross-World

@@ -42,7 +42,7 @@ def bootstrap(predictions: Predictions, mode: Mode = "expectation", *, level: fl
     scores = item_scores(predictions, mode, seed=seed)
     weights_RI = resample_weights(len(predictions.items), num_resamples, seed)
     tails = [(1 - level) / 2, (1 + level) / 2]
-    return {name: tuple(map(float, np.quantile(values_R, tails)))  # type: ignore[misc]
+    return {name: tuple(map(float, np.quantile(values_R, tails)))
             for name, values_R in weigh_scores(scores, weights_RI).items()}
 
 

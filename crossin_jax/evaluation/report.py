@@ -6,7 +6,6 @@ results.json: {"format", "title", "mode", "level", "resamples", "provenance", "r
 
 import gzip
 import json
-import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -21,6 +20,7 @@ from crossin_jax.evaluation.page import build_page
 from crossin_jax.evaluation.predictions import Predictions, decode, encode
 from crossin_jax.evaluation.summary import LEVEL, NUM_RESAMPLES, Block, Estimate, Row, Run, summarise
 from crossin_jax.evaluation.wording import MODES_IN_WORDS, describe_score, language_name, method_name, percent
+from crossin_jax.outputs import write_whole
 
 FORMAT = 1
 ANSWERS = "answers.json.gz"
@@ -52,12 +52,7 @@ def write_results(folder: str | Path, runs: Sequence[Run], provenance: dict[str,
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, raw in contents.items():
-            part = folder / f".{name}.{os.getpid()}.part"
-            try:
-                part.write_bytes(raw)
-                os.replace(part, folder / name)
-            finally:
-                part.unlink(missing_ok=True)
+            write_whole(folder / name, raw)
     except OSError as error:
         raise UserError(f"{folder}: results cannot be written ({error.strerror}); name another folder") from None
     return blocks

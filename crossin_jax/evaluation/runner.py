@@ -8,7 +8,6 @@ import dataclasses
 import gzip
 import json
 import logging
-import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from crossin_jax.evaluation.benchmarks import Benchmark, Item, draw_shots, list_
 from crossin_jax.evaluation.predictions import Answer, ItemAnswers, Predictions, decode, encode
 from crossin_jax.generation.engine import Engine
 from crossin_jax.languages import LANGUAGES
+from crossin_jax.outputs import write_whole
 from crossin_jax.provenance import content_hash
 
 LETTER = re.compile(r"^\([A-J]\) ")
@@ -204,9 +204,7 @@ def common_prefix(sequences: Sequence[np.ndarray]) -> int:
 def save(parts: list[Predictions], file: Path) -> None:
     """Writes finished predictions whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_bytes(gzip.compress(json.dumps([encode(p) for p in parts], ensure_ascii=False).encode(), mtime=0))
-    os.replace(part, file)
+    write_whole(file, gzip.compress(json.dumps([encode(p) for p in parts], ensure_ascii=False).encode(), mtime=0))
 
 
 def load(file: Path) -> list[Predictions] | None:

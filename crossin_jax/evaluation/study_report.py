@@ -6,7 +6,6 @@ tables/NAME has each table's own report, with the items.
 
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from crossin_jax.evaluation.predictions import Predictions
 from crossin_jax.evaluation.report import explain_marks, format_estimate, write_results
 from crossin_jax.evaluation.summary import Block, Change, Estimate, Row, Run
 from crossin_jax.evaluation.wording import MODES_IN_WORDS, describe_score, method_name
+from crossin_jax.outputs import write_whole
 
 FORMAT = 1
 HIDDEN = ("byte",)  # ways of choosing that only the tables' own reports show
@@ -60,9 +60,7 @@ def write_study(folder: Path, study: Study, tables: Sequence[Table], mode: Mode)
     for name, text in contents.items():
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f".{file.name}.{os.getpid()}.part")
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, file)
+        write_whole(file, text)
     return blocks
 
 

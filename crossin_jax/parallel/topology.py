@@ -22,6 +22,10 @@ FORMS = ("v4:2x2x1", "v4:2x2x2", "v5e:2x2", "v5e:4x4", "v5e:8x16", "v5p:2x2x1", 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
+class NoCompiler(UserError):
+    """The TPU compiler is not installed."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """What one chip can do, from the maker's data sheets: bytes per second, cycles per second."""
@@ -72,9 +76,9 @@ def open_topology(name: str) -> Topology:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     try:
-        import libtpu  # noqa: F401
+        import libtpu  # noqa: F401 - whether it is there
     except ImportError:
-        raise UserError("the TPU compiler is not installed: pip install 'crossin_jax[plan]' (libtpu; Linux on x86-64)"
+        raise NoCompiler("the TPU compiler is not installed: pip install libtpu (Linux on x86-64)"
                         ) from None
     from jax.experimental import topologies
 

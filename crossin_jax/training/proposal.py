@@ -7,6 +7,7 @@ from typing import Any
 
 from crossin_jax.checks import check
 from crossin_jax.config import Config, UserError, replace_settings, to_dict
+from crossin_jax.outputs import write_whole
 from crossin_jax.training.state import model_spec
 
 # what decides how much memory and time a step takes, beside the model itself and what was tuned
@@ -19,7 +20,7 @@ TUNED = ("model.remat", "model.attention", "train.accumulation", "train.loss_chu
 def write_proposal(path: str | Path, config: Config, change: dict[str, Any], **about: Any) -> None:
     """Writes settings that `config` should run with, and what it was that they were tuned for."""
     made_for = {"model": _describe_model(config)} | {name: _value(config, name) for name in (*SIZES, *TUNED)}
-    Path(path).write_text(json.dumps({"settings": change, "made_for": made_for, **about}, indent=1) + "\n")
+    write_whole(Path(path), json.dumps({"settings": change, "made_for": made_for, **about}, indent=1) + "\n")
 
 
 def apply_proposal(path: str | Path, config: Config) -> Config:
@@ -27,9 +28,11 @@ def apply_proposal(path: str | Path, config: Config) -> Config:
     try:
         proposal = json.loads(Path(path).read_text())
         change, made_for = dict(proposal["settings"]), dict(proposal["made_for"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"--tuned={path}: {type(error).__name__}: {error}; give a file that "
-                        "`python -m crossin_jax.plan --tune --out FILE` wrote") from None
+    except OSError as error:
+        raise UserError(f"--tuned={path}: {error.strerror}; give the file of plan --tune --out FILE") from None
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"--tuned={path}: not a proposal; give a file that `python -m crossin_jax.plan --tune --out "
+                        "FILE` wrote") from None
     if set(change) - set(TUNED):
         raise UserError(f"--tuned={path} sets {', '.join(sorted(set(change) - set(TUNED)))}, which is not tuned")
     model, wanted = _describe_model(config), made_for.pop("model", {})

@@ -357,7 +357,7 @@ def test_importing_the_package_imports_nothing_heavy():
     subprocess.run([sys.executable, "-c", script], check=True, cwd=REPOSITORY)
     assert crossin_jax.load_model is load_model
     with pytest.raises(AttributeError, match="no attribute 'load_modle'"):
-        crossin_jax.load_modle  # noqa: B018
+        crossin_jax.load_modle  # noqa: B018 - the access itself must fail
 
 
 # ---- saving

@@ -10,5 +10,5 @@ from crossin_jax.parallel.topology import Topology, open_topology
 @functools.cache
 def topology(name: str) -> Topology:
     """An absent slice; skips the test where there is no TPU compiler."""
-    pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install 'crossin_jax[plan]'")
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install libtpu")
     return open_topology(name)
