@@ -10,7 +10,7 @@
 The peer computes with SDPA and `torch.compile`, in bfloat16 (full: float32 weights under autocast, as ours). Every
 setting of a side runs in a process of its own, so that none finds memory taken; each side's best counts, and a setting
 that does not fit is named. Without a CUDA build of torch ours runs alone, and the output says so. Needs
-pip install 'crossin_jax[cuda,test]'. MFU counts what the model needs, not what rematerialisation repeats.
+scripts/setup.sh cuda test. MFU counts what the model needs, not what rematerialisation repeats.
 """
 
 import argparse

@@ -5,6 +5,7 @@
 Rewrites what stands between <!-- NAME --> and <!-- end --> in both pages, and docs/figures/mini_study_*.png. Means and
 standard deviations are over the seeds that every row of a table has.
 """
+# ruff: noqa: E402 - the checkout must be on the path before it is imported
 
 import json
 import lzma
@@ -18,11 +19,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from configs.mini_study import CONDITIONS, CONTROLLED, VOLUMES, get_study, volume_table  # noqa: E402
-from crossin_jax.evaluation import study_figures, study_report  # noqa: E402
-from crossin_jax.evaluation.figures import number  # noqa: E402
-from crossin_jax.evaluation.report import mark  # noqa: E402
-from crossin_jax.evaluation.summary import OTHERS, Block, Row  # noqa: E402
+from configs.mini_study import CONDITIONS, CONTROLLED, VOLUMES, get_study, volume_table
+from crossin_jax.evaluation import study_figures, study_report
+from crossin_jax.evaluation.figures import number
+from crossin_jax.evaluation.report import mark
+from crossin_jax.evaluation.summary import OTHERS, Block, Row
 
 RESULTS = ROOT / "benchmarks/results/2026-11-25-mini-study"
 PAGES = (ROOT / "docs/mini_study.md", ROOT / "docs/new_language.md")

@@ -16,6 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from tpu_compile import run
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
@@ -73,19 +75,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--topology", nargs="+", default=list(TOPOLOGIES))
-    parser.add_argument("--out", type=Path, help="append one JSON line for each")
-    parser.add_argument("--table", type=Path, help="print such lines as a table, and compile nothing")
-    options = parser.parse_args()
-    if options.table:
-        print(table([json.loads(line) for line in options.table.read_text().splitlines()]))
-        return
-    for topology in options.topology:
-        for model in options.model:
-            row = make(model, topology)
-            print(table([row]).splitlines()[-1], flush=True)
-            if options.out:
-                with options.out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+    run(parser, table, lambda options: (make(model, topology) for topology in options.topology
+                                        for model in options.model))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,21 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def run(parser: argparse.ArgumentParser, table: Callable[[list], str], make: Callable[[Any], Iterable[dict]]) -> None:
+    """Prints what is made row by row and appends it to --out; or prints the table of rows made before."""
+    parser.add_argument("--out", type=Path, help="append one JSON line for each")
+    parser.add_argument("--table", type=Path, help="print such lines as a table, and compile nothing")
+    options = parser.parse_args()
+    if options.table:
+        print(table([json.loads(line) for line in options.table.read_text().splitlines()]))
+        return
+    for row in make(options):
+        print(table([row]).splitlines()[-1], flush=True)
+        if options.out:
+            with options.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", nargs="+", default=list(PEERS), help="pieces of work, WORK@TOPOLOGY")
@@ -102,18 +118,7 @@ def main() -> None:
     parser.add_argument("--loss_chunk", type=int, default=512, help="positions per row with logits at once")
     parser.add_argument("--dropout", type=float, default=0.0, help="dropout of LoRA; peers had none")
     parser.add_argument("--tune", action="store_true", help="search as plan --tune does, from these settings on")
-    parser.add_argument("--out", type=Path, help="append one JSON line for each")
-    parser.add_argument("--table", type=Path, help="print such lines as a table, and compile nothing")
-    options = parser.parse_args()
-    if options.table:
-        print(table([json.loads(line) for line in options.table.read_text().splitlines()]))
-        return
-    for work in options.work:
-        row = measure(work, options)
-        print(table([row]).splitlines()[-1], flush=True)
-        if options.out:
-            with options.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+    run(parser, table, lambda options: (measure(work, options) for work in options.work))
 
 
 if __name__ == "__main__":
