@@ -1,6 +1,9 @@
 """Programs whose cost is known in closed form, compiled for TPUs that are not there; and the parts, by hand."""
 
 import itertools
+import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -118,6 +121,22 @@ def test_a_scan_counts_every_layer_and_a_nested_one_every_turn():
         return jax.lax.fori_loop(0, 3, lambda _, x: chain(x, weights), x)
 
     assert compiled(nested, (M, D), (L, D, D))[0].cost.flops == 3 * L * PRODUCT
+
+
+def test_the_counter_that_peers_were_counted_with_says_the_same(shared, tmp_path, monkeypatch):
+    """A sharded scan: FLOPs, cycles, those of products, and collectives to the last digit."""
+    texts = []
+    monkeypatch.setattr("crossin_jax.parallel.topology.count", lambda text: texts.append(text) or count(text))
+    program, _ = compiled(chain, (M, D), (L, D, D), name="v5e:2x2",
+                          specs=[PartitionSpec("fsdp"), PartitionSpec(None, "fsdp")])
+    (tmp_path / "program.hlo").write_text(texts[0])
+    tool = shared.parent / "tools/hlo_cost.py"
+    said = json.loads(subprocess.run([sys.executable, str(tool), str(tmp_path / "program.hlo")], check=True,
+                                     capture_output=True, text=True).stdout)
+    cost = program.cost
+    assert (cost.flops, cost.cycles, cost.matrix_cycles) == (
+        said["flops"], said["est_cycles"], said["est_cycles_matmul"])
+    assert cost.flops == L * PRODUCT / 4 and cost.collectives == said["coll_exec"] and cost.collectives
 
 
 def test_rematerialisation_costs_one_more_forward_pass():
