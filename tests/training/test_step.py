@@ -294,6 +294,32 @@ def test_frozen_weights_have_neither_gradients_nor_float32_copies(accumulation, 
     assert bool(copies) == (compute_dtype == "float32"), copies
 
 
+@pytest.mark.parametrize("head_trains", [True, False])
+def test_the_logits_of_a_large_vocabulary_never_exist_at_once(head_trains):
+    """Beside copies of the matrices, nothing that the step computes is larger than one chunk's logits.
+
+    The control: with rows in one chunk, all logits are found.
+    """
+    vocab, rows, length, chunk = 256_000, 8, 64, 8
+    spec = spec_from_architecture(small_architecture(), vocab)
+    lora = Lora(rank=2, dropout=0.0, modules_to_save=("lm_head",) if head_trains else ())
+    model = nnx.eval_shape(lambda: Transformer(spec, lora=lora, rngs=nnx.Rngs(0)))
+    graphdef, trainable, frozen = nnx.split(model, lambda p, v: is_trainable(p, v, resolve(lora, spec)), ...)
+    optimizer = make_optimizer(Optim(), 10)
+    state = jax.eval_shape(lambda t, f: init_state(t, f, optimizer), trainable, frozen)
+    batch = jax.eval_shape(lambda: make_batch(0, rows, length))
+
+    def largest(chunk):
+        step = make_train_step(graphdef, optimizer, dataclasses.replace(SETTINGS, loss_chunk=chunk))
+        return max(variable.aval.size for equation in walk(jax.make_jaxpr(step)(state, batch).jaxpr)
+                   for variable in equation.outvars)
+
+    matrix = vocab * spec.width
+    assert matrix < rows * length * vocab
+    assert largest(chunk) <= max(matrix, rows * chunk * vocab)
+    assert largest(length) == rows * length * vocab
+
+
 def walk(jaxpr):
     """Every equation of a program, those of its loops and branches included."""
     for equation in jaxpr.eqns:
