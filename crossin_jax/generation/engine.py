@@ -33,6 +33,7 @@ from crossin_jax.models.spec import ModelSpec
 
 CHUNK_WITH_STOPS = 8  # the host looks for stops: what lies past one is thrown away
 RING = 256  # slots for drawn tokens at most, until an answer grows longer
+FEW_WAIT, MANY_WAIT = 2.0, 1.25  # by what factor the room for prompts shrinks: smaller steps are more programs
 SCORED_TOKENS = 512  # per row of batch_size in one scoring program
 NOT_FINITE = "are not finite: the weights are damaged or their training diverged; use an earlier checkpoint"
 
@@ -204,7 +205,8 @@ class Engine:
                     [prompt.seed for prompt in admission.prompts], sampling)))
             need_R = max(len(prompt.tokens) for prompt in rows if prompt)
             need_W = max(min(max(1, len(prompt.answer)) + chunk, prompt.limit) for prompt in rows if prompt)
-            state, R, W = self._fit(state, R, W, need_R, max(need_W, ring))
+            waiting = sum(len(admission.prompts) for admission in queue)
+            state, R, W = self._fit(state, R, W, need_R, max(need_W, ring), MANY_WAIT if waiting >= 2 * B else FEW_WAIT)
             for free, prefilled, _ in admitted:
                 state = programs.insert(state, prefilled, free, R)
             leave_at = len(queue[0].prompts) if queue else B
@@ -292,16 +294,17 @@ class Engine:
     def _read_prefix(self, prefix: np.ndarray, dtype: Any) -> Any:
         return self.programs.read_prefix(prefix, bucket(len(prefix), self.buckets), dtype) if len(prefix) else None
 
-    def _fit(self, state: Any, R: int, W: int, need_R: int, need_W: int) -> tuple[Any, int, int]:
+    def _fit(self, state: Any, R: int, W: int, need_R: int, need_W: int, shrink: float) -> tuple[Any, int, int]:
         """The state with room for prompts of `need_R` tokens and for `need_W` drawn ones, and both sizes.
 
-        The room for prompts shrinks by halves, that for drawn tokens only doubles: every size is a program.
+        The room for prompts shrinks by a factor of at least `shrink`, that for drawn tokens only doubles: every size
+        is a program.
         """
         to_R, to_W = bucket(need_R, self.buckets), W
         if need_W > W:
             to_W = bucket(min(max(need_W, 2 * W), self.max_length), self.buckets)
         if state is None:
             return self.programs.create(to_R, to_W), to_R, to_W
-        if to_R <= R < 2 * to_R:
+        if to_R <= R < shrink * to_R:
             to_R = R
         return (state if (to_R, to_W) == (R, W) else self.programs.resize(state, R, to_R, to_W)), to_R, to_W

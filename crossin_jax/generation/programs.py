@@ -20,8 +20,8 @@ from crossin_jax.generation.steps import State
 from crossin_jax.parallel.mesh import activation_spec
 
 CHUNK = 32  # decode steps between two looks of the host
-# On a CPU a layer's slice of a stacked cache is a copy: up to so many layers have arrays of their own and an unrolled
-# loop, for a fifth of attention's time in decoding; beyond, compilation would cost more
+# On a CPU a layer's slice of stacked weights or of a stacked cache is a copy: up to so many layers have arrays of their
+# own and an unrolled loop, for a quarter of a decoding step; beyond, compilation and a second copy would cost more
 UNROLLED_LAYERS = 16
 
 log = logging.getLogger(__name__)
@@ -41,9 +41,10 @@ class Programs:
         self.batch_size = self.whole_rows(batch_size)
         self.admitted = self.whole_rows(max(1, self.batch_size // 8))  # rows of one prefill
         self._signature: Any = None
+        devices = mesh.devices.flat if mesh is not None else jax.tree.leaves(params)[0].devices()
+        self._on_cpu = next(iter(devices)).platform == "cpu"
+        self._unstack = jax.jit(lambda params: nnx.merge(graphdef, params).unstack())
         self.params = params
-        devices = mesh.devices.flat if mesh is not None else self._leaves[0].devices()
-        self._layers_apart = next(iter(devices)).platform == "cpu"
         model = self._abstract()
         self.cache_dtype, self.score_dtype = jnp.dtype(cache_dtype), model.compute_dtype
         self._axes = steps.cache_axes(model, self.cache_dtype)
@@ -61,6 +62,9 @@ class Programs:
         if signature != self._signature:
             self._programs.clear()
             self._signature = signature
+        self._weights = self._leaves, None
+        if self._on_cpu and self._abstract().spec.num_layers <= UNROLLED_LAYERS:
+            self._weights = self._leaves, self._unstack(params)
 
     def whole_rows(self, rows: int) -> int:
         """Rows rounded up so that every shard of a batch has as many."""
@@ -68,10 +72,10 @@ class Programs:
 
     def read_prefix(self, prefix: np.ndarray, P: int, dtype: Any) -> Any:
         """A cache of one row with P slots that holds the prefix."""
-        def program(leaves, tokens, length):
-            return self._everywhere(steps.read_prefix(self._model(leaves), tokens, length, dtype))
+        def program(weights, tokens, length):
+            return self._everywhere(steps.read_prefix(self._model(weights), tokens, length, dtype))
 
-        return self._run("prefix", (P, dtype), program, self._leaves, pad([prefix], P, self.pad_id),
+        return self._run("prefix", (P, dtype), program, self._weights, pad([prefix], P, self.pad_id),
                          np.int32(len(prefix)))
 
     def prefill(self, prefix: Any, T: int, prompts: list[np.ndarray], limits: list[int], seeds: list[int],
@@ -80,14 +84,14 @@ class Programs:
         A, spare = self.admitted, self.admitted - len(prompts)
         prompts, limits, seeds = ([*x, *x[-1:] * spare] for x in (prompts, limits, seeds))
 
-        def program(leaves, prefix, tokens, lengths, limits, seeds, sampling):
-            model = self._model(leaves)
+        def program(weights, prefix, tokens, lengths, limits, seeds, sampling):
+            model = self._model(weights)
             cache = steps.extend_prefix(model, self._axes, prefix, A, T, self.cache_dtype)
             rows = steps.prefill(model, cache, tokens, lengths, limits, seeds, sampling, self.eos, self.attention,
                                  prefix is None)
             return self._place(rows), self._everywhere(rows.token_B)
 
-        return self._run("prefill", (_slots(prefix), T, sampling.rules), program, self._leaves, prefix,
+        return self._run("prefill", (_slots(prefix), T, sampling.rules), program, self._weights, prefix,
                          pad(prompts, T, self.pad_id), np.array([len(prompt) for prompt in prompts], np.int32),
                          np.array(limits, np.int32), np.array(seeds, np.uint32), sampling)
 
@@ -114,12 +118,12 @@ class Programs:
 
         The state passed in is used up.
         """
-        def program(leaves, state, alive, chunk, leave_at, sampling):
-            state, out = steps.decode(self._model(leaves), state, alive, chunk, leave_at, sampling, self.eos, R, CHUNK)
+        def program(weights, state, alive, chunk, leave_at, sampling):
+            state, out = steps.decode(self._model(weights), state, alive, chunk, leave_at, sampling, self.eos, R, CHUNK)
             return self._place(state), *self._everywhere((out, state.done_B, state.finite))
 
         assert chunk <= CHUNK
-        return self._run("decode", (_slots(state.cache), R, sampling.rules), program, self._leaves, state, alive_B,
+        return self._run("decode", (_slots(state.cache), R, sampling.rules), program, self._weights, state, alive_B,
                          np.int32(chunk), np.int32(leave_at), sampling, donate=(1,))
 
     def score(self, prefix: Any, shape: tuple[int, int, int, int], prompts: list[np.ndarray],
@@ -133,14 +137,15 @@ class Programs:
                 ids_CBK[c, b, :len(choice)], sizes_CB[c, b] = choice, len(choice)
         prompts = prompts + [np.zeros(1, np.int32)] * (B - len(prompts))
 
-        def program(leaves, prefix, tokens, lengths, choices, sizes):
-            model = self._model(leaves)
+        def program(weights, prefix, tokens, lengths, choices, sizes):
+            model = self._model(weights)
             cache = steps.extend_prefix(model, self._score_axes, prefix, B, T + K - 1, self.score_dtype)
             return self._everywhere(steps.score(model, cache, tokens, lengths, choices, sizes, self.attention,
                                                 prefix is None))
 
-        return self._run("score", (_slots(prefix), *shape), program, self._leaves, prefix, pad(prompts, T, self.pad_id),
-                         np.array([len(prompt) for prompt in prompts], np.int32), ids_CBK, sizes_CB)
+        return self._run("score", (_slots(prefix), *shape), program, self._weights, prefix,
+                         pad(prompts, T, self.pad_id), np.array([len(prompt) for prompt in prompts], np.int32),
+                         ids_CBK, sizes_CB)
 
     def _run(self, kind: str, key: tuple, program: Callable, *inputs: Any, donate: tuple[int, ...] = ()) -> Any:
         """Calls the compiled program of a kind and key, after compiling it if it is new."""
@@ -155,13 +160,14 @@ class Programs:
                          time.perf_counter() - start)
             return compiled(*inputs)
 
-    def _model(self, leaves: list[jax.Array]) -> Any:
+    def _model(self, weights: tuple[list[jax.Array], list[Any] | None]) -> Any:
+        leaves, apart = weights
         model = nnx.merge(self.graphdef, jax.tree.unflatten(self._treedef, leaves))
-        model.layers_apart = self._layers_apart and model.spec.num_layers <= UNROLLED_LAYERS
+        model.apart = nnx.data(apart)
         return model
 
     def _abstract(self) -> Any:
-        return nnx.eval_shape(lambda: self._model(self._leaves))
+        return nnx.eval_shape(lambda: self._model(self._weights))
 
     def _place(self, state: State) -> State:
         """Pins a state to the mesh, so that every program takes what every other gives."""

@@ -160,8 +160,15 @@ class Linear(nnx.Module):
         return jax.checkpoint(product, prevent_cse=False)(x, weight, scale)
 
     def _einsum(self, equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+        """The product of two matrices: of a weight with three dimensions XLA would make a transposed copy on CPUs."""
         dtype = self.compute_dtype
-        return jnp.einsum(equation, x.astype(dtype), weight.astype(dtype), precision=precision(dtype))
+        inputs, letters, outputs = equation.replace("->", ",").split(",")
+        sizes = dict(zip(letters, weight.shape, strict=True))
+        added, contracted = ([sizes[c] for c in letters if c in side] for side in (outputs, inputs))
+        x = x.astype(dtype).reshape(*x.shape[:2], math.prod(contracted))
+        weight = weight.astype(dtype).reshape(math.prod(added), math.prod(contracted))
+        y = jnp.einsum("BTX,YX->BTY", x, weight, precision=precision(dtype))
+        return y.reshape(*y.shape[:2], *added)
 
     def _over_outputs(self, vector: jax.Array, y: jax.Array) -> jax.Array:
         """A value per output in the shape that broadcasts over rows and positions."""

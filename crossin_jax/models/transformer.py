@@ -101,7 +101,7 @@ class Transformer(nnx.Module):
         build = Build(None, lora, param_dtype, frozen_dtype, compute_dtype)
         stacked = Build(spec.num_layers, lora, param_dtype, frozen_dtype, compute_dtype)
         self.spec, self.compute_dtype = spec, jnp.dtype(compute_dtype)
-        self.layers_apart = False  # the cache has arrays for each layer, and the loop over layers is unrolled
+        self.apart = None  # or the parameters of each layer: the loop over cached layers is then unrolled
         self.embed_tokens = Embedding("embed_tokens", spec.vocab_size, spec.width, build, rngs=rngs)
         self.layers = Block(spec, stacked, rngs=rngs)
         self.norm = Norm("norm", spec.width, "norm", build, eps=spec.norm_eps, offset=spec.norm_offset, rngs=rngs)
@@ -148,8 +148,8 @@ class Transformer(nnx.Module):
         if cache is not None:
             cache = note_positions(cache, positions_BT, segment_ids_BT)
 
-        graphdef, layers = nnx.split(self.layers)
-        per_layer: dict[str, Any] = {"layers": layers, "index": jnp.arange(spec.num_layers)}
+        graphdef, stacked = nnx.split(self.layers)
+        per_layer: dict[str, Any] = {"index": jnp.arange(spec.num_layers)}
         if spec.local_layers and not all(spec.local_layers):
             per_layer["is_local"] = jnp.asarray(spec.local_layers)
         if dropout_key is not None and self.layers.rate:
@@ -178,12 +178,17 @@ class Transformer(nnx.Module):
 
         if cache is None or is_stacked(cache):
             carry = (x, None if cache is None else stacks(cache))
-            (x, stored), _ = jax.lax.scan(with_remat(body, remat), carry, per_layer)
+            (x, stored), _ = jax.lax.scan(with_remat(body, remat), carry, per_layer | {"layers": stacked})
         else:
-            x, stored = _unroll(body, x, stacks(cache), per_layer)
+            x, stored = _unroll(body, x, stacks(cache), per_layer, self.apart)
         if cache is not None:
             cache = {**cache, **stored, "length": cache["length"] + T}
         return self.norm(x), cache
+
+    def unstack(self) -> list[nnx.State]:
+        """The parameters of each layer, for `apart`."""
+        stacked = nnx.state(self.layers)
+        return [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(self.spec.num_layers)]
 
     @property
     def head(self) -> Embedding:
@@ -199,15 +204,17 @@ class Transformer(nnx.Module):
 
     def init_cache(self, batch: int, length: int, dtype: Any = "bfloat16") -> Cache:
         """An empty cache of `length` slots per row: see `cache.init_cache`."""
-        return init_cache(self.spec, batch, length, dtype, stacked=not self.layers_apart)
+        return init_cache(self.spec, batch, length, dtype, stacked=self.apart is None)
 
 
-def _unroll(body: Callable[..., Any], x: jax.Array, layers: Cache, per_layer: dict[str, Any]) -> tuple[Any, Cache]:
+def _unroll(body: Callable[..., Any], x: jax.Array, caches: Cache, per_layer: dict[str, Any],
+            layers: list[Any]) -> tuple[Any, Cache]:
     """The layers one after the other; each is, for `body`, the only one of its stack."""
-    stored: dict[str, list[jax.Array]] = {name: [] for name in layers}
-    for i in range(len(layers["k"])):
-        here = jax.tree.map(lambda leaf, i=i: leaf[i], per_layer) | {"index": jnp.zeros((), jnp.int32)}
-        (x, one), _ = body((x, {name: arrays[i][None] for name, arrays in layers.items()}), here)
+    stored: dict[str, list[jax.Array]] = {name: [] for name in caches}
+    for i, layer in enumerate(layers):
+        here = jax.tree.map(lambda leaf, i=i: leaf[i], per_layer)
+        here |= {"layers": layer, "index": jnp.zeros((), jnp.int32)}
+        (x, one), _ = body((x, {name: arrays[i][None] for name, arrays in caches.items()}), here)
         for name, stack in one.items():
             stored[name].append(stack[0])
     return x, {name: tuple(arrays) for name, arrays in stored.items()}
