@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -167,7 +168,8 @@ def test_with_dots_kept_no_product_is_taken_twice(spec):
             return nnx.merge(graphdef, adapters, rest).hidden(tokens, remat=remat)[0].sum()
         return _count_products(jax.make_jaxpr(jax.grad(loss))(adapters).jaxpr, weights)
 
-    weights = {leaf.shape[1:] for path, leaf in nnx.to_flat_state(rest) if path[0] == "layers" and len(leaf.shape) > 2}
+    shapes = {leaf.shape[1:] for path, leaf in nnx.to_flat_state(rest) if path[0] == "layers" and len(leaf.shape) > 2}
+    weights = {(math.prod(shape[:cut]), math.prod(shape[cut:])) for shape in shapes for cut in range(1, len(shape))}
     none, dots, some, full = (products(name) for name in ("none", "dots", "gate+up+attention", "full"))
     assert none == dots == 14 and dots < some < full  # seven weights, once in each direction
 
