@@ -164,6 +164,8 @@ class Programs:
         leaves, apart = weights
         model = nnx.merge(self.graphdef, jax.tree.unflatten(self._treedef, leaves))
         model.apart = nnx.data(apart)
+        if self._on_cpu:
+            model.flatten_products()
         return model
 
     def _abstract(self) -> Any:

@@ -100,6 +100,7 @@ class Linear(nnx.Module):
         assert weight == added + contracted and outputs.endswith(added)
         self.equation, self.letters = equation, (weight, added, contracted)
         self.compute_dtype = jnp.dtype(build.compute_dtype)
+        self.flattens = False  # see Transformer.flatten_products
 
         def parameter(kind, letters, dtype, init):
             shape, names = build.stack(tuple(sizes[c] for c in letters), tuple(axes[c] for c in letters))
@@ -160,14 +161,16 @@ class Linear(nnx.Module):
         return jax.checkpoint(product, prevent_cse=False)(x, weight, scale)
 
     def _einsum(self, equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-        """The product of two matrices: of a weight with three dimensions XLA would make a transposed copy on CPUs."""
         dtype = self.compute_dtype
+        x, weight = x.astype(dtype), weight.astype(dtype)
+        product = functools.partial(jnp.einsum, precision=precision(dtype))
+        if not self.flattens:
+            return product(equation, x, weight)
         inputs, letters, outputs = equation.replace("->", ",").split(",")
         sizes = dict(zip(letters, weight.shape, strict=True))
         added, contracted = ([sizes[c] for c in letters if c in side] for side in (outputs, inputs))
-        x = x.astype(dtype).reshape(*x.shape[:2], math.prod(contracted))
-        weight = weight.astype(dtype).reshape(math.prod(added), math.prod(contracted))
-        y = jnp.einsum("BTX,YX->BTY", x, weight, precision=precision(dtype))
+        x, weight = x.reshape(*x.shape[:2], -1), weight.reshape(math.prod(added), math.prod(contracted))
+        y = product("BTX,YX->BTY", x, weight)
         return y.reshape(*y.shape[:2], *added)
 
     def _over_outputs(self, vector: jax.Array, y: jax.Array) -> jax.Array:

@@ -185,6 +185,16 @@ class Transformer(nnx.Module):
             cache = {**cache, **stored, "length": cache["length"] + T}
         return self.norm(x), cache
 
+    def flatten_products(self) -> None:
+        """Takes every projection as a product of two matrices.
+
+        On CPUs XLA would otherwise copy the weights of heads into another order at each product. On TPUs it need not,
+        and takes 3 % more cycles in a training step when the heads of a weight are joined.
+        """
+        for part in vars(self.layers).values():
+            if isinstance(part, Linear):
+                part.flattens = True
+
     def unstack(self) -> list[nnx.State]:
         """The parameters of each layer, for `apart`."""
         stacked = nnx.state(self.layers)

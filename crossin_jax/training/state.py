@@ -59,6 +59,8 @@ def build(config: Config, spec: ModelSpec, key: jax.Array) -> Transformer:
 def abstract_model(config: Config, spec: ModelSpec, mesh: Mesh) -> AbstractModel:
     """Structure and shardings of the model, split into what trains and what is frozen."""
     model = nnx.eval_shape(partial(build, config, spec), jax.random.key(0))
+    if mesh.devices.flat[0].platform == "cpu":
+        model.flatten_products()
     lora = resolve(config.lora, spec)
     graphdef, trainable, frozen = nnx.split(model, lambda path, leaf: is_trainable(path, leaf, lora), ...)
     return AbstractModel(spec, graphdef, on_mesh(trainable, mesh), on_mesh(frozen, mesh))
