@@ -44,7 +44,7 @@ PEERS = {
 
 def measure(work: str, options: argparse.Namespace) -> dict[str, Any]:
     """Plans the training step of one piece of work, as it is or tuned."""
-    from crossin_jax.config import Config, Data, Lora, Mesh, Model, Train
+    from crossin_jax.config import Config, Data, Lora, Mesh, Model, Optim, Train
     from crossin_jax.parallel.topology import open_topology
     from crossin_jax.plan import describe_change, make_plan
     from crossin_jax.tune import tune
@@ -61,6 +61,7 @@ def measure(work: str, options: argparse.Namespace) -> dict[str, Any]:
             model=Model(path=folder, remat=options.remat, param_dtype=options.param_dtype),
             lora=Lora(rank=64, dropout=options.dropout, modules_to_save=()) if with_lora else None,
             data=Data(length=2048), mesh=Mesh(fsdp=len(slice_.devices)),
+            optim=Optim(moments_dtype=options.param_dtype),
             train=Train(batch_size=rows, loss_chunk=options.loss_chunk))
         start = time.process_time()
         if options.tune:
@@ -114,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", nargs="+", default=list(PEERS), help="pieces of work, WORK@TOPOLOGY")
     parser.add_argument("--remat", default="full", help="what the backward pass recomputes")
-    parser.add_argument("--param_dtype", default="float32", help="precision of trained weights")
+    parser.add_argument("--param_dtype", default="float32", help="precision of trained weights and of their moments")
     parser.add_argument("--loss_chunk", type=int, default=512, help="positions per row with logits at once")
     parser.add_argument("--dropout", type=float, default=0.0, help="dropout of LoRA; peers had none")
     parser.add_argument("--tune", action="store_true", help="search as plan --tune does, from these settings on")
