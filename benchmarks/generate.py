@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=None, help="prompts; none: all 1,050")
     parser.add_argument("--answers", default="gpt4_1106_preview,gemma_2b_it,128", help="logs or numbers of tokens")
     parser.add_argument("--batch", type=int, default=64, help="rows that our engine decodes at once")
-    parser.add_argument("--batches", default="16,32,64", help="static batch sizes tried for transformers")
+    parser.add_argument("--batches", default="8,16,32", help="static batch sizes tried for transformers")
     parser.add_argument("--sample", type=int, default=128, help="prompts on which their batch is chosen")
     parser.add_argument("--slices", type=int, default=3, help="turns of each side")
     for name, default in (("width", 384), ("ff_width", 1024), ("layers", 8), ("heads", 6), ("threads", 0)):

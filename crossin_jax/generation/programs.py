@@ -21,7 +21,7 @@ from crossin_jax.parallel.mesh import activation_spec
 
 CHUNK = 32  # decode steps between two looks of the host
 # On a CPU a layer's slice of stacked weights or of a stacked cache is a copy: up to so many layers have arrays of their
-# own and an unrolled loop, for a quarter of a decoding step; beyond, compilation and a second copy would cost more
+# own and an unrolled loop; beyond, compilation and the memory of layers that are there twice would cost more
 UNROLLED_LAYERS = 16
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,8 @@ class Programs:
         self._signature: Any = None
         devices = mesh.devices.flat if mesh is not None else jax.tree.leaves(params)[0].devices()
         self._on_cpu = next(iter(devices)).platform == "cpu"
+        num_layers = nnx.eval_shape(lambda: nnx.merge(graphdef, params)).spec.num_layers
+        self._layers_apart = self._on_cpu and num_layers <= UNROLLED_LAYERS
         self._unstack = jax.jit(lambda params: nnx.merge(graphdef, params).unstack())
         self.params = params
         model = self._abstract()
@@ -62,9 +64,7 @@ class Programs:
         if signature != self._signature:
             self._programs.clear()
             self._signature = signature
-        self._weights = self._leaves, None
-        if self._on_cpu and self._abstract().spec.num_layers <= UNROLLED_LAYERS:
-            self._weights = self._leaves, self._unstack(params)
+        self._weights = self._leaves, self._unstack(params) if self._layers_apart else None
 
     def whole_rows(self, rows: int) -> int:
         """Rows rounded up so that every shard of a batch has as many."""

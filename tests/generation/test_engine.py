@@ -169,6 +169,20 @@ def test_answers_longer_than_the_first_ring_go_on(model, forward, monkeypatch):
         assert forward([*prompt, *answer]).argmax(-1)[len(prompt) - 1:-1].tolist() == answer
 
 
+@pytest.mark.parametrize(("others", "shrinks"), [(7, True), (2, False)])
+def test_the_room_for_prompts_shrinks_sooner_while_many_wait(model, forward, monkeypatch, others, shrinks):
+    engine, rooms = make_engine(model, batch_size=2), []
+    resize = engine.programs.resize
+    monkeypatch.setattr(engine.programs, "resize", lambda state, R, to_R, to_W: rooms.append((R, to_R)) or resize(
+        state, R, to_R, to_W))
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(3, 90, n) for n in (60, *[45] * others)]
+    answers = generate(engine, prompts, max_new_tokens=[2, *[20] * others])
+    assert rooms == ([(64, 48)] if shrinks else [])
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert forward([*prompt, *answer]).argmax(-1)[len(prompt) - 1:-1].tolist() == answer
+
+
 def test_streams_what_it_returns(engine, prompts, greedy):
     heard = {i: [] for i in range(len(prompts))}
     generate(engine, prompts, stream=lambda i, ids: heard[i].extend(ids))

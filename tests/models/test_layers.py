@@ -1,5 +1,6 @@
 """Rotary frequencies, norms and projections in the precision they promise."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from flax import nnx
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from crossin_jax.config import Lora
 from crossin_jax.models.layers import Build, Linear, Norm, rope_frequencies, rope_tables, rotate
 from crossin_jax.models.spec import Rope
 
@@ -60,3 +62,23 @@ def test_projections_of_float32_are_float32_and_carry_their_bias_and_axes():
     exact = np.einsum("BTD,NHD->BTNH", np.float64(x), np.float64(layer.weight.get_value())) + np.arange(8).reshape(2, 4)
     np.testing.assert_allclose(layer(x, x), exact, atol=1e-5)
     assert layer.weight.axes == ("heads", "head", "embed") and layer.bias.axes == ("heads", "head")
+
+
+@pytest.mark.parametrize(("name", "equation"), [
+    ("q_proj", "BTD,NHD->BTNH"), ("o_proj", "BTNH,DNH->BTD"), ("up_proj", "BTD,FD->BTF")])
+def test_products_of_matrices_are_those_of_the_einsum(name, equation):
+    """The same values, adapter included; flattened, every product is one of rows and a matrix."""
+    sizes, axes = {"D": 24, "N": 2, "H": 8, "F": 40}, {"D": "embed", "N": "heads", "H": "head", "F": "mlp"}
+    lora = Lora(rank=3, dropout=0.0, modules_to_save=())
+    layer = Linear(name, equation, sizes, axes, Build(None, lora, *["float32"] * 3), rngs=nnx.Rngs(0))
+    layer.lora_b.set_value(0.01 * jax.random.normal(jax.random.key(1), layer.lora_b.shape))
+    x = jax.random.normal(jax.random.key(2), (2, 5, *(sizes[c] for c in equation.split(",")[0][2:])))
+    results, ranks = {}, {}
+    for flattens in (False, True):
+        layer.flattens = flattens
+        results[flattens] = layer(x, x)
+        ranks[flattens] = [sorted(operand.aval.ndim for operand in step.invars) for step in
+                           jax.make_jaxpr(lambda x: layer(x, x))(x).jaxpr.eqns if step.primitive.name == "dot_general"]
+    np.testing.assert_allclose(results[True], results[False], atol=1e-5)
+    assert len(ranks[True]) == 3 and all(pair == [2, 3] for pair in ranks[True])
+    assert name == "up_proj" or any(pair != [2, 3] for pair in ranks[False])
