@@ -1,17 +1,20 @@
 """Tables and figures of docs/mini_study.md and docs/new_language.md, from the archived results of the miniature study.
 
     python benchmarks/mini_study.py
+    python benchmarks/mini_study.py --archive runs/mini_study     (first keeps the results of that folder)
 
 Rewrites what stands between <!-- NAME --> and <!-- end --> in both pages, and docs/figures/mini_study_*.png. Means and
 standard deviations are over the seeds that every row of a table has.
 """
 # ruff: noqa: E402 - the checkout must be on the path before it is imported
 
+import argparse
 import json
 import lzma
 import re
 import statistics
 import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from crossin_jax.evaluation.figures import number
 from crossin_jax.evaluation.report import mark
 from crossin_jax.evaluation.summary import OTHERS, Block, Row
 
-RESULTS = ROOT / "benchmarks/results/2026-11-25-mini-study"
+RESULTS = ROOT / "benchmarks/results/2026-11-26-mini-study"
 PAGES = (ROOT / "docs/mini_study.md", ROOT / "docs/new_language.md")
 ALL, OPAQUE = "cross_world:test", "cross_world:test/opaque"
 SCORES = {"accuracy": "accuracy", "accuracy/en": "English", OTHERS: "other languages",
@@ -37,6 +40,23 @@ Blocks = dict[str, list[Block]]
 def read_results() -> Blocks:
     """The study's tables."""
     return study_report.from_json(json.loads(lzma.decompress((RESULTS / "results.json.xz").read_bytes())))
+
+
+def archive(folder: Path) -> None:
+    """Keeps of a finished study: its tables, every cell's results with their provenance, and what cells took."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "results.md").write_bytes((folder / "results.md").read_bytes())
+    (RESULTS / "results.json.xz").write_bytes(lzma.compress((folder / "results.json").read_bytes()))
+    with tarfile.open(RESULTS / "cells_json.tar.xz", "w:xz") as tar:
+        for file in sorted(folder.glob("seed*/**/evaluation/results.json")):
+            tar.add(file, file.relative_to(folder))
+    lines = []
+    for file in sorted(folder.glob("seed*/**/done.json"), key=lambda file: file.stat().st_mtime):
+        seed, *names = file.parent.relative_to(folder).parts
+        told = json.loads(file.read_text())
+        lines.append(f"{'/'.join(names)}/{seed.removeprefix('seed')} {told['seconds']:.0f} s wall "
+                     f"{told['cpu_seconds']:.0f} s cpu\n")
+    (RESULTS / "cells.txt").write_text("".join(lines))
 
 
 def spread(values: list[float]) -> str:
@@ -114,7 +134,7 @@ def show_seconds() -> str:
     """What a cell took, by kind: the quickest and the middle one."""
     kinds: dict[str, list[tuple[int, int]]] = {}
     for line in (RESULTS / "cells.txt").read_text(encoding="utf-8").splitlines():
-        if told := re.match(r"\S+ (\S+) (\d+) s wall (\d+) s cpu", line):
+        if told := re.match(r"(\S+) (\d+) s wall (\d+) s cpu", line):
             name = told[1].split("/")
             kind = ("base model" if len(name) == 2 else "arm, 40 steps" if "steps40" in name[1] else
                     "arm, full fine-tuning" if name[1].endswith("-full") else "arm, LoRA")
@@ -177,6 +197,10 @@ def figures(blocks: Blocks) -> Iterator[tuple[str, Any]]:
 
 def main() -> None:
     """Rewrites the pages and the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--archive", type=Path, help="folder of a finished study whose results are kept first")
+    if folder := parser.parse_args().archive:
+        archive(folder)
     blocks = read_results()
     for page in PAGES:
         page.write_text(fill(page.read_text(encoding="utf-8"), blocks), encoding="utf-8")

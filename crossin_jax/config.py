@@ -65,7 +65,7 @@ class Model:
                                 choices=("float32", "bfloat16", "int8", "nf4"))
     compute_dtype: str = setting("bfloat16", "precision of matrix products", choices=("float32", "bfloat16"))
     attention: str = setting("auto", "kernel; splash:1024 sets its tile, tokens",
-                             choices=("auto", "reference", "splash", "cudnn"), form=r"splash:[1-9]\d*")
+                             choices=("auto", "reference", "blocks", "splash", "cudnn"), form=r"splash:[1-9]\d*")
     remat: str = setting("none", "what is recomputed, or what is kept of q+k+v+attention+output+gate+up+down",
                          choices=("none", "full", "dots", "offload"), form=rf"{_KEPT}(\+{_KEPT})*")
 

@@ -17,15 +17,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from crossin_jax.config import UserError, hint
+from crossin_jax.models.attention_blocks import MASKED, attend_blocks
 from crossin_jax.models.layers import precision
 from crossin_jax.models.spec import ModelSpec
 from crossin_jax.parallel.mesh import activation_spec
 
-KERNELS = ("auto", "reference", "splash", "cudnn")
+KERNELS = ("auto", "reference", "blocks", "splash", "cudnn")
 SAVED = "attention"  # checkpoint name of what a remat policy may keep instead of running a kernel twice
-MASKED = -1e30  # finite: a row with no key to see stays finite
 LANES = 128  # splash blocks are multiples of the TPU's vector width
-_PREFERRED = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}
+_PREFERRED = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn", "cpu": "blocks"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def choose_kernel(attention: str, spec: ModelSpec, length: int, compute_dtype: A
                         f"multiple of {LANES}{hint(attention, KERNELS)}")
     name = _PREFERRED.get(platform, "reference") if asked == "auto" else asked
     obstacle = None
-    if name != "reference" and _PREFERRED.get(platform) != name:
+    if name in ("splash", "cudnn") and _PREFERRED.get(platform) != name:
         obstacle = f"it runs on {'TPU' if name == 'splash' else 'NVIDIA GPUs'}, not on {platform}"
     elif name == "splash" and length % LANES:
         obstacle = f"rows of {length} tokens are not a multiple of {LANES}"
@@ -102,8 +102,9 @@ def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT
         mask_BTT = attention_mask(positions_BT, positions_BT, segment_ids_BT, segment_ids_BT,
                                   _window_here(window, is_local))
         return attend_reference(q_BTNH, k_BTKH, v_BTKH, mask_BTT, soft_cap=soft_cap)
-    run = functools.partial({"splash": _splash, "cudnn": _cudnn}[kernel.name], kernel=kernel, soft_cap=soft_cap)
-    inputs = (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+    run = functools.partial({"blocks": _blocks, "splash": _splash, "cudnn": _cudnn}[kernel.name], kernel=kernel,
+                            soft_cap=soft_cap)
+    inputs = (q_BTNH, k_BTKH, v_BTKH, positions_BT, segment_ids_BT)
     if window is None or is_local is None or window >= q_BTNH.shape[1]:
         return run(*inputs, window=window)
     # the window of these kernels is part of the program: both are compiled and the layer takes one
@@ -125,8 +126,13 @@ def _window_here(window: int | None, is_local: jax.Array | None) -> jax.Array | 
     return window if is_local is None else jnp.where(is_local, window, jnp.iinfo(jnp.int32).max)
 
 
-def _splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array, *, kernel: Kernel,
-            window: int | None, soft_cap: float | None) -> jax.Array:
+def _blocks(*inputs: jax.Array, kernel: Kernel, window: int | None, soft_cap: float | None) -> jax.Array:
+    """Plain einsums, block by block."""
+    return checkpoint_name(attend_blocks(*inputs, window=window, soft_cap=soft_cap), SAVED)
+
+
+def _splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, _: jax.Array, segment_ids_BT: jax.Array, *,
+            kernel: Kernel, window: int | None, soft_cap: float | None) -> jax.Array:
     """The Pallas TPU kernel, on each device's share of rows and heads."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
@@ -184,8 +190,8 @@ def kernel_flops(spec: ModelSpec, kernel: Kernel, calls: Mapping[str, float], ro
     return products * 2.0 * mean * block * block * spec.head_width * rows * heads
 
 
-def _cudnn(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segment_ids_BT: jax.Array, *, kernel: Kernel,
-           window: int | None, soft_cap: float | None) -> jax.Array:
+def _cudnn(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, _: jax.Array, segment_ids_BT: jax.Array, *,
+           kernel: Kernel, window: int | None, soft_cap: float | None) -> jax.Array:
     """cuDNN's flash attention; segments enter as a mask, causality and window as options that skip blocks."""
     assert soft_cap is None
     same_segment = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None]

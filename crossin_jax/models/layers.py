@@ -133,8 +133,8 @@ class Linear(nnx.Module):
         dtype = self.compute_dtype
         y = self._product(x)
         if self.lora_a is not None:
-            update = self._einsum(self.down, adapter_input, self.lora_a.get_value())
-            y += self.factor * self._einsum(self.up, update, self.lora_b.get_value())
+            update = self.factor * self._einsum(self.down, adapter_input, self.lora_a.get_value())
+            y += self._einsum(self.up, update, self.lora_b.get_value())
         if self.magnitude is not None:
             # the length of the direction counts as a constant, as in the paper and in peft
             stretch = self.magnitude.get_value().astype(jnp.float32) / jax.lax.stop_gradient(self.lengths())
@@ -169,9 +169,9 @@ class Linear(nnx.Module):
         inputs, letters, outputs = equation.replace("->", ",").split(",")
         sizes = dict(zip(letters, weight.shape, strict=True))
         added, contracted = ([sizes[c] for c in letters if c in side] for side in (outputs, inputs))
-        x, weight = x.reshape(*x.shape[:2], -1), weight.reshape(math.prod(added), math.prod(contracted))
-        y = product("BTX,YX->BTY", x, weight)
-        return y.reshape(*y.shape[:2], *added)
+        fan_in = math.prod(contracted)
+        y = matrix_product(x.reshape(-1, fan_in), weight.reshape(-1, fan_in))
+        return y.reshape(*x.shape[:2], *added)
 
     def _over_outputs(self, vector: jax.Array, y: jax.Array) -> jax.Array:
         """A value per output in the shape that broadcasts over rows and positions."""
@@ -207,6 +207,23 @@ class Linear(nnx.Module):
         weight = self.weight.get_value()
         return weight.astype(jnp.float32) if self.scale is None else dequantize(
             weight, self.scale.get_value(), jnp.float32)
+
+
+@jax.custom_vjp
+def matrix_product(x_MX: jax.Array, weight_YX: jax.Array) -> jax.Array:
+    """(M, Y); the gradient of the weight is taken so that the narrower factor is the one that CPUs transpose."""
+    return jnp.einsum("MX,YX->MY", x_MX, weight_YX, precision=precision(x_MX.dtype))
+
+
+def _matrix_product_backward(factors: tuple[jax.Array, jax.Array], d_MY: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_MX, weight_YX = factors
+    product = functools.partial(jnp.einsum, precision=precision(x_MX.dtype))
+    narrow_first = x_MX.shape[1] < d_MY.shape[1]
+    d_weight = product("MX,MY->XY", x_MX, d_MY).T if narrow_first else product("MY,MX->YX", d_MY, x_MX)
+    return product("MY,YX->MX", d_MY, weight_YX), d_weight
+
+
+matrix_product.defvjp(lambda x, weight: (matrix_product(x, weight), (x, weight)), _matrix_product_backward)
 
 
 class Norm(nnx.Module):

@@ -101,6 +101,7 @@ class Transformer(nnx.Module):
         build = Build(None, lora, param_dtype, frozen_dtype, compute_dtype)
         stacked = Build(spec.num_layers, lora, param_dtype, frozen_dtype, compute_dtype)
         self.spec, self.compute_dtype = spec, jnp.dtype(compute_dtype)
+        self.skips_unlearned = False  # whether the loss leaves out the logits of what is not learned, see training/step
         self.apart = None  # or the parameters of each layer: the loop over cached layers is then unrolled
         self.embed_tokens = Embedding("embed_tokens", spec.vocab_size, spec.width, build, rngs=rngs)
         self.layers = Block(spec, stacked, rngs=rngs)

@@ -61,6 +61,7 @@ def abstract_model(config: Config, spec: ModelSpec, mesh: Mesh) -> AbstractModel
     model = nnx.eval_shape(partial(build, config, spec), jax.random.key(0))
     if mesh.devices.flat[0].platform == "cpu":
         model.flatten_products()
+        model.skips_unlearned = mesh.size == 1
     lora = resolve(config.lora, spec)
     graphdef, trainable, frozen = nnx.split(model, lambda path, leaf: is_trainable(path, leaf, lora), ...)
     return AbstractModel(spec, graphdef, on_mesh(trainable, mesh), on_mesh(frozen, mesh))

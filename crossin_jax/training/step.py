@@ -24,6 +24,8 @@ Batch = dict[str, jax.Array]
 # LoRA has 4238 instead of 5587 Mcycles without it.
 COMPILER_OPTIONS = {"tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}}
 
+SKIPPED = 256  # positions with logits at once where those that are not learned have none
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
@@ -58,9 +60,22 @@ def token_losses(model: Any, hidden_BTD: jax.Array, targets_BT: jax.Array, learn
                  head_trains: bool) -> tuple[jax.Array, jax.Array]:
     """Negative log-likelihoods of targets, float32: their sum over learned ones, and each (B, T) without gradient.
 
-    At most `chunk` positions have logits at one time, and no logit is made twice: the gradient of a sum is known but
-    for a factor, so the forward pass takes it while a chunk's logits are there.
+    At most `chunk` positions of a row have logits at one time, and no logit is made twice: the gradient of a sum is
+    known but for a factor, so the forward pass takes it while a chunk's logits are there.
     """
+    B, T = targets_BT.shape
+    if not model.skips_unlearned:
+        return _chunked_losses(model, hidden_BTD, targets_BT, learned_BT, chunk, head_trains=head_trains)
+    # what is learned goes first, as one row; chunks after it have no logits at all
+    order = jnp.argsort(~learned_BT.reshape(B * T), stable=True)
+    hidden, targets, learned = (jnp.take(x.reshape(1, B * T, *x.shape[2:]), order, axis=1, unique_indices=True)
+                                for x in (hidden_BTD, targets_BT, learned_BT))
+    loss, losses = _chunked_losses(model, hidden, targets, learned, min(B * chunk, SKIPPED), head_trains=head_trains)
+    return loss, jnp.zeros((B * T,)).at[order].set(losses[0], unique_indices=True).reshape(B, T)
+
+
+def _chunked_losses(model: Any, hidden_BTD: jax.Array, targets_BT: jax.Array, learned_BT: jax.Array, chunk: int, *,
+                    head_trains: bool) -> tuple[jax.Array, jax.Array]:
     length = targets_BT.shape[1]
     chunk = max(c for c in range(1, min(chunk, length) + 1) if length % c == 0)
 
@@ -80,15 +95,25 @@ def token_losses(model: Any, hidden_BTD: jax.Array, targets_BT: jax.Array, learn
         losses_BT = jnp.where(learned_BT, join(losses), 0.0)
         return losses_BT.sum(), losses_BT
 
+    def where_learned(compute, skipped, *operands):
+        """`compute`, or `skipped` where nothing of the chunk is learned."""
+        if not model.skips_unlearned:
+            return compute(*operands)
+        return jax.lax.cond((operands[-1] > 0).any(), compute, skipped, *operands)
+
     @jax.custom_vjp
     def total(weight_VD, hidden_BTD):
-        _, losses = jax.lax.scan(lambda carry, xs: (carry, chunk_losses(weight_VD, *xs)), None,
-                                 (split(hidden_BTD), split(targets_BT)))
-        return finish(losses)
+        def one(_, xs):
+            return None, where_learned(lambda hidden, targets, _: chunk_losses(weight_VD, hidden, targets),
+                                       lambda hidden, targets, _: jnp.zeros(targets.shape, jnp.float32), *xs)
+
+        return finish(jax.lax.scan(one, None, xs_of(hidden_BTD))[1])
+
+    def xs_of(hidden_BTD):
+        return split(hidden_BTD), split(targets_BT), split(learned_BT.astype(jnp.float32))
 
     def forward(weight_VD, hidden_BTD):
-        def one(d_weight, xs):
-            hidden, targets, learned = xs
+        def compute(d_weight, hidden, targets, learned):
             if head_trains:
                 losses, pull = jax.vjp(lambda w, h: chunk_losses(w, h, targets), weight_VD, hidden)
                 more, d_hidden = pull(learned)
@@ -98,9 +123,12 @@ def token_losses(model: Any, hidden_BTD: jax.Array, targets_BT: jax.Array, learn
                 d_hidden, = pull(learned)
             return d_weight, (losses, d_hidden)
 
+        def skipped(d_weight, hidden, targets, learned):
+            return d_weight, (jnp.zeros(targets.shape, jnp.float32), jnp.zeros_like(hidden))
+
         start = jnp.zeros(weight_VD.shape, jnp.float32) if head_trains else None
-        xs = (split(hidden_BTD), split(targets_BT), split(learned_BT.astype(jnp.float32)))
-        d_weight, (losses, d_hidden) = jax.lax.scan(one, start, xs)
+        d_weight, (losses, d_hidden) = jax.lax.scan(
+            lambda d_weight, xs: where_learned(compute, skipped, d_weight, *xs), start, xs_of(hidden_BTD))
         return finish(losses), (d_weight, join(d_hidden))
 
     def backward(saved, cotangents):

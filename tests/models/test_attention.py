@@ -12,10 +12,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from crossin_jax import config as settings
 from crossin_jax.config import UserError
 from crossin_jax.models.attention import KERNELS, Kernel, attend, choose_kernel
+from crossin_jax.models.attention_blocks import SMALLEST, cut
 from crossin_jax.parallel.mesh import make_mesh
 from tests.models.models import GEMMA, LLAMA, make_rows
 
 REFERENCE, SPLASH = Kernel("reference"), Kernel("splash", block=128, interpret=True)
+BLOCKS = Kernel("blocks")
 T, H = 256, 16
 
 
@@ -47,10 +49,11 @@ def test_reference_is_attention_written_out(window, soft_cap):
     np.testing.assert_allclose(got, plain_attention(q, k, v, positions, segments, window, soft_cap), atol=1e-5)
 
 
+@pytest.mark.parametrize("kernel", [SPLASH, BLOCKS])
 @pytest.mark.parametrize(("N", "K", "window", "is_local", "soft_cap"), [
     (4, 4, None, None, None), (4, 2, None, None, 0.8), (4, 1, 40, None, None), (2, 1, 40, True, 0.8),
     (2, 1, 40, False, None)])
-def test_splash_and_its_gradients_equal_the_reference_on_packed_rows(N, K, window, is_local, soft_cap):
+def test_kernels_and_their_gradients_equal_the_reference_on_packed_rows(kernel, N, K, window, is_local, soft_cap):
     q, k, v, positions, segments = make_inputs(N, K)
     local = None if is_local is None else jnp.asarray(is_local)
 
@@ -63,7 +66,23 @@ def test_splash_and_its_gradients_equal_the_reference_on_packed_rows(N, K, windo
         return out, grads
 
     same = functools.partial(np.testing.assert_allclose, atol=2e-5)
-    jax.tree.map(same, run(q, k, v, SPLASH), run(q, k, v, REFERENCE))
+    jax.tree.map(same, run(q, k, v, kernel), run(q, k, v, REFERENCE))
+
+
+@pytest.mark.parametrize("length", [100, 128, 300, 1100])
+def test_blocks_cover_every_key_once_whatever_the_length(length):
+    for window in (None, 1, 50, 129, 5000):
+        back = np.subtract.outer(np.arange(length), np.arange(length))
+        met = np.zeros((length, length), int)
+        for queries, keys in cut(length, window):
+            met[queries, keys] += 1
+        assert met.max() == 1 and met[(back >= 0) & (back < (window or length))].all()
+        assert window is not None or length <= SMALLEST or met.mean() < 0.8  # keys after a block are not met
+    q, k, v, *_ = make_inputs(2, 1, batch=1)
+    q, k, v = (jnp.tile(x, (1, 5, 1, 1))[:, :length] for x in (q, k, v))
+    got, expected = (attend(q, k, v, *make_rows(1, length), kernel=kernel, window=90, is_local=None, soft_cap=None)
+                     for kernel in (BLOCKS, REFERENCE))
+    np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("N", "K", "window", "is_local"), [(4, 2, None, None), (4, 1, 40, None), (2, 1, 40, True)])
@@ -92,7 +111,7 @@ def test_auto_takes_the_kernel_of_the_platform_where_it_can_serve():
     wide = dataclasses.replace(LLAMA, head_width=64)
     gemma2 = dataclasses.replace(GEMMA, head_width=64)
     cases = [(wide, 256, "tpu", "splash"), (wide, 250, "tpu", "reference"), (wide, 256, "gpu", "cudnn"),
-             (gemma2, 256, "gpu", "reference"), (gemma2, 256, "tpu", "splash"), (wide, 256, "cpu", "reference")]
+             (gemma2, 256, "gpu", "reference"), (gemma2, 256, "tpu", "splash"), (wide, 250, "cpu", "blocks")]
     for spec, length, platform, name in cases:
         assert choose_kernel("auto", spec, length, "bfloat16", platform).name == name
     assert choose_kernel("auto", wide, 256, "float32", "gpu").name == "reference"

@@ -17,6 +17,7 @@ from crossin_jax.models.lora import is_trainable, resolve
 from crossin_jax.models.spec import spec_from_architecture
 from crossin_jax.models.transformer import Transformer
 from crossin_jax.parallel.mesh import batch_sharding, leaf_name, make_mesh, shardings
+from crossin_jax.training import step as training_step
 from crossin_jax.training.optim import decays, make_optimizer, make_schedule
 from crossin_jax.training.step import StepSettings, init_state, loss_sums, make_eval_step, make_train_step
 from tests.helpers import small_architecture
@@ -96,6 +97,37 @@ def test_result_does_not_depend_on_how_it_is_computed(plain, change):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("learned", [None, 0, 1, 256])
+def test_positions_that_are_not_learned_have_no_logits_and_nothing_else_changes(monkeypatch, full, learned):
+    """`learned`: how many of the 256 positions; what is skipped is counted by the chunks that are computed."""
+    monkeypatch.setattr(training_step, "SKIPPED", 16)
+    graphdef, state, _ = make_state(None if full else Lora(rank=2, dropout=0.0, modules_to_save=()))
+    batch = make_batch(0)
+    if learned is not None:
+        batch["learned_BT"] = np.random.default_rng(1).permutation(256).reshape(8, 32) < learned
+    computed = []
+    unembed = Transformer.unembed
+    monkeypatch.setattr(Transformer, "unembed", lambda model, hidden, *rest: (
+        jax.debug.callback(lambda: computed.append(hidden.shape[1])), unembed(model, hidden, *rest))[1])
+
+    def run(skips):
+        def total(trainable):
+            model = nnx.merge(graphdef, trainable, state.frozen)
+            model.skips_unlearned = skips
+            sums = loss_sums(model, batch, SETTINGS, None, head_trains=full)
+            return sums["loss"], sums
+        computed.clear()
+        (_, sums), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(state.trainable)
+        jax.effects_barrier()
+        return sum(computed), sums, grads
+
+    (chunked, *skipping), (_, *plain) = run(True), run(False)
+    count = int(batch["learned_BT"].sum())
+    assert chunked == -(-count // 16) * 16
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-5), skipping, plain)
+
+
 @pytest.mark.parametrize(("axes", "lora"), [
     ({"data": 8}, None), ({"fsdp": 8}, None), ({"data": 2, "fsdp": 2, "tensor": 2}, Lora(rank=4, dropout=0.1))])
 def test_eight_devices_equal_one(plain, axes, lora):
@@ -109,7 +141,7 @@ def test_eight_devices_equal_one(plain, axes, lora):
             assert leaf.sharding.shard_shape(leaf.shape) == (96 // axes.get("tensor", 1), 32 // axes["fsdp"])
 
 
-@pytest.mark.parametrize("name", ["reference", "splash", "cudnn"])
+@pytest.mark.parametrize("name", ["reference", "blocks", "splash", "cudnn"])
 def test_packed_and_unpacked_rows_have_the_same_losses_and_gradients(name, monkeypatch):
     monkeypatch.setattr(transformer, "choose_kernel", lambda *_, **__: Kernel(name, block=128, interpret=True))
     graphdef, state, _ = make_state()
