@@ -30,7 +30,7 @@ from crossin_jax.evaluation.summary import OTHERS, Block, Row
 
 RESULTS = ROOT / "benchmarks/results/2026-11-25-mini-study"
 PAGES = (ROOT / "docs/mini_study.md", ROOT / "docs/new_language.md")
-ALL, OPAQUE = "cross_world:test", "cross_world:test/opaque"
+ALL, OPAQUE, DEVELOPMENT = "cross_world:test", "cross_world:test/opaque", "cross_world:dev"
 SCORES = {"accuracy": "accuracy", "accuracy/en": "English", OTHERS: "other languages",
           "consistency_3": "consistency₃", "AC3_3": "AC3₃"}
 WAYS = {"sum": "summed", "mean": "per token"}
@@ -162,8 +162,21 @@ def pieces(blocks: Blocks) -> dict[str, Callable[[], str]]:
         "question": lambda: show_question(blocks, ALL),
         "question, opaque": lambda: show_question(blocks, OPAQUE),
         "beyond": lambda: show_beyond(blocks),
+        "tuning": lambda: show_tuning(blocks),
         "seconds": show_seconds,
     }
+
+
+def show_tuning(blocks: Blocks) -> str:
+    """Learning rates on the development territories, all items."""
+    rows: dict[str, list[str]] = {}
+    shown = (OTHERS, "AC3_3")
+    for way in WAYS:
+        block = study_report.find(blocks["tuning, development territories"], DEVELOPMENT, way)
+        for arm, row in arms(block).items():
+            rows.setdefault(arm, []).extend(spread(of(row, name, shared(block))) for name in shown)
+    heads = [f"{SCORES[name]}, {words}" for words in WAYS.values() for name in shown]
+    return grid(["arm and rate", *heads], [[arm, *told] for arm, told in rows.items()])
 
 
 def show_beyond(blocks: Blocks) -> str:

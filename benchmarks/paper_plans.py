@@ -24,7 +24,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 MODELS = {"llama-2-7b": "meta-llama/Llama-2-7b-hf", "mistral-7b": "mistralai/Mistral-7B-v0.1",
           "gemma-2b": "google/gemma-2b", "gemma-7b": "google/gemma-7b"}
-TOPOLOGIES = ("v5e:4x4", "v5p:2x2x2", "v6e:4x4", "v4:2x2x4")
+TOPOLOGIES = ("v5e:4x4", "v5p:2x2x1", "v6e:4x4", "v4:2x2x2")  # v5e-16, v5p-8, v6e-16, v4-16
 
 
 def make(model: str, topology: str) -> dict[str, Any]:

@@ -117,7 +117,9 @@ def test_lora_pairs_are_sharded_on_both_sides(tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["--topology=v5e:3x3"], "v5e:4x4"), (["--topology=v9:2x2"], "v4, v5e, v5p, v6e"), ([], "--topology is missing"),
+    (["--topology=v5e:3x3"], "v5e:4x4"), (["--topology=v5p:2x2"], "v5p has three sides"),
+    (["--topology=v5e:2x2x1"], "v5e has two sides"),
+    (["--topology=v9:2x2"], "v4, v5e, v5p, v6e"), ([], "--topology is missing"),
     (["--topology=v5e:2x2", "--config.mesh.fsdp=3"], "4 devices"),
     (["--topology=v5e:2x2", "--config.train.batch_size=6"], "use 4 or 8"),
     (["--topology=v5e:2x2", "--tune", "--out=/no/where/p.json"], "/no/where does not exist")])

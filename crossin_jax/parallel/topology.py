@@ -68,9 +68,13 @@ class Program:
 def open_topology(name: str) -> Topology:
     """The slice that a name like v5e:4x4 stands for; `UserError` where there is none, or no TPU compiler."""
     kind, _, shape = name.partition(":")
-    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
         raise UserError(f"--topology={name}: not a TPU slice; give CHIP:SHAPE with {', '.join(CHIPS)}, "
                         f"e.g. {', '.join(FORMS)}")
+    sides, form = (3, "three") if kind in ("v4", "v5p") else (2, "two")
+    if shape.count("x") + 1 != sides:
+        raise UserError(f"--topology={name}: a slice of {kind} has {form} sides, e.g. "
+                        + ", ".join(known for known in FORMS if known.startswith(f"{kind}:")))
     # read when the library is loaded: no questions to a metadata server that is not there, and no lock on real chips
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
