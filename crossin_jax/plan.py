@@ -202,6 +202,8 @@ def _read_bytes(config: Config, model: AbstractModel) -> int:
 
 def find_change(config: Config, topology: Topology, failed: Plan) -> Plan | None:
     """The plan of the first change that fits, the smallest first; each is compiled. None where none does."""
+    if failed.phases["train"].peak_bytes <= topology.hbm_limit:
+        return _find_batch(config, topology, failed)
     for change in changes(config, topology):
         changed = check(replace_settings(config, change))
         try:
@@ -217,6 +219,19 @@ def find_change(config: Config, topology: Topology, failed: Plan) -> Plan | None
         plan = make_plan(changed, topology, tuple(failed.phases))
         if plan.fits:
             return dataclasses.replace(plan, change=change)
+    return None
+
+
+def _find_batch(config: Config, topology: Topology, failed: Plan) -> Plan | None:
+    """The plan with the largest evaluation.batch_size that fits, where training fits and the benchmarks do not."""
+    rows = config.evaluation.batch_size
+    while (rows := rows // 2) >= failed.mesh["data"] * failed.mesh["fsdp"]:
+        change = {"evaluation.batch_size": rows}
+        print(f"trying {describe_change(change)}", file=sys.stderr)
+        plan = make_plan(replace_settings(config, change), topology, ("prefill", "decode"))
+        if plan.fits:
+            phases = {"train": failed.phases["train"], **plan.phases}
+            return dataclasses.replace(failed, fits=True, phases=phases, change=change)
     return None
 
 
@@ -322,8 +337,8 @@ def main(config: Config, arguments: Any) -> int:
         if better:
             print(f"\nthe smallest change that fits: {describe_change(better.change)}\n{render(better)}")
         elif not plan.fits and arguments.search:
-            print("no change of model.remat, train.accumulation or mesh fits: take more chips, LoRA, or "
-                  "model.param_dtype=bfloat16")
+            print("no change of model.remat, train.accumulation, mesh or evaluation.batch_size fits: take more chips, "
+                  "LoRA, or model.param_dtype=bfloat16")
     return 0 if plan.fits or better else 1
 
 

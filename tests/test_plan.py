@@ -96,6 +96,25 @@ def test_the_smallest_change_that_fits_is_found_by_compiling(planned):
     assert find_change(config, hopeless, failed) is None  # the state alone is too big everywhere: nothing is compiled
 
 
+def test_where_only_the_benchmarks_do_not_fit_they_take_fewer_rows(planned, capsys):
+    config, plan = planned
+    slice_ = dataclasses.replace(topology("v5e:2x2"), hbm_limit=plan.phases["decode"].peak_bytes - 1)
+    train = dataclasses.replace(plan.phases["train"], peak_bytes=1)  # as if the training step were small
+    failed = dataclasses.replace(plan, phases=plan.phases | {"train": train}, fits=False)
+    better = find_change(config, slice_, failed)
+    rows = better.change["evaluation.batch_size"]
+    assert rows == config.evaluation.batch_size // 2 and better.phases["train"] == train and better.fits
+    assert better.phases["decode"].peak_bytes <= slice_.hbm_limit < plan.phases["decode"].peak_bytes
+    assert describe_change(better.change) == f"--config.evaluation.batch_size={rows}"
+    assert capsys.readouterr().err == f"trying --config.evaluation.batch_size={rows}\n"
+
+
+def test_decoding_reads_the_cache_as_it_lies(planned):
+    """Left to itself the compiler turns the cache around a loop; then traffic is 1.7 times the arguments here."""
+    decode = planned[1].phases["decode"]
+    assert decode.hbm_bytes < 1.5 * decode.argument_bytes
+
+
 def test_changes_go_from_cheap_to_dear(tmp_path):
     slice_ = topology("v5e:2x2")
     asked = dataclasses.replace(config_of(tmp_path), mesh=Mesh(), train=Train(batch_size=16, accumulation=4))

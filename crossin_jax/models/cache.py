@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from crossin_jax.models.spec import ModelSpec
 
@@ -76,6 +77,8 @@ def _write(stack: jax.Array, new: jax.Array, layer: jax.Array, slot: jax.Array) 
     new = new.astype(stack.dtype)
     if slot.ndim == 0:
         start = (layer.astype(slot.dtype), 0, 0, slot) + (0,) * (stack.ndim - 4)
-        return jax.lax.dynamic_update_slice(stack, new[None], start)
+        written = jax.lax.dynamic_update_slice(stack, new[None], start)
+        # left to itself, the TPU compiler has slots outermost within a loop: a second cache, copied in and out
+        return with_layout_constraint(written, Layout(major_to_minor=tuple(range(stack.ndim))))
     rows, slots = jnp.arange(new.shape[0])[:, None], slot[:, None] + jnp.arange(new.shape[2])[None]
     return stack.at[layer, rows, :, slots].set(new.swapaxes(1, 2), mode="drop")
