@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from crossin_jax.config import Lora
-from crossin_jax.models.layers import Build, Linear, Norm, rope_frequencies, rope_tables, rotate
+from crossin_jax.models.layers import Build, Linear, Norm, dropout, hashed_bits, rope_frequencies, rope_tables, rotate
 from crossin_jax.models.spec import Rope
 
 FLOAT32, BFLOAT16 = (Build(None, None, dtype, dtype, dtype) for dtype in ("float32", "bfloat16"))
@@ -89,3 +89,18 @@ def test_products_of_matrices_are_those_of_the_einsum(name, equation):
     assert any(leaf.any() for leaf in jax.tree.leaves(results[True][1]))
     assert len(ranks[True]) == 3 and all(pair == [2, 2] for pair in ranks[True])
     assert all(3 in pair or 4 in pair for pair in ranks[False])
+
+
+def test_hashed_bits_are_even_and_neither_places_nor_keys_are_related():
+    shape, n = (16, 64, 96), 16 * 64 * 96
+    keys = [*jax.random.split(jax.random.key(0), 2), jax.random.fold_in(jax.random.key(0), 7), jax.random.key(1)]
+    drawn = [np.asarray(hashed_bits(key, shape)) for key in keys]
+    ones = [((bits >> bit) & 1) * 2.0 - 1 for bits in drawn for bit in range(32)]
+    limit = 5 / n ** 0.5  # five standard deviations
+    assert max(abs(one.mean()) for one in ones) < limit
+    for axis, step in ((0, 1), (1, 1), (2, 1), (2, 2), (2, 32)):  # neighbours
+        assert max(abs((one * np.roll(one, step, axis)).mean()) for one in ones) < limit
+    high = np.array([(bits >= 2**31) * 2.0 - 1 for bits in drawn]).reshape(len(keys), -1)
+    assert np.abs(high @ high.T / n - np.eye(len(keys))).max() < limit
+    kept = np.array([dropout(jnp.ones(shape), 0.05, key) > 0 for key in keys])
+    assert abs(kept.mean() - 0.95) < 5 * (0.05 * 0.95 / kept.size) ** 0.5
