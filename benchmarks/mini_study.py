@@ -28,7 +28,7 @@ from crossin_jax.evaluation.figures import number
 from crossin_jax.evaluation.report import mark
 from crossin_jax.evaluation.summary import OTHERS, Block, Row
 
-RESULTS = ROOT / "benchmarks/results/2026-11-25-mini-study"
+RESULTS = ROOT / "benchmarks/results/2026-11-26-mini-study"
 PAGES = (ROOT / "docs/mini_study.md", ROOT / "docs/new_language.md")
 ALL, OPAQUE, DEVELOPMENT = "cross_world:test", "cross_world:test/opaque", "cross_world:dev"
 SCORES = {"accuracy": "accuracy", "accuracy/en": "English", OTHERS: "other languages",
