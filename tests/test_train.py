@@ -185,12 +185,12 @@ def test_a_run_continues_on_another_mesh_and_compiles_once(pretrained, tmp_path,
     assert len(compiled) == 1  # for three steps, the first of them on restored arrays
     there = read_losses(folder)
     shutil.rmtree(folder / "checkpoints/6")
+    (folder / "metrics.jsonl").unlink()
     train(config_in(folder))
-    assert sorted(there) == [4, 5, 6]
     back = read_losses(folder)
-    assert back[6] != there[6]  # another mesh sums in another order: it was computed anew
+    assert sorted(there) == [4, 5, 6] and sorted(back) == [6]
     for losses in (there, back):
-        np.testing.assert_allclose([losses[s] for s in (4, 5, 6)], [expected[s] for s in (4, 5, 6)], rtol=1e-5)
+        np.testing.assert_allclose(list(losses.values()), [expected[s] for s in losses], rtol=1e-5)
 
 
 def test_compiled_programs_are_kept_where_nobody_said_where(tmp_path, monkeypatch):
