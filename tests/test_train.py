@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
@@ -263,7 +264,12 @@ def test_benchmarks_and_profiler_run_during_training(adapted, pretrained, tmp_pa
     config = config_in(tmp_path / "run", str(pretrained / "model"))
     config.train = dataclasses.replace(config.train, benchmark_every=3)
     config.evaluation = dataclasses.replace(config.evaluation, method="choices", limit=4)
-    train(config, profile_steps=(2, 3))
+    # a process of its own: where another test has loaded libtpu, jax's profiler may end the process
+    process = multiprocessing.get_context("spawn").Process(target=train, args=(config,),
+                                                           kwargs={"profile_steps": (2, 3)})
+    process.start()
+    process.join(300)
+    assert process.exitcode == 0
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     scored = [record for record in records if "cross_world:dev/sum/p0/AC3_2" in record]
     assert [record["step"] for record in scored] == [3, 6]
