@@ -202,8 +202,8 @@ def _read_bytes(config: Config, model: AbstractModel) -> int:
 
 def find_change(config: Config, topology: Topology, failed: Plan) -> Plan | None:
     """The plan of the first change that fits, the smallest first; each is compiled. None where none does."""
-    if failed.phases["train"].peak_bytes <= topology.hbm_limit:
-        return _find_batch(config, topology, failed)
+    if failed.phases["train"].peak_bytes <= topology.hbm_limit and (found := _find_batch(config, topology, failed)):
+        return found
     for change in changes(config, topology):
         changed = check(replace_settings(config, change))
         try:
@@ -228,7 +228,7 @@ def _find_batch(config: Config, topology: Topology, failed: Plan) -> Plan | None
     while (rows := rows // 2) >= failed.mesh["data"] * failed.mesh["fsdp"]:
         change = {"evaluation.batch_size": rows}
         print(f"trying {describe_change(change)}", file=sys.stderr)
-        plan = make_plan(replace_settings(config, change), topology, ("prefill", "decode"))
+        plan = make_plan(check(replace_settings(config, change)), topology, ("prefill", "decode"))
         if plan.fits:
             phases = {"train": failed.phases["train"], **plan.phases}
             return dataclasses.replace(failed, fits=True, phases=phases, change=change)

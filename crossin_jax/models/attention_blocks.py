@@ -5,7 +5,6 @@ T x T stays. Softmax is in float32, as in the reference.
 """
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,6 @@ from crossin_jax.models.layers import precision
 
 MASKED = -1e30  # finite: a row with no key to see stays finite
 SMALLEST, MOST = 128, 8  # queries in a block at least, and blocks in a row at most
-Mask = Callable[[slice, slice], jax.Array]
 
 
 def attend_blocks(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array,

@@ -66,12 +66,18 @@ def token_losses(model: Any, hidden_BTD: jax.Array, targets_BT: jax.Array, learn
     B, T = targets_BT.shape
     if not model.skips_unlearned:
         return _chunked_losses(model, hidden_BTD, targets_BT, learned_BT, chunk, head_trains=head_trains)
-    # what is learned goes first, as one row; chunks after it have no logits at all
+    # what is learned goes first, in one row that chunks divide; chunks after it have no logits at all
+    chunk = min(B * chunk, SKIPPED)
     order = jnp.argsort(~learned_BT.reshape(B * T), stable=True)
-    hidden, targets, learned = (jnp.take(x.reshape(1, B * T, *x.shape[2:]), order, axis=1, unique_indices=True)
-                                for x in (hidden_BTD, targets_BT, learned_BT))
-    loss, losses = _chunked_losses(model, hidden, targets, learned, min(B * chunk, SKIPPED), head_trains=head_trains)
-    return loss, jnp.zeros((B * T,)).at[order].set(losses[0], unique_indices=True).reshape(B, T)
+
+    def arrange(x):
+        row = jnp.take(x.reshape(1, B * T, *x.shape[2:]), order, axis=1, unique_indices=True)
+        return jnp.pad(row, [(0, -B * T % chunk if axis == 1 else 0) for axis in range(row.ndim)])
+
+    loss, losses = _chunked_losses(model, arrange(hidden_BTD), arrange(targets_BT), arrange(learned_BT), chunk,
+                                   head_trains=head_trains)
+    losses_BT = jnp.zeros((B * T,)).at[order].set(losses[0, :B * T], unique_indices=True).reshape(B, T)
+    return loss, losses_BT
 
 
 def _chunked_losses(model: Any, hidden_BTD: jax.Array, targets_BT: jax.Array, learned_BT: jax.Array, chunk: int, *,
@@ -101,16 +107,16 @@ def _chunked_losses(model: Any, hidden_BTD: jax.Array, targets_BT: jax.Array, le
             return compute(*operands)
         return jax.lax.cond((operands[-1] > 0).any(), compute, skipped, *operands)
 
+    def chunks(hidden_BTD):
+        return split(hidden_BTD), split(targets_BT), split(learned_BT.astype(jnp.float32))
+
     @jax.custom_vjp
     def total(weight_VD, hidden_BTD):
         def one(_, xs):
             return None, where_learned(lambda hidden, targets, _: chunk_losses(weight_VD, hidden, targets),
                                        lambda hidden, targets, _: jnp.zeros(targets.shape, jnp.float32), *xs)
 
-        return finish(jax.lax.scan(one, None, xs_of(hidden_BTD))[1])
-
-    def xs_of(hidden_BTD):
-        return split(hidden_BTD), split(targets_BT), split(learned_BT.astype(jnp.float32))
+        return finish(jax.lax.scan(one, None, chunks(hidden_BTD))[1])
 
     def forward(weight_VD, hidden_BTD):
         def compute(d_weight, hidden, targets, learned):
@@ -128,7 +134,7 @@ def _chunked_losses(model: Any, hidden_BTD: jax.Array, targets_BT: jax.Array, le
 
         start = jnp.zeros(weight_VD.shape, jnp.float32) if head_trains else None
         d_weight, (losses, d_hidden) = jax.lax.scan(
-            lambda d_weight, xs: where_learned(compute, skipped, d_weight, *xs), start, xs_of(hidden_BTD))
+            lambda d_weight, xs: where_learned(compute, skipped, d_weight, *xs), start, chunks(hidden_BTD))
         return finish(losses), (d_weight, join(d_hidden))
 
     def backward(saved, cotangents):

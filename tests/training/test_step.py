@@ -98,14 +98,15 @@ def test_result_does_not_depend_on_how_it_is_computed(plain, change):
 
 
 @pytest.mark.parametrize("full", [True, False])
-@pytest.mark.parametrize("learned", [None, 0, 1, 256])
-def test_positions_that_are_not_learned_have_no_logits_and_nothing_else_changes(monkeypatch, full, learned):
-    """`learned`: how many of the 256 positions; what is skipped is counted by the chunks that are computed."""
+@pytest.mark.parametrize(("rows", "learned"), [(8, None), (8, 0), (8, 1), (8, 256), (1, None), (3, 90)])
+def test_positions_that_are_not_learned_have_no_logits_and_nothing_else_changes(monkeypatch, full, rows, learned):
+    """`learned`: how many positions; what is skipped is counted by the chunks that are computed."""
     monkeypatch.setattr(training_step, "SKIPPED", 16)
     graphdef, state, _ = make_state(None if full else Lora(rank=2, dropout=0.0, modules_to_save=()))
-    batch = make_batch(0)
+    length = 32 if rows == 8 else 31  # 31 and 93 positions: no chunk of 16 divides them
+    batch = make_batch(0, rows, length)
     if learned is not None:
-        batch["learned_BT"] = np.random.default_rng(1).permutation(256).reshape(8, 32) < learned
+        batch["learned_BT"] = np.random.default_rng(1).permutation(rows * length).reshape(rows, length) < learned
     computed = []
     unembed = Transformer.unembed
     monkeypatch.setattr(Transformer, "unembed", lambda model, hidden, *rest: (
@@ -123,8 +124,8 @@ def test_positions_that_are_not_learned_have_no_logits_and_nothing_else_changes(
         return sum(computed), sums, grads
 
     (chunked, *skipping), (_, *plain) = run(True), run(False)
-    count = int(batch["learned_BT"].sum())
-    assert chunked == -(-count // 16) * 16
+    count, chunk = int(batch["learned_BT"].sum()), min(16, rows * SETTINGS.loss_chunk)
+    assert chunked == -(-count // chunk) * chunk
     jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-5), skipping, plain)
 
 
