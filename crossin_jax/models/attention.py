@@ -17,13 +17,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from crossin_jax.config import UserError, hint
-from crossin_jax.models.attention_blocks import MASKED, attend_blocks
 from crossin_jax.models.layers import precision
 from crossin_jax.models.spec import ModelSpec
 from crossin_jax.parallel.mesh import activation_spec
 
 KERNELS = ("auto", "reference", "blocks", "splash", "cudnn")
 SAVED = "attention"  # checkpoint name of what a remat policy may keep instead of running a kernel twice
+MASKED = -1e30  # finite: a row with no key to see stays finite
+SMALLEST, MOST = 128, 8  # of the kernel "blocks": queries in a block at least, and blocks in a row at most
 LANES = 128  # splash blocks are multiples of the TPU's vector width
 _PREFERRED = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn", "cpu": "blocks"}
 
@@ -126,9 +127,81 @@ def _window_here(window: int | None, is_local: jax.Array | None) -> jax.Array | 
     return window if is_local is None else jnp.where(is_local, window, jnp.iinfo(jnp.int32).max)
 
 
-def _blocks(*inputs: jax.Array, kernel: Kernel, window: int | None, soft_cap: float | None) -> jax.Array:
-    """Plain einsums, block by block."""
-    return checkpoint_name(attend_blocks(*inputs, window=window, soft_cap=soft_cap), SAVED)
+def _blocks(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array,
+            segment_ids_BT: jax.Array, *, kernel: Kernel, window: int | None, soft_cap: float | None) -> jax.Array:
+    """Einsums in blocks of queries, each against the keys that it can see.
+
+    A block meets no key after it and none before its window, and the backward pass makes the scores again, so nothing
+    of T x T stays.
+    """
+    B, T, N, H = q_BTNH.shape
+    K = k_BTKH.shape[2]
+    q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+    context_BKGTH = _in_blocks(q_BKGTH, k_BKTH, v_BKTH, positions_BT, segment_ids_BT, window, soft_cap)
+    return checkpoint_name(context_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H), SAVED)
+
+
+def cut(length: int, window: int | None) -> list[tuple[slice, slice]]:
+    """(queries, keys that some of them may see) of every block."""
+    size = max(SMALLEST, -(-length // MOST))
+    starts = range(0, length, size)
+    return [(slice(start, min(start + size, length)),
+             slice(0 if window is None else max(0, start - window + 1), min(start + size, length))) for start in starts]
+
+
+def _block_scores(q, k, positions_BT, segments_BT, queries, keys, window, soft_cap):
+    """Scores of a block in float32, masked, and the derivative of the soft cap."""
+    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q[..., queries, :], k[..., keys, :], precision=precision(q.dtype),
+                        preferred_element_type=jnp.float32)
+    slope = None
+    if soft_cap is not None:
+        bent = jnp.tanh(scores / soft_cap)
+        scores, slope = soft_cap * bent, 1 - bent * bent
+    mask = attention_mask(positions_BT[:, queries], positions_BT[:, keys], segments_BT[:, queries],
+                          segments_BT[:, keys], window)
+    return jnp.where(mask[:, None, None], scores, MASKED), slope
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _in_blocks(q, k, v, positions_BT, segments_BT, window, soft_cap):
+    return _blocks_forward(q, k, v, positions_BT, segments_BT, window, soft_cap)[0]
+
+
+def _blocks_forward(q, k, v, positions_BT, segments_BT, window, soft_cap):
+    contexts, norms = [], []
+    for queries, keys in cut(q.shape[-2], window):
+        scores, _ = _block_scores(q, k, positions_BT, segments_BT, queries, keys, window, soft_cap)
+        highest = scores.max(axis=-1, keepdims=True)
+        weights = jnp.exp(scores - highest)
+        total = weights.sum(axis=-1, keepdims=True)
+        context = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v[..., keys, :],
+                             precision=precision(v.dtype), preferred_element_type=jnp.float32)
+        contexts.append((context / total).astype(v.dtype))
+        norms.append(highest + jnp.log(total))
+    context = jnp.concatenate(contexts, axis=-2)
+    return context, (q, k, v, positions_BT, segments_BT, context, jnp.concatenate(norms, axis=-2))
+
+
+def _blocks_backward(window, soft_cap, saved, d_context):
+    q, k, v, positions_BT, segments_BT, context, norms = saved
+    dtype, einsum = q.dtype, functools.partial(jnp.einsum, precision=precision(q.dtype),
+                                               preferred_element_type=jnp.float32)
+    inner = (d_context.astype(jnp.float32) * context.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+    d_q, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    for queries, keys in cut(q.shape[-2], window):
+        scores, slope = _block_scores(q, k, positions_BT, segments_BT, queries, keys, window, soft_cap)
+        weights = jnp.exp(scores - norms[..., queries, :])
+        here = d_context[..., queries, :]
+        d_v = d_v.at[..., keys, :].add(einsum("BKGTS,BKGTH->BKSH", weights.astype(dtype), here))
+        d_scores = weights * (einsum("BKGTH,BKSH->BKGTS", here, v[..., keys, :]) - inner[..., queries, :])
+        d_scores = (d_scores if slope is None else d_scores * slope).astype(dtype)
+        d_q.append(einsum("BKGTS,BKSH->BKGTH", d_scores, k[..., keys, :]).astype(dtype))
+        d_k = d_k.at[..., keys, :].add(einsum("BKGTS,BKGTH->BKSH", d_scores, q[..., queries, :]))
+    return jnp.concatenate(d_q, axis=-2), d_k.astype(dtype), d_v.astype(dtype), None, None
+
+
+_in_blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
 def _splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, _: jax.Array, segment_ids_BT: jax.Array, *,

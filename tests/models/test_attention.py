@@ -11,8 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from crossin_jax import config as settings
 from crossin_jax.config import UserError
-from crossin_jax.models.attention import KERNELS, Kernel, attend, choose_kernel
-from crossin_jax.models.attention_blocks import SMALLEST, cut
+from crossin_jax.models.attention import KERNELS, SMALLEST, Kernel, attend, choose_kernel, cut
 from crossin_jax.parallel.mesh import make_mesh
 from tests.models.models import GEMMA, LLAMA, make_rows
 
