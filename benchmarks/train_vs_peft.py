@@ -14,6 +14,9 @@ take turns, so that other work on the machine hits both, and medians are compare
 The peer gets the number of threads and the micro-batch that are best for it on a sample, ours the micro-batch. An
 optimizer step sees the same examples on both sides and its loss is their mean over all learned tokens; where losses
 are further apart than 1e-4, the exit code is 1. Compilation is not counted.
+
+Last comes a bound: the products that no step can do without, at the speed of one large product on this machine. Were
+everything else free, ours would be so many times as fast as peft was.
 """
 
 import argparse
@@ -196,6 +199,39 @@ def lay_out(examples: list[Example], length: int, rows: int, num_steps: int) -> 
             for name, some in (("packed", packed), ("joined", joined))}
 
 
+# ---- what is possible
+
+
+def count_flops(shape: dict[str, int], tokens: int, learned: int) -> int:
+    """Of a step's products: forward and back through all matrices, logits of learned tokens, gradients of adapters.
+
+    Attention's own products are left out.
+    """
+    width, inner, layers = (shape[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    matrices = layers * (4 * width * width + 3 * width * inner)
+    adapters = layers * RANK * (4 * 2 * width + 3 * (width + inner))
+    return 2 * (tokens * (2 * matrices + 3 * adapters) + 2 * learned * width * shape["vocab_size"])
+
+
+def measure_products(shape: dict[str, int], rows: int, repeats: int = 40) -> float:
+    """FLOPs per second of a product with the MLP's matrix, the better of XLA's and torch's."""
+    import jax
+    import torch
+
+    width, inner = shape["hidden_size"], shape["intermediate_size"]
+    left, right = np.ones((rows, width), np.float32), np.ones((width, inner), np.float32)
+    multiply = jax.jit(lambda a, b: a @ b)
+    times = []
+    for a, b, product in ((jax.numpy.asarray(left), jax.numpy.asarray(right),
+                           lambda a, b: multiply(a, b).block_until_ready()),
+                          (torch.from_numpy(left), torch.from_numpy(right), torch.mm)):
+        for _ in range(repeats):
+            start = time.perf_counter()
+            product(a, b)
+            times.append(time.perf_counter() - start)
+    return 2 * rows * width * inner / min(times)
+
+
 # ---- the two processes
 
 
@@ -259,7 +295,8 @@ def open_theirs(folder: Path, shape: dict[str, int]) -> Theirs:
     return Theirs(make_peft(folder, shape))
 
 
-def compare(sides: tuple[Side, Side], name: str, layouts: dict, arguments: argparse.Namespace) -> dict[str, Any]:
+def compare(sides: tuple[Side, Side], name: str, layouts: dict, shape: dict[str, int],
+            arguments: argparse.Namespace) -> dict[str, Any]:
     """The two sides on one layout: settings chosen on the first step, then taking turns."""
     ours, theirs = sides
     steps = layouts["joined" if name == "unpadded" else "packed"]
@@ -289,7 +326,10 @@ def compare(sides: tuple[Side, Side], name: str, layouts: dict, arguments: argpa
     print(f"{name:9} supervised tokens/s, median of {arguments.repeats}: ours {statistics.median(rates[0]):.1f} "
           f"(micro-batches {our_best}), peft {statistics.median(rates[1]):.1f} (batch {size}, threads {threads}): "
           f"{ratio:.2f} x; losses at most {apart:.1e} apart", flush=True)
-    return {"layout": name, "ratio": ratio, "rates": rates, "learned": learned, "losses_apart": apart,
+    flops = sum(count_flops(shape, int((batch["segment_ids_BT"] > 0).sum()), int(batch["learned_BT"].sum()))
+                for batch in batches)
+    return {"layout": name, "ratio": ratio, "flops": flops, "seconds": seconds,
+            "rates": rates, "learned": learned, "losses_apart": apart,
             "ours": our_best, "theirs": (size, threads), "examples": sum(map(len, examples)),
             "our_sample": our_sample, "their_sample": {str(key): value for key, value in sample.items()}}
 
@@ -328,15 +368,23 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         theirs = Side(open_theirs, Path(folder), shape)
         ours = Side(open_ours, Path(folder), arguments.length)
-        results = [compare((ours, theirs), name, layouts, arguments) for name in arguments.layouts.split(",")]
+        results = [compare((ours, theirs), name, layouts, shape, arguments) for name in arguments.layouts.split(",")]
         ours.close()
         theirs.close()
+    speed = measure_products(shape, arguments.rows * arguments.length)
+    print(f"one large product: {speed / 1e9:.0f} GFLOP/s")
+    for result in results:
+        least = result["flops"] / speed
+        ours, theirs = map(statistics.median, result["seconds"])
+        result["bound"] = theirs / least
+        print(f"{result['layout']:9} products alone would take {least:.2f} s; ours took {ours:.2f}, peft {theirs:.2f}: "
+              f"at most {result['bound']:.2f} x")
     print(f"load {load:.1f} before, {os.getloadavg()[0]:.1f} after")
     if arguments.out:
         from crossin_jax import provenance
         arguments.out.write_text(json.dumps(provenance.describe(
-            {name: str(value) for name, value in vars(arguments).items()}, results=results, shape=shape, load=load),
-            indent=1) + "\n")
+            {name: str(value) for name, value in vars(arguments).items()}, results=results, shape=shape,
+            product_flops_per_second=speed, load=load), indent=1) + "\n")
     return int(any(result["losses_apart"] > TOLERANCE for result in results))
 
 
