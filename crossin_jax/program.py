@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import glob
 import importlib.util
 import logging
 import os
@@ -28,6 +29,9 @@ def run(main: Callable[..., int | None], *, define: Callable[[], None] | None = 
     """
     argv = sys.argv
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is as intended
+    if "jax" in sys.modules and not glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*"):
+        from crossin_jax.parallel.topology import stand_in_for_tpus
+        stand_in_for_tpus()  # no TPU, but libtpu may be here for `plan`
     if define:
         define()
     if {"-h", "--help", "-help"} & set(argv[1:]):

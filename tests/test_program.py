@@ -1,5 +1,6 @@
 """Command lines: overrides are typed; a typo costs one line and exit code 2, never a traceback."""
 
+import os
 import subprocess
 import sys
 
@@ -81,3 +82,13 @@ def test_help_lists_every_setting():
     done = run_program("--help")
     assert done.returncode == 0
     assert "--config.optim.learning_rate  peak learning rate (default: 0.0002)" in done.stdout
+
+
+def test_the_tpu_library_of_plan_is_silent_where_there_is_no_tpu():
+    pytest.importorskip("libtpu")
+    code = ("import jax; from crossin_jax import program;"
+            "program.run(lambda flags: print(jax.devices()[0].platform), takes_config=False)")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "TPU_"))}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+    assert run.returncode == 0 and run.stdout.strip()
+    assert "TPU" not in run.stderr and "libtpu" not in run.stderr

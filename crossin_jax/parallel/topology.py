@@ -75,10 +75,8 @@ def open_topology(name: str) -> Topology:
     if shape.count("x") + 1 != sides:
         raise UserError(f"--topology={name}: a slice of {kind} has {form} sides, e.g. "
                         + ", ".join(known for known in FORMS if known.startswith(f"{kind}:")))
-    # read when the library is loaded: no questions to a metadata server that is not there, and no lock on real chips
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    stand_in_for_tpus()
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no lock on real chips
     try:
         import libtpu  # noqa: F401 - whether it is there
     except ImportError:
@@ -99,6 +97,13 @@ def open_topology(name: str) -> Topology:
     finally:
         if xla_flags is not None:
             os.environ["XLA_FLAGS"] = xla_flags
+
+
+def stand_in_for_tpus() -> None:
+    """Tells libtpu what it asks of a TPU host; read when the library is loaded, which else complains for a page."""
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # no questions to a metadata server that is not there
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
 def _hbm_limit(device: Any) -> int:
