@@ -67,7 +67,7 @@ BEYOND = {  # what the paper leaves open, at equal budgets: options of `tuned`
     "past English": {"components": (pairs("x2x", languages={"zh": 1.0, "vi": 1.0, "es": 1.0}),)},
     "mono, temperature 1": {"components": (pairs("same", languages=temper(SIZES, 1.0)),)},
     "mono, temperature 5": {"components": (pairs("same", languages=temper(SIZES, 5.0)),)},
-    "x2x, no tag": {"components": ARMS["x2x"], "tag": "none"},
+    **{f"{arm}, no tag": {"components": ARMS[arm], "tag": "none"} for arm in ("x2x", "x2x_same", "mono")},
     "x2x, with embeddings": {"components": ARMS["x2x"], "modules": ("embed_tokens", "lm_head")},
     "x2x, full fine-tuning": {"components": ARMS["x2x"], "full": True},
 }
