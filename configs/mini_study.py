@@ -12,9 +12,9 @@ docs/mini_study.md has the results, with seconds per cell.
 
 Parts: main (seven arms by LoRA), full (by full fine-tuning), volumes (25, 50 and 100 % of the pairs, at equal steps),
 question (how much the base knows of each language, how strong the bridge between languages is, how long it is tuned),
-seven (languages), beyond (what the paper leaves open), tuning (learning rates, on the development territories);
-smallest (two languages, under a minute, for the tests) is not among "all". Without --seeds main has five seeds, the
-other parts three.
+tag (pairs and control without one), seven (languages), beyond (what the paper leaves open), tuning (learning rates, on the development territories);
+smallest (two languages, under a minute, for the tests) is not among "all". Without --seeds main and tag have five
+seeds, the other parts three.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ BEYOND = {  # what the paper leaves open, at equal budgets: options of `tuned`
     "past English": {"components": (pairs("x2x", languages={"zh": 1.0, "vi": 1.0, "es": 1.0}),)},
     "mono, temperature 1": {"components": (pairs("same", languages=temper(SIZES, 1.0)),)},
     "mono, temperature 5": {"components": (pairs("same", languages=temper(SIZES, 5.0)),)},
-    **{f"{arm}, no tag": {"components": ARMS[arm], "tag": "none"} for arm in ("x2x", "x2x_same", "mono")},
+    "x2x, no tag": {"components": ARMS["x2x"], "tag": "none"},
     "x2x, with embeddings": {"components": ARMS["x2x"], "modules": ("embed_tokens", "lm_head")},
     "x2x, full fine-tuning": {"components": ARMS["x2x"], "full": True},
 }
@@ -176,7 +176,7 @@ def get_config(variant: str = "x2x", seed: int = SEEDS[0], root: str = ROOT) -> 
 
 
 VOLUMES = (0.25, 0.5, 1.0)
-PARTS = ("main", "full", "volumes", "question", "seven", "beyond", "tuning")
+PARTS = ("main", "tag", "full", "volumes", "question", "seven", "beyond", "tuning")
 MORE = ("smallest",)
 CONDITIONS = {  # of the question: base model and steps by table
     f"told {told:.0%}, bridge {bridge:.0%}, {steps} steps": (Base(bridge=bridge, told=told), steps)
@@ -207,6 +207,11 @@ def get_study(part: str = "all", seeds: tuple[int, ...] | None = None, languages
         for seed in seeds or SEEDS:
             for arm in ARMS:
                 add("LoRA", arm, seed)
+    if "tag" in chosen:
+        for seed in seeds or SEEDS:
+            add("no tag", "base", seed)
+            for arm in CONTROLLED:
+                add("no tag", f"{arm}, no tag", seed, components=ARMS[arm], tag="none")
     seeds = seeds or FEWER
     if "full" in chosen:
         for seed in seeds:
