@@ -10,11 +10,11 @@ step, so that the whole is affordable on two CPU cores. Scores are those of the 
 was chosen on; `:tuning` compares learning rates on the development territories (10 %), which no table shows.
 docs/mini_study.md has the results, with seconds per cell.
 
-Parts: main (seven arms by LoRA), full (by full fine-tuning), volumes (25, 50 and 100 % of the pairs, at equal steps),
-question (how much the base knows of each language, how strong the bridge between languages is, how long it is tuned),
-tag (pairs and control without one), seven (languages), beyond (what the paper leaves open), tuning (learning rates, on the development territories);
-smallest (two languages, under a minute, for the tests) is not among "all". Without --seeds main and tag have five
-seeds, the other parts three.
+Parts: main (seven arms by LoRA), tag (pairs and control without one), full (by full fine-tuning), volumes (25, 50 and
+100 % of the pairs, at equal steps), question (how much the base knows of each language, how strong the bridge between
+languages is, how long it is tuned), seven (languages), beyond (what the paper leaves open), tuning (learning rates, on
+the development territories); smallest (two languages, under a minute, for the tests) is not among "all". Without
+--seeds main and tag have five seeds, the other parts three.
 """
 
 import dataclasses
