@@ -112,17 +112,21 @@ def compare(blocks: Blocks, tables: dict[str, str], chosen: tuple[str, ...], sco
     return grid(["items", "chosen by log-likelihood", "arm", *tables.values()], rows)
 
 
-def show_question(blocks: Blocks, benchmark: str) -> str:
-    """Pairs minus monolingual control by condition: mean ± sd over seeds, and in how many of them above zero."""
+def show_question(blocks: Blocks, benchmark: str, conditions: dict[str, tuple[str, str]]) -> str:
+    """Pairs minus monolingual control: mean ± sd over seeds, and in how many of them above zero.
+
+    A condition is a table and the ending of its arms' names.
+    """
     rows = []
-    for table in (table for table in CONDITIONS if table in blocks):
+    for condition, (table, ending) in conditions.items():
         for way, words in WAYS.items():
             known = arms(study_report.find(blocks[table], benchmark, way))
             seeds = shared(study_report.find(blocks[table], benchmark, way))
-            row = [table, words, spread(of(known["mono"], OTHERS, seeds))]
+            control = known[f"mono{ending}"]
+            row = [condition, words, spread(of(control, OTHERS, seeds))]
             for arm in ("x2x", "x2x_same"):
                 for score in (OTHERS, "AC3_3"):
-                    gaps = [a - b for a, b in zip(of(known[arm], score, seeds), of(known["mono"], score, seeds),
+                    gaps = [a - b for a, b in zip(of(known[arm + ending], score, seeds), of(control, score, seeds),
                                                   strict=True)]
                     row.append(f"{spread(gaps)} ({sum(gap > 0 for gap in gaps)}/{len(gaps)})")
             rows.append(row)
@@ -148,6 +152,8 @@ def show_seconds() -> str:
 def pieces(blocks: Blocks) -> dict[str, Callable[[], str]]:
     """What each place in the pages shows."""
     volumes = {volume_table(volume): f"{volume:.0%}" for volume in VOLUMES}
+    conditions = {table: (table, "") for table in CONDITIONS if table in blocks}
+    tags = {"with the tag": ("LoRA", ""), "no tag": ("no tag", ", no tag")}
     return {
         "main, summed": lambda: show_arms(blocks, "sum"),
         "main, per token": lambda: show_arms(blocks, "mean"),
@@ -159,8 +165,10 @@ def pieces(blocks: Blocks) -> dict[str, Callable[[], str]]:
                                  ("base", *CONTROLLED), "AC3_3"),
         "seven, others": lambda: compare(blocks, {"LoRA": "four languages", "seven languages": "seven languages"},
                                          ("base", *CONTROLLED), OTHERS),
-        "question": lambda: show_question(blocks, ALL),
-        "question, opaque": lambda: show_question(blocks, OPAQUE),
+        "question": lambda: show_question(blocks, ALL, conditions),
+        "question, opaque": lambda: show_question(blocks, OPAQUE, conditions),
+        "tag": lambda: show_question(blocks, ALL, tags),
+        "tag, opaque": lambda: show_question(blocks, OPAQUE, tags),
         "beyond": lambda: show_beyond(blocks),
         "tuning": lambda: show_tuning(blocks),
         "seconds": show_seconds,

@@ -198,7 +198,7 @@ def test_cells_are_chosen_as_in_python(cells, shown, capsys):
     ({"cells": "first"}, "give FIRST:LAST, e.g. 0:4"), ({"seeds": ["a"]}, "seeds are whole numbers"),
     ({"budget": "epochs=1"}, "steps, examples or tokens"),
     ({"topology": "v9:2x2"}, "not a TPU slice"), ({"config": None}, "see configs/quickstart.py"),
-    ({"config": str(REPOSITORY / "configs/mini_study.py:big")}, "choose all or some of main, full"),
+    ({"config": str(REPOSITORY / "configs/mini_study.py:big")}, "choose all or some of main, tag, full"),
 ])
 def test_wrong_flags_cost_one_line(given, words):
     with pytest.raises(UserError, match=words):

@@ -15,6 +15,18 @@ AdamW, cosine, 3 % warm-up, weight decay 0.01, 16 examples a step of at most 409
 English base data whole; an arm named after a direction adds that many examples of it, "+trans" as many of translation,
 and mono as many in the language of their question. So arms of one volume have equal examples but not more English than
 base has; --budget=examples=N or tokens=N gives every arm the same amount instead.
+
+What `plan` computes per cell (jax 0.10.2, libtpu 0.0.52): HBM per chip with the longest rows, and hours to train, from
+base to x2x+trans-all, if all rows were of the shortest bucket (1,024 tokens) and the chips at their peak: no run is as
+fast, and benchmarks come on top.
+
+              v5e-16 (15.75 GiB)      v5p-8 (95.73 GiB)
+  llama-2-7b  3.3 GiB, 0.09 to 0.47   11.9 GiB, 0.16 to 0.80
+  mistral-7b  3.3 GiB, 0.10 to 0.49   12.4 GiB, 0.16 to 0.85
+  gemma-2b    5.6 GiB, 0.03 to 0.18    8.7 GiB, 0.06 to 0.30
+  gemma-7b    9.9 GiB, 0.11 to 0.59   15.6 GiB, 0.20 to 1.01
+
+All 132 cells: 22.2 hours at least on a v5e-16, 38.1 on a v5p-8. Checkpoints take 14 to 33 GiB a cell, 2.6 TiB in all.
 """
 
 import math
