@@ -49,7 +49,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The plans in Markdown."""
     heads = ("model", "slice", "fits", "HBM peak of limit, GiB: train, prefill, decode",
              "train: TFLOP, Mcycles (matrix work)", "train: tokens/s at most", "decode: steps/s at most",
-             "sent per step, GB", "a host reads, its memory, a checkpoint, GiB")
+             "sent per step, GB", "a host reads, writes for a checkpoint, GiB")
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for row in rows:
         gib, phases = 2**30, row["phases"]
@@ -67,7 +67,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append("| " + " | ".join([
             row["model"], f"{row['topology']}, {row['chips']} chips", "yes" if row["fits"] else "no",
             f"{peaks} of {row['hbm_limit'] / gib:.2f}", *cells,
-            ", ".join(f"{row[name] / gib:.1f}" for name in ("read_bytes", "host_peak_bytes", "saved_bytes"))]) + " |")
+            ", ".join(f"{row[name] / gib:.1f}" for name in ("read_bytes", "saved_bytes"))]) + " |")
     return "\n".join(lines)
 
 
