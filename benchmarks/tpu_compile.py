@@ -7,6 +7,7 @@ W1: Llama-2-7B in full, 64 x 2048 tokens. W2: the same with LoRA r=64 on all pro
 32 x 2048. All with FSDP over every chip and full rematerialisation. Peers' figures come from the same compiler (jax
 0.10.2, libtpu 0.0.52), read from MaxText e591f30 and Tunix 0.1.7 as they are, without compiler options of their own.
 Cycles are the compiler's estimate and leave out attention kernels, collectives and asynchronous copies: for ratios.
+Compile times are compared by `maxtext_compile.py`, which takes turns with this program.
 """
 
 import argparse
@@ -31,14 +32,13 @@ GEMMA_2B = {"model_type": "gemma", "hidden_size": 2048, "intermediate_size": 163
             "max_position_embeddings": 8192, "rms_norm_eps": 1e-6, "hidden_activation": "gelu_pytorch_tanh"}
 WORK = {"W1": (LLAMA2_7B, 64, False), "W2": (LLAMA2_7B, 64, True), "W3": (GEMMA_2B, 32, True)}
 
-# the best figure of any peer per work and topology: (peak GiB, Mcycles, compile s on a quiet machine, on a loaded one);
-# W1 by precision of trained weights, in the order of PRECISIONS, where peers were compiled with both
+# the best figures of any peer per work and topology: (peak GiB, Mcycles); W1 by precision of trained weights, in the
+# order of PRECISIONS, where peers were compiled with both
 PRECISIONS = ("float32", "bfloat16")
 PEERS = {
-    "W1@v6e:4x4": ((11.1, 2814, 39, 126), (6.8, 2814, 39, 126)), "W1@v5p:2x2x4": ((11.1, 2955, 23, 93),) * 2,
-    "W2@v6e:4x4": ((5.6, 2667, 45, 65),) * 2, "W2@v5e:4x4": ((5.7, 5500, 29, 108),) * 2,
-    "W2@v5p:2x2x2": ((9.8, 4699, None, 28),) * 2, "W3@v5e:2x4": ((6.5, 1998, 26, 63),) * 2,
-    "W3@v6e:2x4": ((6.5, 978, None, 104),) * 2,
+    "W1@v6e:4x4": ((11.1, 2814), (6.8, 2814)), "W1@v5p:2x2x4": ((11.1, 2955),) * 2, "W2@v6e:4x4": ((5.6, 2667),) * 2,
+    "W2@v5e:4x4": ((5.7, 5500),) * 2, "W2@v5p:2x2x2": ((9.8, 4699),) * 2, "W3@v5e:2x4": ((6.5, 1998),) * 2,
+    "W3@v6e:2x4": ((6.5, 978),) * 2,
 }
 
 
@@ -77,10 +77,9 @@ def measure(work: str, options: argparse.Namespace) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows in Markdown, each beside the best of its peers."""
     lines = ["| work | remat, master, loss chunk | peak GiB (peers' best) | TFLOP per chip | "
-             "Mcycles (matrix work) | peers' best | ratio | sent, GB | compile s (load) | peers' s, quiet / loaded |",
-             "|" + "---|" * 10]
+             "Mcycles (matrix work) | peers' best | ratio | sent, GB | compile s |", "|" + "---|" * 9]
     for row in rows:
-        peak, cycles, quiet, loaded = PEERS[row["work"]][PRECISIONS.index(row["param_dtype"])]
+        peak, cycles = PEERS[row["work"]][PRECISIONS.index(row["param_dtype"])]
         tuned = f"; tuned in {row['trials']} trials: {row['tuned']}" if "tuned" in row else ""
         mine = f"{row['peak_bytes'] / 2**30:.2f} ({peak})" + ("" if row["fits"] else " does not fit")
         if row["flops"] is None:
@@ -92,7 +91,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                      f"{cycles}", f"{row['cycles'] / 1e6 / cycles:.2f}", sent]
         lines.append("| " + " | ".join([
             row["work"], f"{row['remat']}, {row['param_dtype']}, {row['loss_chunk']}{tuned}",
-            mine, *cells, f"{row['compile_seconds']:.0f} ({row['load']:.0f})", f"{quiet or '-'} / {loaded}"]) + " |")
+            mine, *cells, f"{row['compile_seconds']:.0f}"]) + " |")
     return "\n".join(lines)
 
 

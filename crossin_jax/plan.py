@@ -50,6 +50,7 @@ class Phase:
     argument_bytes: int
     temporary_bytes: int
     peak_bytes: int
+    offloaded_bytes: int  # in the host's memory, where model.remat=offload keeps what the backward pass needs
     compile_seconds: float
     flops: float | None = None  # executed matrix FLOPs, attention kernels included; None and below: does not fit
     kernel_flops: float | None = None  # of them in attention kernels, by formula
@@ -161,7 +162,8 @@ def _plan_generation(config: Config, topology: Topology, mesh: Mesh, model: Abst
 
 def _phase(topology: Topology, mesh: Mesh, model: AbstractModel, compiled: Program, kernel: Kernel, rows: int,
            length: int) -> Phase:
-    sizes = (compiled.argument_bytes, compiled.temporary_bytes, compiled.peak_bytes, compiled.compile_seconds)
+    sizes = (compiled.argument_bytes, compiled.temporary_bytes, compiled.peak_bytes, compiled.offloaded_bytes,
+             compiled.compile_seconds)
     cost = compiled.cost
     if cost is None:
         return Phase(*sizes)
@@ -283,6 +285,8 @@ def render(plan: Plan) -> str:
     row("HBM, arguments, GiB", scaled("argument_bytes", gib))
     row("HBM, temporaries, GiB", scaled("temporary_bytes", gib))
     row(f"HBM, peak of {plan.hbm_limit / gib:.2f} GiB", scaled("peak_bytes", gib))
+    if any(phase.offloaded_bytes for phase in plan.phases.values()):
+        row("memory of its host, GiB", scaled("offloaded_bytes", gib))
     row("matrix TFLOP executed", scaled("flops", 1e12), "{:,.3f}")
     row("  of it in attention kernels (formula)", scaled("kernel_flops", 1e12), "{:,.3f}")
     row("HBM traffic, GB", scaled("hbm_bytes", 1e9))

@@ -14,16 +14,16 @@ LONG = ("--config.train.steps=100000", "--config.train.checkpoint_every=100000")
 
 
 def test_four_two_and_one_process_agree_with_eight_devices(pretrained, tmp_path):
-    """Four processes train; two, and then one, continue from what the four saved after step 3."""
+    """Four processes train, with a quarter of the state each; two with halves, and one, go on from step 3."""
     expected = read_losses(pretrained)
-    for process in start_group(tmp_path / "four", 4):
+    for process in start_group(tmp_path / "four", 4, "--config.mesh.fsdp=4"):
         finish(process)
     assert read_losses(tmp_path / "four").keys() == expected.keys()
     runs = [("four", 1)]
     for name, number in (("two", 2), ("one", 1)):
         folder = copy_run(tmp_path / "four", tmp_path / name, without=6)
         (folder / "metrics.jsonl").unlink()
-        group = start_group(folder, number) if number > 1 else [start_process(folder)]
+        group = start_group(folder, number, "--config.mesh.fsdp=2") if number > 1 else [start_process(folder)]
         outputs = [finish(process) for process in group]
         assert sum("trained: " in output for output in outputs) == 1  # process 0 speaks
         runs.append((name, 4))
@@ -53,14 +53,17 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
     assert len(read_losses(tmp_path / "run")) == step
 
 
-def test_two_signals_save_once(tmp_path):
-    process = start_process(tmp_path / "run", *LONG)
+def test_two_signals_save_once_and_programs_are_kept(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    process = start_process(tmp_path / "run", *LONG, f"--compilation_cache={tmp_path}/compiled")
     wait_for_steps(process, tmp_path / "run", 3)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
     finish(process, 75)
     (step,) = Store(tmp_path / "run").steps()
     assert len(read_losses(tmp_path / "run")) == step
+    assert any(file.name.startswith("jit_train_step-") for file in (tmp_path / "compiled").iterdir())
 
 
 @pytest.fixture

@@ -63,6 +63,17 @@ def test_memory_is_that_of_the_sharded_state(planned):
     assert set(os.listdir(planned[0].model.path)) == {"config.json"}
 
 
+def test_what_is_offloaded_is_in_the_hosts_memory(planned):
+    config, plan = planned
+    model = dataclasses.replace(config.model, remat="offload")
+    offloading = make_plan(dataclasses.replace(config, model=model), "v5e:2x2", ("train",))
+    train, kept = offloading.phases["train"], plan.phases["train"]
+    # queries, keys, values, context and output; gate and up; in bfloat16, for every layer
+    assert train.offloaded_bytes == pytest.approx(3 * TOKENS * (5 * 256 + 2 * 512) * 2, rel=0.02)
+    assert kept.offloaded_bytes == 0 and train.argument_bytes < train.peak_bytes < kept.peak_bytes
+    assert "memory of its host" in render(offloading) and "memory of its host" not in render(plan)
+
+
 def test_prefill_and_decoding_are_the_engines(planned):
     _, plan = planned
     prefill, decode = plan.phases["prefill"], plan.phases["decode"]

@@ -175,6 +175,11 @@ def test_the_newest_and_every_so_many_are_kept(pretrained, tmp_path):
     assert Store(tmp_path / "run").steps() == [2, 4, 6]  # finished: nothing is saved, nothing goes
 
 
+def count_compiled(caplog) -> int:
+    """How often the training step was compiled."""
+    return sum("Finished XLA compilation of jit(train_step)" in record.message for record in caplog.records)
+
+
 def test_a_run_continues_on_another_mesh_and_compiles_once(pretrained, tmp_path, caplog):
     """data=8 to fsdp=4 x tensor=2 and back: the losses of the run that stayed, to 1e-5."""
     every = dataclasses.replace(tiny.get_config().train, checkpoint_every=1)
@@ -182,8 +187,8 @@ def test_a_run_continues_on_another_mesh_and_compiles_once(pretrained, tmp_path,
     (folder / "metrics.jsonl").unlink()
     with jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
         train(config_in(folder, mesh=Mesh(fsdp=4, tensor=2), train=every))
-    compiled = [record for record in caplog.records if "Finished XLA compilation of jit(train_step)" in record.message]
-    assert len(compiled) == 1  # for three steps, the first of them on restored arrays
+    assert count_compiled(caplog) == 1  # for three steps, the first of them on restored arrays
+    assert "continues with other settings: mesh.fsdp: 1 -> 4; mesh.tensor: 1 -> 2; " in caplog.text
     there = read_losses(folder)
     shutil.rmtree(folder / "checkpoints/6")
     (folder / "metrics.jsonl").unlink()
@@ -192,6 +197,13 @@ def test_a_run_continues_on_another_mesh_and_compiles_once(pretrained, tmp_path,
     assert sorted(there) == [4, 5, 6] and sorted(back) == [6]
     for losses in (there, back):
         np.testing.assert_allclose(list(losses.values()), [expected[s] for s in losses], rtol=1e-5)
+
+
+def test_an_adapter_in_micro_batches_on_a_mesh_compiles_once(pretrained, tmp_path, caplog):
+    parts = dataclasses.replace(tiny.get_config().train, accumulation=2)
+    with jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
+        train(config_in(tmp_path / "run", str(pretrained / "model"), mesh=Mesh(fsdp=2, tensor=2), train=parts))
+    assert count_compiled(caplog) == 1 and len(read_losses(tmp_path / "run")) == 6
 
 
 def test_compiled_programs_are_kept_where_nobody_said_where(tmp_path, monkeypatch):
@@ -216,6 +228,20 @@ def test_another_experiment_is_refused(pretrained, adapted, tmp_path):
     with pytest.raises(UserError, match="lora.rank: 4 -> 8"):
         train(config_in(copy_run(adapted, tmp_path / "b"), str(pretrained / "model"),
                         lora=Lora(rank=8, alpha=8.0, dropout=0.1, modules_to_save=())))
+
+
+def test_a_checkpoint_of_another_model_is_refused(pretrained, tmp_path):
+    """Where the stored configuration does not tell, as after another model was put in the folder of the base."""
+    folder = copy_run(pretrained, tmp_path / "run")
+    config = config_in(folder)
+    config.model.architecture.ff_width = 64
+    for file in folder.glob("checkpoints/*/config/metadata"):
+        file.write_text(file.read_text().replace('"ff_width": 48', '"ff_width": 64'))
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(UserError, match=r"checkpoints/6 belongs to another model or adapter: .*down_proj/weight: "
+                                        r"checkpoint \(2, 32, 48\), model \(2, 32, 64\) \(and 8 more\)"):
+        train(config)
+    assert sorted(folder.rglob("*")) == before  # nothing is set aside as damaged
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

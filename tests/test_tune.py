@@ -39,7 +39,7 @@ def phase_of(config) -> Phase:
     kept = tuning.REMATS.index(config.model.remat)
     temporary = (10 + 10 * kept) // config.train.accumulation
     cycles = 1000 - 50 * kept + 10 * config.train.accumulation + 100 * (config.mesh.tensor > 1)
-    return Phase(5, temporary, 5 + temporary, 0.0, 1.0, 0.0, 1.0, cycles, cycles, {"all-gather": 0.0}, {}, 1.0)
+    return Phase(5, temporary, 5 + temporary, 0, 0.0, 1.0, 0.0, 1.0, cycles, cycles, {"all-gather": 0.0}, {}, 1.0)
 
 
 @pytest.fixture

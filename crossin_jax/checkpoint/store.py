@@ -183,15 +183,21 @@ def measure_files(folder: Path) -> dict[str, int]:
 
 
 def check_same_experiment(stored: dict[str, Any], config: Config, place: Path) -> None:
-    """Refuses to continue a checkpoint whose configuration differs in a field that changes what is learned."""
+    """Refuses to continue a checkpoint whose configuration differs in a field that changes what is learned; other
+    fields that differ are logged."""
     before, now = (flatten_dict(values) for values in (stored, settings.to_dict(config)))
-    changed = [name for name in sorted(before.keys() | now.keys())
-               if before.get(name) != now.get(name) and not name.startswith(MAY_CHANGE)]
+    differ = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    changed = [name for name in differ if not name.startswith(MAY_CHANGE)]
+
+    def describe(names: list[str]) -> str:
+        return "; ".join(f"{name}: {before.get(name)!r} -> {now.get(name)!r}" for name in names)
+
     if changed:
-        lines = "; ".join(f"{name}: {before.get(name)!r} -> {now.get(name)!r}" for name in changed[:4])
-        raise UserError(f"{place}: the configuration changed since this checkpoint: {lines}"
+        raise UserError(f"{place}: the configuration changed since this checkpoint: {describe(changed[:4])}"
                         f"{' …' if len(changed) > 4 else ''}\n"
                         "use another output_dir, delete the checkpoint, or say --noresume")
+    if differ and jax.process_index() == 0:
+        logging.warning("%s: continues with other settings: %s", place, describe(differ))
 
 
 def flatten_dict(values: Any, prefix: str = "") -> dict[str, Any]:

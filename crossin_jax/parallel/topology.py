@@ -61,6 +61,7 @@ class Program:
     argument_bytes: int
     temporary_bytes: int
     peak_bytes: int
+    offloaded_bytes: int  # in the host's memory, for this chip
     compile_seconds: float  # tracing included
     cost: Cost | None
 
@@ -154,11 +155,15 @@ def compile_program(function: Any, *arguments: Any) -> Program:
             compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
         except jax.errors.JaxRuntimeError as error:
             needed, _ = _sizes(error)
-            return Program(argument_bytes, needed - argument_bytes, needed, time.perf_counter() - start, None)
+            return Program(argument_bytes, needed - argument_bytes, needed, 0, time.perf_counter() - start, None)
         seconds = time.perf_counter() - start
         text = next(Path(folder).glob("*.after_codegen.txt")).read_text()
     memory = compiled.memory_analysis()
-    return Program(argument_bytes, memory.temp_size_in_bytes, memory.peak_memory_in_bytes, seconds, count(text))
+    temporary, offloaded, peak = (memory.temp_size_in_bytes, memory.host_temp_size_in_bytes,
+                                  memory.peak_memory_in_bytes)
+    if offloaded:  # the peak would be that of the host's memory
+        peak = memory.argument_size_in_bytes + temporary + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Program(argument_bytes, temporary, peak, offloaded, seconds, count(text))
 
 
 def shard_bytes(tree: Any) -> int:

@@ -12,6 +12,8 @@ import optax.contrib
 from crossin_jax.config import Optim, UserError, hint
 from crossin_jax.parallel.mesh import leaf_name
 
+VECTORS = ("bias", "magnitude")  # a number per output, in whatever shape outputs have
+
 
 def make_schedule(optim: Optim, num_steps: int) -> optax.Schedule:
     """Learning rate by step: linear warm-up over `warmup_share`, then the named decay to `final_share` of the peak."""
@@ -33,13 +35,13 @@ def make_schedule(optim: Optim, num_steps: int) -> optax.Schedule:
 def decays(path: tuple[Any, ...]) -> bool:
     """Whether weight decay applies to the parameter at a tree path: not to norms, biases and DoRA magnitudes."""
     names = leaf_name(path).split("/")
-    return names[-1] not in ("bias", "magnitude") and not any("norm" in name for name in names)
+    return names[-1] not in VECTORS and not any("norm" in name for name in names)
 
 
 def matrix_dimensions(path: tuple[Any, ...], leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
     """Which dimensions of a stacked projection are inputs and outputs; None for what Muon leaves to Adam."""
     names = leaf_name(path).split("/")
-    if names[0] != "layers" or leaf.ndim < 3:
+    if names[0] != "layers" or names[-1] in VECTORS or leaf.ndim < 3:  # q_proj/bias is (L, N, H) and no matrix
         return None
     middle, last = tuple(range(1, leaf.ndim - 1)), (leaf.ndim - 1,)
     if names[1] == "o_proj" and names[-1] in ("weight", "lora_a"):  # D,N,H and R,N,H: heads are inputs
@@ -85,8 +87,10 @@ def make_rule(optim: Optim, num_steps: int, *, rate: float = 1.0,
         "adafactor": lambda: optax.chain(
             optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0),
             optax.add_decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(schedule)),
-        "muon": lambda: optax.contrib.muon(
-            schedule, mu_dtype=optim.moments_dtype, weight_decay=weight_decay, weight_decay_mask=mask,
-            adam_b1=optim.b1, adam_b2=optim.b2, consistent_rms=0.2,  # updates of AdamW's size: its learning rates fit
-            muon_weight_dimension_numbers=lambda params: jax.tree_util.tree_map_with_path(matrix_dimensions, params)),
+        "muon": lambda: optax.chain(  # its own decay leaves out what goes to Adam
+            optax.contrib.muon(
+                -1.0, mu_dtype=optim.moments_dtype, adam_b1=optim.b1, adam_b2=optim.b2,
+                consistent_rms=0.2,  # updates of AdamW's size: its learning rates fit
+                muon_weight_dimension_numbers=partial(jax.tree_util.tree_map_with_path, matrix_dimensions)),
+            optax.add_decayed_weights(weight_decay, mask), optax.scale_by_learning_rate(schedule)),
     }[optim.name]()

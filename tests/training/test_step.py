@@ -129,11 +129,13 @@ def test_positions_that_are_not_learned_have_no_logits_and_nothing_else_changes(
     jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-5), skipping, plain)
 
 
-@pytest.mark.parametrize(("axes", "lora"), [
-    ({"data": 8}, None), ({"fsdp": 8}, None), ({"data": 2, "fsdp": 2, "tensor": 2}, Lora(rank=4, dropout=0.1))])
-def test_eight_devices_equal_one(plain, axes, lora):
+@pytest.mark.parametrize(("axes", "lora", "parts"), [
+    ({"data": 8}, None, 1), ({"fsdp": 8}, None, 1), ({"data": 2, "fsdp": 2, "tensor": 2}, None, 2),
+    ({"data": 2, "fsdp": 2, "tensor": 2}, Lora(rank=4, dropout=0.1), 1)])
+def test_eight_devices_equal_one(plain, axes, lora, parts):
     expected, _ = run_steps(lora=lora) if lora else plain
-    losses, state = run_steps(mesh=make_mesh(Mesh(**axes)), lora=lora)
+    settings = dataclasses.replace(SETTINGS, accumulation=parts)
+    losses, state = run_steps(settings, mesh=make_mesh(Mesh(**axes)), lora=lora)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     if axes.get("fsdp"):
         moments = state.optimizer[1][0].mu
@@ -294,6 +296,63 @@ def test_decay_moves_matrices_alone():
     for name, (value, change) in decayed.items():
         expected = 0 if "norm" in name else -1e-2 * 0.5 * value
         np.testing.assert_allclose(change - still[name][1], expected, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon"])
+def test_decay_and_muon_spare_biases_and_magnitudes(name):
+    """Of a model with biases and DoRA, everything trained; Muon's updates of matrices have singular values alike."""
+    model = Transformer(dataclasses.replace(SPEC, qkv_bias=True), frozen_dtype="float32", compute_dtype="float32",
+                        lora=Lora(rank=4, use_dora=True, modules_to_save=()), rngs=nnx.Rngs(0))
+    params, rng = nnx.state(model, nnx.Param), np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: leaf + 1.0, params)  # biases start at zero
+    grads = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), params)
+
+    def updates(**changes):
+        rule = make_optimizer(Optim(name=name, learning_rate=1e-2, warmup_share=0.0, clip_norm=None, **changes), 10)
+        flat = jax.tree_util.tree_flatten_with_path(jax.jit(rule.update)(grads, jax.jit(rule.init)(params), params)[0])
+        return {leaf_name(path): np.asarray(leaf) for path, leaf in flat[0]}
+
+    decayed, still = updates(weight_decay=0.5), updates(weight_decay=0.0)
+    for path, value in still.items():
+        spared = path.endswith(("bias", "magnitude")) or "norm" in path
+        np.testing.assert_allclose(decayed[path] - value, 0 if spared else -1e-2 * 0.5 * np.asarray(
+            dict(nnx.to_flat_state(params))[tuple(path.split("/"))].get_value()), atol=1e-6, err_msg=path)
+    assert sum(path.endswith(("bias", "magnitude")) for path in still) == 3 + 7
+    if name == "muon":
+        for path in ("layers/q_proj/bias", "layers/k_proj/magnitude", "embed_tokens/weight"):
+            size = np.abs(still[path])
+            np.testing.assert_allclose(size, size.mean(), rtol=0.02)  # Adam's first step is as long everywhere
+        for path, shape in (("q_proj/weight", (32, 32)), ("o_proj/weight", (32, 32)), ("up_proj/weight", (48, 32)),
+                            ("o_proj/lora_a", (4, 32)), ("k_proj/lora_b", (8, 4))):
+            values = np.linalg.svd(still[f"layers/{path}"].reshape(2, *shape), compute_uv=False)
+            assert values.max() < 2.5 * values.min(), path
+
+
+def test_adamw_is_that_of_torch():
+    """Four steps with clipping, decay off where it is to be, and a falling rate."""
+    torch = pytest.importorskip("torch")
+    (params, grads), optim = small_params(), Optim(
+        name="adamw", learning_rate=1e-2, warmup_share=0.0, schedule="linear", final_share=0.2, weight_decay=0.1,
+        b1=0.8, b2=0.95, clip_norm=1.0)
+    rule = make_optimizer(optim, 10)
+    moments = rule.init(params)
+    flat, tree = jax.tree_util.tree_flatten_with_path(params)
+    theirs = [torch.nn.Parameter(torch.from_numpy(np.array(leaf))) for _, leaf in flat]
+    groups = [{"params": [p for p, (path, _) in zip(theirs, flat, strict=True) if decays(path) == wanted],
+               "weight_decay": 0.1 * wanted} for wanted in (True, False)]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.8, 0.95))
+    for step in range(4):
+        now = jax.tree.map(lambda leaf, size=step + 1: leaf / size**2, grads)
+        changes, moments = rule.update(now, moments, params)
+        params = jax.tree.map(lambda a, b: a + b, params, changes)
+        for parameter, gradient in zip(theirs, jax.tree.leaves(now), strict=True):
+            parameter.grad = torch.from_numpy(np.array(gradient))
+        torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (1 - 0.8 * step / 10)
+        optimizer.step()
+    for ours, other in zip(jax.tree.leaves(params), theirs, strict=True):
+        np.testing.assert_allclose(ours, other.detach().numpy(), rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
