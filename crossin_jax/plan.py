@@ -2,9 +2,9 @@
 
   python -m crossin_jax.plan --config configs/xquad_llama.py:DATA --topology v5e:4x4 [--tune --out FILE.json]
 
-Compiled are the programs of the run itself: the training step, and prefill and decoding of the benchmarks. Of the model
-config.json is enough; data need not be there. `--json` prints the numbers for other programs. `--tune` looks for the
-fastest way to run the step; `python -m crossin_jax.train --tuned=FILE.json` takes what it proposes.
+Compiled are the programs of the run itself: loading, the training step, and prefill and decoding of the benchmarks. Of
+the model config.json is enough; data need not be there. `--json` prints the numbers for other programs. `--tune` looks
+for the fastest way to run the step; `python -m crossin_jax.train --tuned=FILE.json` takes what it proposes.
 """
 
 import dataclasses
@@ -22,8 +22,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from crossin_jax import program
+from crossin_jax.checkpoint.hf import is_adapter, leaf_path
 from crossin_jax.checkpoint.hf_map import weight_keys
-from crossin_jax.checkpoint.stream import predict_peak
+from crossin_jax.checkpoint.stream import layers_at_once, make_writer, predict_peak
 from crossin_jax.checks import check
 from crossin_jax.config import Config, UserError, replace_settings
 from crossin_jax.generation.engine import RING
@@ -39,7 +40,7 @@ from crossin_jax.training.state import AbstractModel, abstract_model, abstract_s
 from crossin_jax.training.step import COMPILER_OPTIONS, StepSettings, make_train_step
 from crossin_jax.training.telemetry import peak_flops
 
-PROGRAMS = ("train", "prefill", "decode")
+PROGRAMS = ("load", "train", "prefill", "decode")
 FILE_BYTES = 2  # of a number in a checkpoint's bfloat16 file
 
 
@@ -83,7 +84,7 @@ class Plan:
 
 
 def make_plan(config: Config, topology: str | Topology, programs: tuple[str, ...] = PROGRAMS) -> Plan:
-    """Compiles the programs of a run for a topology; `programs` chooses among train, prefill and decode."""
+    """Compiles the programs of a run for a topology; `programs` chooses among PROGRAMS."""
     if isinstance(topology, str):
         topology = open_topology(topology)
     mesh, spec = make_mesh(config.mesh, list(topology.devices)), model_spec(config)
@@ -94,12 +95,14 @@ def make_plan(config: Config, topology: str | Topology, programs: tuple[str, ...
     host_peak = predict_peak(0, max(_file_sizes(config, model), default=0))
     phases = {}
     with jax.set_mesh(mesh):
+        if "load" in programs and config.model.path:
+            phases["load"] = _plan_load(config, topology, mesh, model)
         if "train" in programs:
             phases["train"] = _plan_step(config, topology, mesh, model, optimizer, state)
         if config.evaluation.benchmarks and {"prefill", "decode"} & set(programs):
             phases |= _plan_generation(config, topology, mesh, model)
     beside = shard_bytes(state.optimizer) if config.train.benchmark_every else 0  # moments stay during a benchmark
-    fits = all(phase.peak_bytes + (beside if name != "train" else 0) <= topology.hbm_limit
+    fits = all(phase.peak_bytes + (beside if name in ("prefill", "decode") else 0) <= topology.hbm_limit
                for name, phase in phases.items())
     seconds = phases["train"].floor_seconds if "train" in phases else None
     chips_per_host = len(topology.devices) // topology.num_hosts
@@ -108,6 +111,24 @@ def make_plan(config: Config, topology: str | Topology, programs: tuple[str, ...
                 shard_bytes((state.trainable, state.optimizer)) * chips_per_host,
                 config.train.batch_size * config.data.length, config.train.steps,
                 seconds * config.train.steps / 3600 if seconds and config.train.steps else None, {})
+
+
+def _plan_load(config: Config, topology: Topology, mesh: Mesh, model: AbstractModel) -> Phase:
+    """Writing a piece of the largest stack of layers, beside all other weights."""
+    leaves = jax.tree_util.tree_flatten_with_path((model.trainable, model.frozen))[0]
+    weights = {leaf_path(path): leaf for path, leaf in leaves if not is_adapter(leaf_path(path))}
+    stacks = {path: leaf for path, leaf in weights.items() if path.startswith("layers/") and path.endswith("/weight")}
+    path, array = max(stacks.items(), key=lambda item: np.prod(item[1].shape))
+    scale = weights.get(path.removesuffix("weight") + "scale")
+    targets = (array,) if scale is None else (array, scale)
+    layers = layers_at_once(int(np.prod(array.shape[1:])) * FILE_BYTES, max(_file_sizes(config, model)))
+    piece = jax.ShapeDtypeStruct((min(layers, array.shape[0]), *array.shape[1:]), jnp.bfloat16, sharding=array.sharding)
+    compiled = compile_program(make_writer(array, scale), targets, piece, jax.ShapeDtypeStruct((), jnp.int32))
+    others = shard_bytes(weights) - shard_bytes(targets)
+    compiled = dataclasses.replace(compiled, argument_bytes=compiled.argument_bytes + others,
+                                   peak_bytes=compiled.peak_bytes + others)
+    phase = _phase(topology, mesh, model, compiled, Kernel("reference"), 0, 0)
+    return dataclasses.replace(phase, floor_seconds=None)  # files are slower than the chip
 
 
 def _plan_step(config: Config, topology: Topology, mesh: Mesh, model: AbstractModel, optimizer: Any,
@@ -232,8 +253,7 @@ def _find_batch(config: Config, topology: Topology, failed: Plan) -> Plan | None
         print(f"trying {describe_change(change)}", file=sys.stderr)
         plan = make_plan(check(replace_settings(config, change)), topology, ("prefill", "decode"))
         if plan.fits:
-            phases = {"train": failed.phases["train"], **plan.phases}
-            return dataclasses.replace(failed, fits=True, phases=phases, change=change)
+            return dataclasses.replace(failed, fits=True, phases=failed.phases | plan.phases, change=change)
     return None
 
 

@@ -63,6 +63,22 @@ def test_memory_is_that_of_the_sharded_state(planned):
     assert set(os.listdir(planned[0].model.path)) == {"config.json"}
 
 
+def test_loading_holds_the_weights_and_a_piece(planned):
+    config, plan = planned
+    load, norms = plan.phases["load"], (2 * 3 + 1) * 256
+    weights = 4 * ((SPEC.num_parameters - norms) // 4 + norms)
+    piece = 2 * 256 * 512 // 4  # half of the largest tensor, the embedding: one layer, in bfloat16
+    assert load.argument_bytes == pytest.approx(weights + piece, abs=64) and load.argument_bytes <= load.peak_bytes
+    frozen = dataclasses.replace(config, lora=Lora(rank=4, modules_to_save=()), model=dataclasses.replace(
+        config.model, frozen_dtype="int8"))
+    codes = make_plan(frozen, "v5e:2x2", ("load",)).phases["load"]
+    embeddings = 2 * 2 * 1024 * 256 // 4  # bfloat16, as the norms
+    scales = 3 * 4 * (3 * 256 + 2 * 512 + 2 * 256 // 4)  # one per output; those of o_proj and down_proj are sharded
+    expected = 3 * LAYER // 4 + scales + embeddings + 2 * norms + piece
+    assert codes.argument_bytes == pytest.approx(expected, abs=64)
+    assert codes.argument_bytes <= codes.peak_bytes < load.peak_bytes
+
+
 def test_what_is_offloaded_is_in_the_hosts_memory(planned):
     config, plan = planned
     model = dataclasses.replace(config.model, remat="offload")

@@ -120,26 +120,14 @@ def _load(want: Wanted, reader: Reader, read: Callable[[Jobs], None], largest: i
         return (piece(0, len(tensors), array.dtype),)
     stored = {tensor.dtype for tensor in tensors}
     stored = stored.pop() if len(stored) == 1 else np.dtype(np.float32)  # devices cast; the bus carries what is stored
-    targets = (array,) if want.scale is None else (array, want.scale)
-    places = tuple(map(sharding_of, targets))
-
-    def convert(part: jax.Array) -> tuple[jax.Array, ...]:
-        if want.scale is None:
-            return (part.astype(array.dtype),)
-        kind = kind_of(array.dtype)
-        return quantize(part, (part.shape[0], *want.scale.shape[1:]) if stacked else want.scale.shape, kind)
-
     if not stacked:
-        return jax.block_until_ready(jax.jit(convert, out_shardings=places)(piece(0, 1, stored)))
-
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=places)
-    def write(stacks: tuple[jax.Array, ...], part: jax.Array, start: int) -> tuple[jax.Array, ...]:
-        return tuple(jax.lax.dynamic_update_slice_in_dim(stack, new, start, 0)
-                     for stack, new in zip(stacks, convert(part), strict=True))
-
-    stacks = jax.jit(lambda: tuple(jnp.zeros(t.shape, t.dtype) for t in targets), out_shardings=places)()
+        return jax.block_until_ready(jax.jit(functools.partial(_convert, scale=want.scale, array=array),
+                                             out_shardings=_places(array, want.scale))(piece(0, 1, stored)))
+    stacks = jax.jit(lambda: tuple(jnp.zeros(t.shape, t.dtype) for t in (array, want.scale) if t is not None),
+                     out_shardings=_places(array, want.scale))()
+    write = make_writer(array, want.scale)
     # the number of layers in a piece is the same on every process, which runs the same programs
-    step = max(1, largest // 2 // max(1, tensors[0].nbytes))
+    step = layers_at_once(tensors[0].nbytes, largest)
     in_flight = 0
     for start in range(0, len(tensors), step):
         stop = min(start + step, len(tensors))
@@ -148,6 +136,34 @@ def _load(want: Wanted, reader: Reader, read: Callable[[Jobs], None], largest: i
             stacks, in_flight = jax.block_until_ready(stacks), 0
         stacks, in_flight = write(stacks, piece(start, stop, stored), start), in_flight + size
     return jax.block_until_ready(stacks)
+
+
+def layers_at_once(layer: int, largest: int) -> int:
+    """Layers of a stack in one piece, by bytes of a layer and of the largest tensor in the files."""
+    return max(1, largest // 2 // max(1, layer))
+
+
+def make_writer(array: jax.ShapeDtypeStruct, scale: jax.ShapeDtypeStruct | None = None) -> Callable[..., tuple]:
+    """The program (stacks, piece, first layer) -> stacks that converts a piece and writes it on the devices."""
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=_places(array, scale))
+    def write(stacks: tuple[jax.Array, ...], part: jax.Array, start: int) -> tuple[jax.Array, ...]:
+        of_part = scale and jax.ShapeDtypeStruct((part.shape[0], *scale.shape[1:]), scale.dtype)
+        return tuple(jax.lax.dynamic_update_slice_in_dim(stack, new, start, 0)
+                     for stack, new in zip(stacks, _convert(part, array, of_part), strict=True))
+
+    return write
+
+
+def _convert(part: jax.Array, array: jax.ShapeDtypeStruct, scale: jax.ShapeDtypeStruct | None) -> tuple[jax.Array, ...]:
+    """(array,), or (codes, scales) of scales like `scale`."""
+    if scale is None:
+        return (part.astype(array.dtype),)
+    return quantize(part, scale.shape, kind_of(array.dtype))
+
+
+def _places(*targets: jax.ShapeDtypeStruct | None) -> tuple[jax.sharding.Sharding, ...]:
+    return tuple(sharding_of(target) for target in targets if target is not None)
 
 
 def _aligned_empty(box: Box, dtype: np.dtype) -> np.ndarray:
