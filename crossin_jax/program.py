@@ -98,6 +98,10 @@ def define_config(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) 
     if sum(argument.partition("=")[0] in ("--config", "-config") for argument in argv) > 1:
         raise UserError("--config is given twice; one run has one file")
     if path is None:
+        given = [argument.partition("=")[0] for argument in argv[1:] if argument.startswith("--")]
+        typos = [flag for flag in given if "." not in flag and flag != "--config" and hint(flag, ["--config"])]
+        if typos:
+            raise UserError(f"{typos[0]}: no such flag; did you mean --config?")
         raise UserError("--config=FILE.py is missing; see configs/ for examples")
     config = load_config_file(path)
     if not isinstance(config, Config):

@@ -10,8 +10,8 @@ run a part of the cells (--cells); whichever runs last writes the report of all 
 
 import dataclasses
 import json
-import logging
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,11 @@ def run_study(study: Study, chosen: slice = slice(None)) -> list[Run]:
     """Brings the chosen cells up to date; returns the results of every evaluated cell that is."""
     keys = cell_keys(study)
     for cell in study.cells[chosen]:
-        if is_done(cell, keys):
-            logging.info("%s is done", cell.name)
-        else:
+        done = is_done(cell, keys)
+        if not jax.process_index():
+            print(f"cell {study.cells.index(cell) + 1} of {len(study.cells)}: {cell.name}{' is done' * done}",
+                  file=sys.stderr)
+        if not done:
             run_cell(cell, keys, study)
     return [run for cell in evaluated(study, keys) for run in read_results(Path(cell.config.output_dir) / "evaluation")]
 

@@ -60,6 +60,8 @@ def test_a_configuration_that_fails_says_where(tmp_path):
 
 @pytest.mark.parametrize(("arguments", "words"), [
     ((), "--config=FILE.py is missing"),
+    (("--confg", "tests/configs/tiny.py"), "--confg: no such flag; did you mean --config?"),
+    (("--config.seed=1",), "--config=FILE.py is missing"),
     (("--config", "nowhere.py"), "nowhere.py: no such file"),
     (("--config", "configs/quickstart.py:x2y"), "choose pretrain or one of base, x2x"),
     (("--config", QUICKSTART, "--config.train.steps=many"), "train.steps=many"),

@@ -46,7 +46,7 @@ def interrupt(*arguments):
     raise KeyboardInterrupt
 
 
-def test_a_study_runs_goes_on_and_reruns_what_changed(study, monkeypatch):
+def test_a_study_runs_goes_on_and_reruns_what_changed(study, monkeypatch, capsys):
     trained = []
     train = program.train
     monkeypatch.setattr(program, "train", lambda config: trained.append(config.name) or train(config))
@@ -61,6 +61,8 @@ def test_a_study_runs_goes_on_and_reruns_what_changed(study, monkeypatch):
     assert len(re.findall(r'"loss"', steps)) == 1  # the one step was not repeated
     run_study(study())
     assert len(trained) == 3
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("cell ")]
+    assert said[:3] == ["cell 1 of 2: a", "cell 1 of 2: a is done", "cell 2 of 2: b"] and said[-1].endswith("b is done")
     changed = study(seed=2)
     keys = cell_keys(changed)
     assert [is_done(cell, keys) for cell in changed.cells] == [True, False]

@@ -17,6 +17,8 @@ import pytest
 from crossin_jax import train as train_program
 from crossin_jax.checkpoint.store import Store, _saved_part, flatten
 from crossin_jax.config import Lora, Mesh, UserError
+from crossin_jax.evaluate import evaluate as evaluate_run
+from crossin_jax.evaluation import metrics
 from crossin_jax.parallel.mesh import make_mesh
 from crossin_jax.train import train
 from crossin_jax.training import faults
@@ -289,7 +291,7 @@ def test_a_tokenizer_of_another_model_is_refused(pretrained, tmp_path):
 def test_benchmarks_and_profiler_run_during_training(adapted, pretrained, tmp_path):
     config = config_in(tmp_path / "run", str(pretrained / "model"))
     config.train = dataclasses.replace(config.train, benchmark_every=3)
-    config.evaluation = dataclasses.replace(config.evaluation, method="choices", limit=4)
+    config.evaluation = dataclasses.replace(config.evaluation, method="choices", limit=40)
     # a process of its own: where another test has loaded libtpu, jax's profiler may end the process
     process = multiprocessing.get_context("spawn").Process(target=train, args=(config,),
                                                            kwargs={"profile_steps": (2, 3)})
@@ -300,5 +302,10 @@ def test_benchmarks_and_profiler_run_during_training(adapted, pretrained, tmp_pa
     scored = [record for record in records if "cross_world:dev/sum/p0/AC3_2" in record]
     assert [record["step"] for record in scored] == [3, 6]
     assert all(0 <= record["cross_world:dev/sum/p0/accuracy/es"] <= 1 for record in scored)
+    predictions, _ = evaluate_run(config, tmp_path / "run", tmp_path / "evaluation")
+    (asked,) = [one for one in predictions if one.method == "sum"]
+    for key, value in metrics.evaluate(asked, config.evaluation.mode).flatten().items():  # of the weights of that step
+        assert scored[1][f"cross_world:dev/sum/p0/{key}"] == pytest.approx(value, nan_ok=True), key
+    assert scored[0] | {"step": 6} != scored[1]
     assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))
     assert read_losses(tmp_path / "run") == read_losses(adapted)  # asking changes nothing
