@@ -5,10 +5,12 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import pytest
 
+from crossin_jax import plan as plan_program
 from crossin_jax.config import Config, Data, Evaluation, Lora, Mesh, Model, Train
 from crossin_jax.models.spec import spec_from_hf, spec_to_hf
 from crossin_jax.parallel.topology import open_topology
@@ -109,6 +111,26 @@ def test_floors_follow_from_the_data_sheet(planned):
     text = render(plan)
     assert "7,200 steps take at least" in text and "HBM, peak of 15.75 GiB" in text and text.endswith("fits")
     json.dumps(dataclasses.asdict(plan))
+
+
+def test_the_program_prints_its_plan_and_says_whether_it_fits(planned, capsys, monkeypatch):
+    config, plan = planned
+    options = {"topology": "v5e:2x2", "out": None, "tune": False, "search": True}
+
+    def run(fits, better=None, **more):
+        monkeypatch.setattr(plan_program, "make_plan", lambda *_: dataclasses.replace(plan, fits=fits))
+        monkeypatch.setattr(plan_program, "find_change", lambda *_: better)
+        code = plan_program.main(config, SimpleNamespace(**options | more))
+        return code, capsys.readouterr().out
+
+    assert run(True, json=False) == (0, render(plan) + "\n")
+    code, text = run(True, json=True)
+    assert code == 0 and json.loads(text) == {"plan": json.loads(json.dumps(dataclasses.asdict(plan))), "change": None}
+    better = dataclasses.replace(plan, change={"model.remat": "dots"})
+    code, text = run(False, better, json=False)
+    assert code == 0 and f"the smallest change that fits: --config.model.remat=dots\n{render(better)}" in text
+    code, text = run(False, json=False)
+    assert code == 1 and "does not fit\n" in text and "take more chips" in text
 
 
 def test_the_smallest_change_that_fits_is_found_by_compiling(planned):

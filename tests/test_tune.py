@@ -68,6 +68,24 @@ def test_a_policy_that_does_not_fit_is_tried_with_micro_batches(made_up):
     assert best.cycles == min(trial.cycles for trial in trials)
 
 
+def test_mesh_loss_chunk_and_tile_are_tried(made_up, monkeypatch):
+    config, slice_, _ = made_up
+    config.data.length = 2048
+
+    def make_plan(config, *_):
+        wanted = ((config.mesh.fsdp, config.mesh.tensor) == (2, 2), config.train.loss_chunk == 1024,
+                  config.model.attention == "splash:1024")
+        cycles = 1000.0 - 50 * sum(wanted)
+        return types.SimpleNamespace(phases={"train": Phase(
+            5, 5, 10, 0, 0.0, 1.0, 0.0, 1.0, cycles, cycles, {"all-gather": 0.0}, {}, 1.0)})
+
+    monkeypatch.setattr(tuning, "make_plan", make_plan)
+    best, _ = tuning.tune(config, slice_, lambda _: None)
+    found = replace_settings(config, best.change)
+    assert (found.mesh.fsdp, found.mesh.tensor, found.train.loss_chunk, found.model.attention) == (
+        2, 2, 1024, "splash:1024")
+
+
 def test_nothing_is_proposed_where_nothing_fits(made_up):
     config, slice_, _ = made_up
     slice_.hbm_limit = 6

@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -188,6 +189,17 @@ def test_a_notice_of_the_host_becomes_the_signal(name, notice, metadata, told):
     metadata.entries[name] = notice
     assert wait_until(told.is_set)
     over.set()
+
+
+def test_on_a_tpu_a_notice_stops_the_run(metadata, told, monkeypatch):
+    watch = hosts.watch_notices
+    monkeypatch.setattr(hosts, "watch_notices", lambda: watch(seconds=0.02))
+    monkeypatch.setattr(hosts.jax, "local_devices", lambda: [SimpleNamespace(platform="tpu")])
+    with hosts.Preemption() as preemption:
+        time.sleep(0.2)
+        assert not preemption.reached(1)
+        metadata.entries["preempted"] = "TRUE"
+        assert wait_until(lambda: preemption.reached(1)) and not told.is_set()
 
 
 def test_a_notice_that_stands_already_stops_nothing(metadata, told):
