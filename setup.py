@@ -32,7 +32,7 @@ setup(
         "ml-collections>=1.1",
         "grain>=0.2.18",
         "safetensors>=0.8",
-        "babel>=2.18",
+        "babel~=2.18.0",  # CLDR 47: with other facts the miniature study is another study
         "tqdm>=4.70",
         "tensorboardX>=2.6.5",
         "matplotlib>=3.11",
