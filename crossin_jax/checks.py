@@ -1,12 +1,17 @@
 """Whether a configuration is allowed: types, limits and choices of every field, then what fields mean together."""
 
+import math
 import operator
 import re
 import typing
+from collections.abc import Iterator
 from typing import Any
 
 from crossin_jax.config import Config, Data, Optim, UserError, hint, iterate_fields
 from crossin_jax.languages import LANGUAGES
+
+MAY_BE_EMPTY = ("data.system",)  # an empty system prompt replaces the one that a chat template has by default
+PIVOT_KINDS = ("base", "en2x", "x2en", "trans")  # their examples have a side in `data.pivot`
 
 
 def _allows(annotation: Any, value: Any) -> bool:
@@ -23,6 +28,15 @@ def _allows(annotation: Any, value: Any) -> bool:
     return False
 
 
+def _numbers(value: Any) -> Iterator[float]:
+    """Every float in a setting, also inside tuples and dictionaries."""
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, tuple | list | dict):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(entry)
+
+
 def check(config: Config) -> Config:
     """Returns the configuration if every field and combination is allowed; raises `UserError` at the first fault."""
     for path, value, field in iterate_fields(config):
@@ -33,10 +47,15 @@ def check(config: Config) -> Config:
             raise UserError(f"{path}={value!r} is a {type(value).__name__}; it takes {expected}: {rules['doc']}")
         if value is None:
             continue
+        if not all(map(math.isfinite, _numbers(value))):  # a comparison with nan is never true
+            raise UserError(f"{path}={value!r} must be finite: {rules['doc']}")
+        if value == "" and field.default != "" and path not in MAY_BE_EMPTY:
+            raise UserError(f"{path} is empty: {rules['doc']}")
         for word, breaks in (("above", operator.le), ("at_least", operator.lt), ("at_most", operator.gt)):
             if word in rules and breaks(value, rules[word]):
                 raise UserError(f"{path}={value} must be {word.replace('_', ' ')} {rules[word]}: {rules['doc']}")
-        if "choices" in rules and value not in rules["choices"] and not re.fullmatch(rules.get("form", ""), value):
+        fits_form = "form" in rules and re.fullmatch(rules["form"], value)
+        if "choices" in rules and value not in rules["choices"] and not fits_form:
             known = rules["choices"]
             raise UserError(f"{path}={value!r} is not one of {', '.join(known)}{hint(value, known)}"
                             + (f": {rules['doc']}" if "form" in rules else ""))
@@ -79,6 +98,10 @@ def _check_model(config: Config) -> None:
 
 
 def _check_data(data: Data) -> None:
+    if not data.languages:
+        raise UserError("data.languages is empty: name at least one language code, e.g. en")
+    if len(set(data.languages)) < len(data.languages):
+        raise UserError(f"data.languages={data.languages} names a language twice; name each once")
     for code in data.languages:
         if code not in LANGUAGES:
             raise UserError(f"data.languages: {code!r} is not a known code{hint(code, LANGUAGES)}; "
@@ -94,6 +117,10 @@ def _check_data(data: Data) -> None:
         if component.source not in names:
             raise UserError(f"data.components[{i}].source={component.source!r} is not among the sources "
                             f"{', '.join(names) or '(none)'}{hint(component.source, names)}")
+        if component.kind in PIVOT_KINDS and data.pivot not in data.languages:
+            raise UserError(f"data.components[{i}]: kind {component.kind!r} needs the pivot language, but "
+                            f"data.pivot={data.pivot!r} is not in data.languages={data.languages}\n"
+                            "add it to data.languages, or set data.pivot to one of them")
         for code in component.languages:
             if code not in data.languages:
                 raise UserError(f"data.components[{i}].languages: {code!r} is not in data.languages={data.languages}")

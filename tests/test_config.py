@@ -1,6 +1,7 @@
 """Settings: documented, checked, saved and restored; faults name the field, the value and the remedy."""
 
 import dataclasses
+import re
 import typing
 
 import pytest
@@ -55,18 +56,75 @@ def test_every_limit_is_enforced():
         values += ["no such thing"] if "choices" in rules else []
         for value in values:
             config = example()
-            *parents, name = path.replace("[", ".[").split(".")
-            target = config
-            for part in parents:
-                target = target[int(part[1:-1])] if part.startswith("[") else getattr(target, part)
-            setattr(target, name, float(value) if "float" in str(field.type) and not isinstance(value, str) else value)
-            with pytest.raises(UserError, match=name):
+            is_float = "float" in str(field.type) and not isinstance(value, str)
+            set_field(config, path, float(value) if is_float else value)
+            with pytest.raises(UserError, match=re.escape(path)):
                 check(config)
             broken += 1
     assert broken > 40
 
 
+def set_field(config: Config, path: str, value: object) -> None:
+    """Sets one leaf by its path from `iterate_fields`, such as data.components[0].share."""
+    *parents, name = path.replace("[", ".[").split(".")
+    target = config
+    for part in parents:
+        target = target[int(part[1:-1])] if part.startswith("[") else getattr(target, part)
+    setattr(target, name, value)
+
+
+def test_a_number_that_is_not_finite_is_refused_in_every_setting():
+    """nan and inf pass no bound, also inside tuples and dictionaries."""
+    tried = 0
+    for path, value, field in iterate_fields(example()):
+        if "float" not in str(field.type):
+            continue
+        for number in (float("nan"), float("inf"), float("-inf")):
+            config, wrong = example(), number
+            if isinstance(value, tuple):
+                wrong = (0.0, number)
+            elif isinstance(value, dict):
+                wrong = {"*": {"rate": number}} if path == "optim.groups" else {"zh": number}
+            set_field(config, path, wrong)
+            with pytest.raises(UserError, match=re.escape(path)):
+                check(config)
+            tried += 1
+    assert tried > 50
+
+
+def test_an_empty_text_is_refused_where_it_means_nothing():
+    """An empty choice, path or name is refused by its field; only defaults and the system prompt may be empty."""
+    tried = 0
+    for path, value, field in iterate_fields(example()):
+        if "str" in str(field.type) and not isinstance(value, tuple | dict) and field.default != "":
+            config = example()
+            set_field(config, path, "")
+            if path == "data.system":
+                check(config)
+                continue
+            with pytest.raises(UserError, match=re.escape(path)):
+                check(config)
+            tried += 1
+    assert tried > 25
+
+
+@pytest.mark.parametrize("kind", ["base", "en2x", "x2en", "trans", "x2x", "same", "text"])
+def test_a_pivot_outside_the_languages_is_refused_where_a_component_needs_it(kind):
+    config = Config(model=Model(path="weights"), data=Data(
+        sources=(Source(name="a", path="a.jsonl"),), components=(Component(kind=kind, source="a"),),
+        languages=("es", "id")))
+    if kind in ("x2x", "same", "text"):
+        check(config)
+    else:
+        with pytest.raises(UserError, match="data.pivot='en' is not in data.languages"):
+            check(config)
+    config.data.pivot = "es"
+    check(config)
+
+
 @pytest.mark.parametrize(("change", "words"), [
+    ({"data": Data(languages=())}, "data.languages is empty"),
+    ({"data": Data(languages=("en", "zh", "en"))}, "names a language twice"),
     ({"model": Model()}, "set exactly one"),
     ({"model": Model(path="x", architecture=Architecture())}, "set exactly one"),
     ({"model": Model(architecture=Architecture()), "lora": Lora()}, "lora needs weights"),

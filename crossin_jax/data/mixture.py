@@ -61,7 +61,8 @@ class Pool:
     def __init__(self, component: Component, corpus: Corpus, data: Data, seed: int, number: int, place: str):
         self.component, self.corpus, self.place, self._orders = component, corpus, place, Recent()
         self.languages = tuple(data.languages)
-        self.pivot = self.languages.index(data.pivot)
+        # x2x, same and text need no pivot, and then it need not be among the languages
+        self.pivot = self.languages.index(data.pivot) if data.pivot in self.languages else None
         suffix = f"#{number}" if number else ""
         self.key = hash_key(f"{seed}/{component.kind}/{component.source}{suffix}")
         self.draw_key = self.key
@@ -95,12 +96,14 @@ class Pool:
         """Weight per language; the pivot takes part in x2x and text, and elsewhere only if it is named."""
         named, kind = self.component.languages, self.component.kind
         weights = np.array([named.get(code, 0.0) if named else 1.0 for code in self.languages])
-        if not named and kind not in ("x2x", "text", "base") or kind in ("en2x", "x2en", "trans"):
+        takes_no_part = not named and kind not in ("x2x", "text", "base") or kind in ("en2x", "x2en", "trans")
+        if takes_no_part and self.pivot is not None:
             weights[self.pivot] = 0.0
         if (weights < 0).any():
             raise UserError(f"{self.place}.languages={named}: weights are not negative")
         if kind != "base" and np.count_nonzero(weights) < (2 if kind == "x2x" and not self.component.allow_same else 1):
-            least = "two languages" if kind == "x2x" else f"a language besides {self.languages[self.pivot]!r}"
+            others = "a language" if self.pivot is None else f"a language besides {self.languages[self.pivot]!r}"
+            least = "two languages" if kind == "x2x" else others
             raise UserError(f"{self.place}: {kind} needs {least} of positive weight; "
                             f"languages={named or self.languages}")
         return weights
@@ -132,7 +135,6 @@ class Pool:
         if kind == "text":
             weights = weights * self.has_NC[rows]
         first = _pick(mix_bits(words, 2), weights)
-        pivot = np.full(n, self.pivot)
         if kind in ("same", "text"):
             return first, first
         if kind == "x2x":
@@ -140,6 +142,7 @@ class Pool:
             if not self.component.allow_same:
                 others[np.arange(n), first] = 0
             return first, _pick(mix_bits(words, 3), others)
+        pivot = np.full(n, self.pivot)
         if kind == "trans" and self.component.translate == "both":
             to_pivot = (mix_bits(words, 4) & np.uint64(1)).astype(bool)
             return np.where(to_pivot, first, pivot), np.where(to_pivot, pivot, first)

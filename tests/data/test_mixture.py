@@ -56,6 +56,15 @@ def test_row_order_changes_nothing(order, seed, kind, count):
     assert one.manifest()["hash"] == two.manifest()["hash"]
 
 
+@pytest.mark.parametrize("kind", ["x2x", "same"])
+def test_the_pivot_need_not_be_a_language_where_no_example_has_a_side_in_it(kind):
+    """The default pivot is English; a mixture of Spanish and Vietnamese draws both, and nothing else."""
+    pairs = Counter((e.prompt_language, e.answer_language)
+                    for e in make_mixture(Component(kind=kind), languages=("es", "vi")))
+    expected = {("es", "vi"), ("vi", "es")} if kind == "x2x" else {("es", "es"), ("vi", "vi")}
+    assert pairs.keys() == expected and min(pairs.values()) > 200
+
+
 def test_draws_are_pinned_across_machines_and_releases():
     example = make_mixture(Component(kind="x2x", count=3))[0]
     assert (example.id, example.prompt_language, example.answer_language) == PINNED
