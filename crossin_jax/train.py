@@ -2,8 +2,8 @@
 
   python -m crossin_jax.train --config configs/xquad_llama.py --config.optim.learning_rate=1e-4
 
-The run in reading order: mesh, data, model, steps, resume, loop. The same command continues an interrupted run; a run
-told to stop by SIGTERM saves and exits with 75.
+The run in reading order: mesh, data, model, steps, resume, loop. The same command continues an interrupted run. SIGTERM
+saves and exits with 75, Ctrl-C saves and exits with 130; a second Ctrl-C leaves at once.
 """
 
 import json
@@ -55,9 +55,20 @@ CACHE = "~/.cache/crossin_jax/xla"
 
 def train(config: Config, *, resume: bool = True, use_wandb: bool = False, profile_steps: Sequence[int] = (),
           kill_after: int | None = None) -> Path:
-    """Runs one experiment to its last step and returns its folder; raises `SystemExit(75)` when told to stop."""
-    output_dir = prepare_folder(config)
+    """Runs one experiment to its last step and returns its folder.
 
+    Raises `SystemExit` with 75 after SIGTERM and with 130 after Ctrl-C, when the step under way is saved; raises
+    `UserError` where another run is using the folder.
+    """
+    output_dir = make_folder(config)
+    with hosts.own_folder(output_dir):
+        _train_in(output_dir, config, resume=resume, use_wandb=use_wandb, profile_steps=profile_steps,
+                  kill_after=kill_after)
+    return output_dir
+
+
+def _train_in(output_dir: Path, config: Config, *, resume: bool, use_wandb: bool, profile_steps: Sequence[int],
+              kill_after: int | None) -> None:
     # ---- Mesh
     mesh = make_mesh(config.mesh)
     check_batch(config.train.batch_size, config.train.accumulation, mesh)
@@ -94,6 +105,7 @@ def train(config: Config, *, resume: bool = True, use_wandb: bool = False, profi
         else:
             state = start_state(config, model, abstract, optimizer)
         start = int(state.step)
+        write_config(output_dir, config)  # not before: a run that is refused leaves the folder's own as it was
 
         # ---- Loop
         telemetry = Telemetry(output_dir, name=config.name, start=start, num_steps=num_steps, groups=loader.groups,
@@ -125,8 +137,9 @@ def train(config: Config, *, resume: bool = True, use_wandb: bool = False, profi
                     telemetry.report(schedule(step - 1))  # raises before a checkpoint could hide a non-finite loss
                     store.save(state, loader.get_state(), source)
                 if stop:
+                    store.wait()
                     logging.warning("told to stop: step %d is saved; the same command continues", step)
-                    raise SystemExit(hosts.EXIT_PREEMPTED)
+                    raise SystemExit(preemption.exit_code)
                 for _, scores in due_evaluations(step):
                     telemetry.write({"step": step} | scores(state))
                 if step == kill_after:  # of the self-test
@@ -144,19 +157,23 @@ def train(config: Config, *, resume: bool = True, use_wandb: bool = False, profi
             profiler.close()
             telemetry.close()
             loader.close()
-    return output_dir
 
 
-def prepare_folder(config: Config) -> Path:
-    """Makes `output_dir` with the resolved configuration in it."""
+def make_folder(config: Config) -> Path:
+    """Makes `output_dir`, which every process must see."""
     if "://" in config.output_dir:
         raise UserError(f"output_dir={config.output_dir}: give a folder; a bucket can be mounted as one (docs/tpu.md)")
     folder = Path(config.output_dir).expanduser()
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "config.json", json.dumps(settings.to_dict(config), indent=2, ensure_ascii=False))
     hosts.check_shared(folder)
     return folder
+
+
+def write_config(folder: Path, config: Config) -> None:
+    """Writes the resolved configuration for people and other programs; every checkpoint has its own copy."""
+    if jax.process_index() == 0:
+        write_whole(folder / "config.json", json.dumps(settings.to_dict(config), indent=2, ensure_ascii=False))
 
 
 def due(step: int, every: int | None) -> bool:

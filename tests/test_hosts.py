@@ -1,12 +1,15 @@
 """The training program in processes of its own: one, two and four of them, stopped by signals, short of disk."""
 
+import os
 import signal
+import socket
 import subprocess
 
 import numpy as np
 import pytest
 
 from crossin_jax.checkpoint.store import Store
+from crossin_jax.outputs import OWNER
 from tests.processes import finish, start_group, start_process, wait_for_steps
 from tests.test_train import copy_run, read_arrays, read_losses
 
@@ -64,6 +67,45 @@ def test_two_signals_save_once_and_programs_are_kept(tmp_path, monkeypatch):
     (step,) = Store(tmp_path / "run").steps()
     assert len(read_losses(tmp_path / "run")) == step
     assert any(file.name.startswith("jit_train_step-") for file in (tmp_path / "compiled").iterdir())
+
+
+@pytest.mark.parametrize(("number", "workers"), [(1, 0), (1, 1), (2, 0)])
+def test_ctrl_c_saves_the_step_under_way(number, workers, tmp_path):
+    """A terminal sends SIGINT to every process of the group, the data workers included; the run saves and leaves."""
+    arguments = (*LONG, f"--config.data.workers={workers}")
+    group = start_group(tmp_path / "run", number, *arguments) if number > 1 else [
+        start_process(tmp_path / "run", *arguments, new_session=True)]
+    wait_for_steps(group[0], tmp_path / "run", 3)
+    if number == 1:
+        os.killpg(group[0].pid, signal.SIGINT)
+    else:
+        group[0].send_signal(signal.SIGINT)
+    outputs = [finish(process, 130 if i == 0 else 75) for i, process in enumerate(group)]
+    (step,) = Store(tmp_path / "run").steps()
+    assert f"step {step} is saved; the same command continues" in outputs[0]
+    assert "Traceback" not in outputs[0]
+    assert len(read_losses(tmp_path / "run")) == step
+    steps = f"--config.train.steps={step}"  # the schedule differs, so that the run is refused: it was found
+    assert "the configuration changed since this checkpoint" in finish(start_process(tmp_path / "run", steps), 2)
+
+
+def test_a_second_run_on_a_folder_in_use_is_refused(tmp_path):
+    """The refusal names host and process; the first run goes on and its settings stay; then the folder is free."""
+    first = start_process(tmp_path / "run", *LONG)
+    wait_for_steps(first, tmp_path / "run", 2)
+    settings = (tmp_path / "run/config.json").read_bytes()
+    for second in (start_process(tmp_path / "run", "--config.seed=7"), *start_group(tmp_path / "run", 2)):
+        output = finish(second, 2)
+        assert "run is in use: " in output and "Traceback" not in output
+        if "is in use: process 0 names" not in output:
+            assert f"process {first.pid} on {socket.gethostname()} has used it since 20" in output
+    assert (tmp_path / "run/config.json").read_bytes() == settings
+    steps = len(read_losses(tmp_path / "run"))
+    wait_for_steps(first, tmp_path / "run", steps + 2)
+    first.kill()  # the system gives the lock back
+    first.communicate()
+    finish(start_process(tmp_path / "run"))
+    assert not (tmp_path / "run" / OWNER).exists()
 
 
 @pytest.fixture

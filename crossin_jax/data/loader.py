@@ -4,6 +4,7 @@ Every host makes the same rows and keeps its own, so the stream does not depend 
 """
 
 import logging
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -107,7 +108,8 @@ class Loader:
         if self._workers:
             if not flags.FLAGS.is_parsed():  # outside of our programs nobody did; Grain's workers ask
                 flags.FLAGS.mark_as_parsed()
-            windows = windows.mp_prefetch(grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=1))
+            windows = windows.mp_prefetch(grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=1),
+                                          worker_init_fn=ignore_interrupts)
         return iter(windows)
 
     @property
@@ -146,6 +148,11 @@ class Loader:
                 raise UserError(f"the data changed since the checkpoint: {name} was {state.get(name)!r}, is {value!r}; "
                                 f"restore the settings, or start anew with another output_dir or with --noresume")
         self.go_to((int(state["window"]), int(state["row"])))
+
+
+def ignore_interrupts(worker_index: int, worker_count: int) -> None:
+    """A terminal sends Ctrl-C to the workers too; only the main process decides when they end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def make_loader(mixture: Mixture, renderer: Renderer, data: Data, *, batch_size: int, seed: int, process_index: int = 0,

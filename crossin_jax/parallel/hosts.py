@@ -1,5 +1,6 @@
 """Several processes as one run: start-up, agreement on when to stop, and who writes."""
 
+import contextlib
 import logging
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from crossin_jax import outputs
 from crossin_jax.config import UserError
 from crossin_jax.parallel.roll_call import Place, call_roll
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the same command continues the run
+EXIT_INTERRUPTED = 130  # 128 + SIGINT: a person stopped the run, so that nothing should start it again by itself
 
 
 def start(coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None, *,
@@ -85,30 +89,42 @@ def _host_names(cluster: Any) -> tuple[str, ...]:
 
 
 class Preemption:
-    """Turns SIGTERM into a question that the training loop asks between steps; a second signal changes nothing.
+    """Turns SIGTERM and Ctrl-C into a question that the training loop asks between steps.
 
-    With several processes JAX's own notifier holds the signal, and its coordination service finds a step after which
-    all of them stop, wherever the signal arrived. On a TPU VM a notice of the host (maintenance, preemption) is turned
-    into the signal.
+    A second SIGTERM changes nothing; a second Ctrl-C leaves at once, without saving. With several processes JAX's own
+    notifier holds SIGTERM, and its coordination service finds a step after which all of them stop, wherever the signal
+    arrived; Ctrl-C is passed on as SIGTERM. On a TPU VM a notice of the host (maintenance, preemption) is turned into
+    SIGTERM.
     """
 
     def __init__(self) -> None:
         self._asked = threading.Event()
-        self._previous: Any = None
+        self._previous: dict[int, Any] = {}
         self._watch: threading.Event | None = None
+        self.exit_code = EXIT_PREEMPTED
 
     def __enter__(self) -> "Preemption":
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, lambda *_: self._asked.set())
+        if threading.current_thread() is threading.main_thread():
+            self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
+            if jax.process_count() == 1:
+                self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda *_: self._asked.set())
         if jax.local_devices()[0].platform == "tpu":
             self._watch = watch_notices()
         return self
 
+    def _interrupt(self, *_: Any) -> None:
+        """The first Ctrl-C: save after this step; from now on Ctrl-C raises `KeyboardInterrupt` again."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.write(2, b"\nstopping: the run saves after this step; press Ctrl-C again to leave without saving\n")
+        self.exit_code = EXIT_INTERRUPTED
+        os.kill(os.getpid(), signal.SIGTERM)
+
     def __exit__(self, *_: Any) -> None:
         if self._watch:
             self._watch.set()
-        if self._previous is not None:  # one that is leaving is not told again
-            signal.signal(signal.SIGTERM, signal.SIG_IGN if self._asked.is_set() else self._previous)
+        for number, previous in self._previous.items():
+            is_leaving = number == signal.SIGTERM and self._asked.is_set()  # it is not told again
+            signal.signal(number, signal.SIG_IGN if is_leaving else previous)
 
     def reached(self, step: int) -> bool:
         """Whether all processes should save and leave after this step; every process gets the same answer."""
@@ -158,6 +174,21 @@ def meet(name: str) -> None:
     """Waits until every process is here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+@contextlib.contextmanager
+def own_folder(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder: process 0 takes the lock, and all processes leave where it cannot."""
+    with contextlib.ExitStack() as stack:
+        refusal = None
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(outputs.own_folder(folder))
+            except UserError as error:
+                refusal = error
+        if agree(refusal is not None):
+            raise refusal or UserError(f"{folder} is in use: process 0 names its owner")
+        yield
 
 
 def check_shared(folder: Path) -> None:

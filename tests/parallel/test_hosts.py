@@ -232,6 +232,18 @@ def test_signals_are_a_question_and_the_second_changes_nothing(told):
     assert not told.is_set()
 
 
+def test_the_first_ctrl_c_is_a_question_and_the_second_leaves_at_once(capfd):
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), hosts.Preemption() as preemption:
+        assert not preemption.reached(1) and preemption.exit_code == 75
+        os.kill(os.getpid(), signal.SIGINT)
+        assert wait_until(lambda: preemption.reached(2)) and preemption.exit_code == 130
+        assert "press Ctrl-C again to leave without saving" in capfd.readouterr().err
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
 def test_before_the_first_step_a_signal_leaves_at_once():
     before = signal.getsignal(signal.SIGTERM)
     try:
