@@ -25,15 +25,19 @@ from crossin_jax.checkpoint.store import MAY_CHANGE, flatten_dict
 from crossin_jax.checks import check
 from crossin_jax.config import Cell, Config, Study, UserError
 from crossin_jax.data.loader import make_loader
+from crossin_jax.data.mixture import Mixture, load_corpora
 from crossin_jax.data.pipeline import open_pipeline
 from crossin_jax.evaluate import evaluate, write_run
 from crossin_jax.evaluation.report import Run, print_table, read_results, write_results
-from crossin_jax.evaluation.runner import answer_without_model
+from crossin_jax.evaluation.runner import answer_without_model, load_benchmarks
 from crossin_jax.evaluation.study_report import Table, write_study
 from crossin_jax.export import export
 from crossin_jax.outputs import write_whole
+from crossin_jax.parallel import hosts
+from crossin_jax.parallel.mesh import make_mesh
 from crossin_jax.study_cost import print_costs
 from crossin_jax.train import keep_compiled, train
+from crossin_jax.training.state import model_spec
 
 FORMAT = 1  # raised when the same settings would give other results
 BUDGETS = ("steps", "examples", "tokens")
@@ -42,6 +46,7 @@ BUDGETS = ("steps", "examples", "tokens")
 def run_study(study: Study, chosen: slice = slice(None)) -> list[Run]:
     """Brings the chosen cells up to date; returns the results of every evaluated cell that is."""
     keys = cell_keys(study)
+    check_folders(study, chosen)
     for cell in study.cells[chosen]:
         done = is_done(cell, keys)
         if not jax.process_index():
@@ -49,7 +54,42 @@ def run_study(study: Study, chosen: slice = slice(None)) -> list[Run]:
                   file=sys.stderr)
         if not done:
             run_cell(cell, keys, study)
-    return [run for cell in evaluated(study, keys) for run in read_results(Path(cell.config.output_dir) / "evaluation")]
+    return [run for cell in evaluated(study, keys) for run in read_results(find_folder(cell) / "evaluation")]
+
+
+def find_folder(cell: Cell) -> Path:
+    """The folder of a cell."""
+    return Path(cell.config.output_dir).expanduser()
+
+
+def check_folders(study: Study, chosen: slice) -> None:
+    """Refuses folders that two cells share and folders that hold what this study did not make, before anything runs."""
+    report = Path(study.output_dir).expanduser().resolve()
+    seen: dict[Path, str] = {}
+    for cell in study.cells:
+        folder = find_folder(cell).resolve()
+        if report.is_relative_to(folder):
+            raise UserError(f"study {study.name}: cell {cell.name} has output_dir={folder}, which holds {report} of "
+                            "the study\ngive the cell a folder of its own")
+        for other, name in seen.items():
+            if folder.is_relative_to(other) or other.is_relative_to(folder):
+                raise UserError(f"study {study.name}: cells {name} and {cell.name} share a folder: {other} and {folder}"
+                                "\ngive each cell a folder of its own")
+        seen[folder] = cell.name
+    for cell in study.cells[chosen]:
+        check_mark(cell, study)
+
+
+def check_mark(cell: Cell, study: Study) -> None:
+    """Refuses a cell's folder that holds files but not this study's mark, key.json."""
+    folder = find_folder(cell)
+    if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
+        return
+    mark = read_mark(folder / "key.json") if folder.is_dir() else None
+    if mark is None or mark.get("study", study.name) != study.name:  # early marks name no study
+        owner = f"belongs to the study {mark['study']!r}" if mark else "was not made by a study"
+        raise UserError(f"cell {cell.name}: output_dir={folder} exists and {owner}; nothing was changed\n"
+                        "move or delete that folder, or give the cell another output_dir")
 
 
 def evaluated(study: Study, keys: dict[str, str]) -> list[Cell]:
@@ -59,7 +99,7 @@ def evaluated(study: Study, keys: dict[str, str]) -> list[Cell]:
 
 def is_done(cell: Cell, keys: dict[str, str]) -> bool:
     """Whether a cell's results are those of its present settings and bases."""
-    return read_key(Path(cell.config.output_dir) / "done.json") == evaluation_key(cell, keys)
+    return read_key(find_folder(cell) / "done.json") == evaluation_key(cell, keys)
 
 
 def evaluation_key(cell: Cell, keys: dict[str, str]) -> str:
@@ -74,13 +114,19 @@ def run_cell(cell: Cell, keys: dict[str, str], study: Study) -> None:
             number = study.cells.index(needed)
             raise UserError(f"cell {cell.name} needs {needed.name}, which is not done; run it first, here or on "
                             f"another pod: --cells={number}:{number + 1}")
-    folder = Path(cell.config.output_dir)
-    if folder.exists() and read_key(folder / "key.json") != keys[cell.name]:
-        shutil.rmtree(folder)  # of other settings
-    folder.mkdir(parents=True, exist_ok=True)
-    write_key(folder / "key.json", keys[cell.name])
-    start, cpu = time.time(), time.process_time()
+    folder = find_folder(cell)
     config = within_budget(cell)
+    check_mark(cell, study)
+    if folder.exists() and read_key(folder / "key.json") != keys[cell.name]:
+        open_everything(config)  # a configuration that cannot run must not cost the results of the one before it
+        hosts.meet("every process has looked at the folder")
+        if not jax.process_index():
+            shutil.rmtree(folder.resolve())  # of other settings
+        hosts.meet("the folder is gone")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not jax.process_index():
+        write_key(folder / "key.json", keys[cell.name], study=study.name)
+    start, cpu = time.time(), time.process_time()
     train(config)
     if cell.exports:
         shutil.rmtree(folder / "model", ignore_errors=True)
@@ -90,6 +136,15 @@ def run_cell(cell: Cell, keys: dict[str, str], study: Study) -> None:
         write_run(config, Run(config.name, config.seed, predictions, source), folder / "evaluation")
     write_key(folder / "done.json", evaluation_key(cell, keys), seconds=round(time.time() - start, 1),
               cpu_seconds=round(time.process_time() - cpu, 1))
+
+
+def open_everything(config: Config) -> None:
+    """Raises `UserError` where the model, the data or the benchmarks of a cell cannot be opened."""
+    make_mesh(config.mesh)
+    model_spec(config)
+    corpora = load_corpora(config.data, config.seed)
+    Mixture(config.data, corpora, config.seed)
+    load_benchmarks(config)
 
 
 def within_budget(cell: Cell) -> Config:
@@ -137,12 +192,19 @@ def cell_keys(study: Study) -> dict[str, str]:
     return keys
 
 
+def read_mark(file: Path) -> dict[str, Any] | None:
+    """What `write_key` wrote, or None."""
+    try:
+        mark = json.loads(file.read_text())
+        return mark if isinstance(mark["key"], str) else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
 def read_key(file: Path) -> str | None:
     """The key in a file, or None."""
-    try:
-        return json.loads(file.read_text())["key"]
-    except (OSError, ValueError, KeyError):
-        return None
+    mark = read_mark(file)
+    return mark and mark["key"]
 
 
 def write_key(file: Path, key: str, **more: Any) -> None:
@@ -160,7 +222,7 @@ def write_report(study: Study) -> Path | None:
     tables = []
     for name in dict.fromkeys(name for cell in done for name in cell.tables or ("",)):
         cells = [cell for cell in done if name in (cell.tables or ("",))]
-        runs = [run for cell in cells for run in read_results(Path(cell.config.output_dir) / "evaluation")]
+        runs = [run for cell in cells for run in read_results(find_folder(cell) / "evaluation")]
         tables.append(Table(name, runs, answer_without_model(cells[0].config)))
     for table in tables:
         print("\n".join([f"== {table.name}", ""] if table.name else []) + print_table(

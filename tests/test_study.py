@@ -70,6 +70,54 @@ def test_a_study_runs_goes_on_and_reruns_what_changed(study, monkeypatch, capsys
     assert trained == ["tiny_lora", "other", "other", "other"]
 
 
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("content", ["thesis.txt", "key.json", "checkpoints/3/config/metadata"])
+def test_a_folder_that_no_study_made_is_never_deleted(content, study, tmp_path):
+    """Files of the user, of a training run or of another study stay; no cell runs before the refusal."""
+    theirs = tmp_path / "b" / content
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text('{"key": "0123", "study": "another"}' if content == "key.json" else "years of work")
+    before = snapshot(tmp_path)
+    with pytest.raises(UserError, match="cell b: output_dir=.*/b exists and (was not made by a study|belongs to)"):
+        run_study(study())
+    assert snapshot(tmp_path) == before
+
+
+def test_what_a_study_made_stays_while_its_cell_cannot_run(study, tmp_path):
+    """A cell whose changed configuration cannot be opened keeps its earlier results."""
+    run_study(study(), slice(0, 1))
+    run_study(study(), slice(1, 2))
+    before = snapshot(tmp_path)
+    for path in ("model", "data", "evaluation"):
+        broken = study(seed=3)
+        config = broken.cells[1].config
+        if path == "model":
+            config.model = dataclasses.replace(config.model, path=str(tmp_path / "no model"))
+        elif path == "data":
+            config.data = dataclasses.replace(config.data, components=(
+                dataclasses.replace(config.data.components[0], count=10**6, share=None),))
+        else:
+            config.evaluation = dataclasses.replace(config.evaluation, benchmarks=("no_such_benchmark",))
+        with pytest.raises(UserError):
+            run_study(broken, slice(1, 2))
+        assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(("first", "second"), [("a", "a"), ("a", "a/b"), ("a/b", "a"), (".", "b")])
+def test_cells_must_not_share_a_folder(first, second, study, tmp_path):
+    """Neither the same folder nor one inside the other, nor the folder of the study's report."""
+    shared = study()
+    for cell, folder in zip(shared.cells, (first, second), strict=True):
+        cell.config.output_dir = str(tmp_path / folder)
+    with pytest.raises(UserError, match="give (each|the) cell a folder of its own"):
+        run_study(shared)
+    assert not snapshot(tmp_path)
+
+
 def test_a_changed_base_makes_its_cells_stale(study):
     before, after = study(), study()
     after.cells[0].config.optim = dataclasses.replace(after.cells[0].config.optim, learning_rate=1e-3)
