@@ -1,5 +1,6 @@
 """Generate and score the benchmarks for a checkpoint or a base model, and compare results.
 
+  python -m crossin_jax.evaluate --checkpoint runs/xquad                            (with the settings of the run)
   python -m crossin_jax.evaluate --config configs/xquad_llama.py --checkpoint runs/xquad
   python -m crossin_jax.evaluate --config configs/xquad_llama.py                    (the base model, or lora.path on it)
   python -m crossin_jax.evaluate --compare runs/a/evaluation runs/b/evaluation
@@ -20,7 +21,9 @@ from flax import nnx
 
 from crossin_jax import config as settings
 from crossin_jax import program, provenance
+from crossin_jax.checkpoint.fingerprint import fingerprint
 from crossin_jax.checkpoint.restore import restore_params
+from crossin_jax.checkpoint.store import find_checkpoint, read_config
 from crossin_jax.checks import check
 from crossin_jax.config import Config, UserError
 from crossin_jax.data.pipeline import open_asker, open_tokenizer
@@ -42,6 +45,7 @@ def evaluate(config: Config, checkpoint: str | Path | None, out: Path) -> tuple[
         check_template(config, restored.config)
         spec, graphdef, state, mesh = restored.spec, restored.graphdef, restored.state, restored.mesh
         tokenizer, trained = restored.tokenizer, restored.provenance | {"step": restored.step, "run": str(restored.run)}
+        lora, compute_dtype = restored.config.lora, restored.config.model.compute_dtype
     else:
         adapter = config.lora.path if config.lora else None
         config = dataclasses.replace(config, lora=config.lora if adapter else None)
@@ -50,12 +54,17 @@ def evaluate(config: Config, checkpoint: str | Path | None, out: Path) -> tuple[
         tokenizer, trained = open_tokenizer(config), {"base": config.model.path, "adapter": adapter}
         check_tokenizer(config, tokenizer, spec)
         graphdef, state = model.graphdef, nnx.merge_state(*load_base(config, model.trainable, model.frozen))
+        lora, compute_dtype = config.lora, config.model.compute_dtype
+    trained["weights"] = fingerprint(state)
     renderer = open_asker(config, tokenizer)
     engine = Engine(graphdef, state, spec, eos_ids=renderer.eos_ids, pad_id=renderer.pad_id, mesh=mesh,
                     batch_size=config.evaluation.batch_size, cache_dtype=config.evaluation.cache_dtype,
                     attention=config.model.attention)
+    # the cached answers belong to what computes them, by content: a path may hold other weights tomorrow
+    computes = [trained["weights"], dataclasses.asdict(spec), compute_dtype,
+                lora and dataclasses.asdict(dataclasses.replace(lora, path=None))]
     predictions = run_benchmarks(config, engine, renderer, cache=out / "predictions",
-                                 weights=provenance.content_hash(trained))
+                                 weights=provenance.content_hash(computes))
     source = provenance.describe(settings.to_dict(config), model=trained, template=renderer.hash,
                                  benchmarks=describe_benchmarks(config, load_benchmarks(config)),
                                  compilations=engine.compilations)
@@ -131,6 +140,16 @@ def compare(arguments: Any) -> None:
     print(f"report: {out / 'report.html'}")
 
 
+def config_of_run(argv: list[str]) -> Config | None:
+    """The settings of the run that --checkpoint names; its folder may have moved."""
+    checkpoint = program.flag_value(argv, "checkpoint")
+    if checkpoint is None:
+        return None
+    config = read_config(checkpoint)
+    config.output_dir = str(find_checkpoint(checkpoint)[0])
+    return config
+
+
 def split_pair(argv: list[str]) -> bool:
     """Turns `--compare A B` into flags; True where the command line asks for a comparison."""
     for i, argument in enumerate(argv):
@@ -145,4 +164,4 @@ def split_pair(argv: list[str]) -> bool:
 if __name__ == "__main__":
     if split_pair(sys.argv):
         program.run(compare, define=define_flags, takes_config=False)
-    program.run(main, define=define_flags)
+    program.run(main, define=define_flags, find_config=config_of_run)

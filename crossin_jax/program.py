@@ -20,10 +20,11 @@ from crossin_jax.config import Config, UserError, hint, iterate_fields
 EXIT_USER_ERROR = 2
 
 
-def run(main: Callable[..., int | None], *, define: Callable[[], None] | None = None,
-        takes_config: bool = True) -> None:
+def run(main: Callable[..., int | None], *, define: Callable[[], None] | None = None, takes_config: bool = True,
+        find_config: Callable[[list[str]], Config | None] | None = None) -> None:
     """Parses the command line, calls `main(config, FLAGS)` or `main(FLAGS)`, and exits.
 
+    `find_config(argv)` may give the configuration where the command line has no --config, e.g. that of a run.
     A `UserError` or a fault in a flag prints one to three lines and exits with 2; anything else is our fault and keeps
     its traceback.
     """
@@ -39,7 +40,7 @@ def run(main: Callable[..., int | None], *, define: Callable[[], None] | None = 
         print(_help(takes_config))
         sys.exit(0)
     try:
-        config = define_config(argv) if takes_config else None
+        config = define_config(argv, find=find_config) if takes_config else None
         rest = flags.FLAGS(argv)[1:]
         if rest:
             raise UserError(f"unexpected argument {rest[0]!r}; flags start with --")
@@ -89,21 +90,23 @@ def call_config_file(path: str, function: str, **options: Any) -> Any:
         raise UserError(f"--config={file}{line}: {type(error).__name__}: {error}") from error
 
 
-def define_config(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) -> Callable[[], Config]:
+def define_config(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS,
+                  find: Callable[[list[str]], Config | None] | None = None) -> Callable[[], Config]:
     """Registers `--config` with its overrides; returns a function that yields the configuration after parsing.
 
     The file named by `--config` is loaded here, so that `--config.field=value` is typed by the field it overrides.
     """
-    path = _flag_value(argv, "config")
+    path = flag_value(argv, "config")
+    config = find(argv) if find and path is None else None
     if sum(argument.partition("=")[0] in ("--config", "-config") for argument in argv) > 1:
         raise UserError("--config is given twice; one run has one file")
-    if path is None:
+    if path is None and config is None:
         given = [argument.partition("=")[0] for argument in argv[1:] if argument.startswith("--")]
         typos = [flag for flag in given if "." not in flag and flag != "--config" and hint(flag, ["--config"])]
         if typos:
             raise UserError(f"{typos[0]}: no such flag; did you mean --config?")
         raise UserError("--config=FILE.py is missing; see configs/ for examples")
-    config = load_config_file(path)
+    config = config or load_config_file(path)
     if not isinstance(config, Config):
         raise UserError(f"--config={path}: get_config() returns {type(config).__name__}, not crossin_jax.config.Config")
     known = [name for name, _, _ in iterate_fields(config)]
@@ -145,7 +148,8 @@ def _is_section(config: Any, name: str) -> bool:
     return True
 
 
-def _flag_value(argv: list[str], name: str) -> str | None:
+def flag_value(argv: list[str], name: str) -> str | None:
+    """What the command line gives a flag, before flags are parsed; None where it is absent."""
     for i, argument in enumerate(argv):
         key, equals, value = argument.partition("=")
         if key.lstrip("-") == name and key.startswith("-"):

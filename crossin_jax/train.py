@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -227,6 +228,14 @@ class Benchmarks:
         return scores
 
 
+def next_command(config: Config, folder: Path) -> str:
+    """What to do with a trained run: answer its benchmarks, or a prompt where it has none."""
+    place = shlex.quote(str(folder))
+    if config.evaluation.benchmarks:
+        return f"python -m crossin_jax.evaluate --checkpoint {place}"
+    return f"python -m crossin_jax.generate --model {place} --prompt 'Name a river.'"
+
+
 def keep_compiled(folder: str = CACHE) -> None:
     """Keeps compiled programs in a folder across runs; one that JAX's environment variable names is left alone."""
     if folder and not jax.config.jax_compilation_cache_dir:
@@ -270,7 +279,7 @@ def main(config: Config, arguments: Any) -> int | None:
     folder = train(config, resume=arguments.resume, use_wandb=arguments.wandb, profile_steps=profile_steps,
                    kill_after=arguments.kill_after)
     if jax.process_index() == 0:
-        print(f"trained: {folder}; next: python -m crossin_jax.evaluate --checkpoint {folder}")
+        print(f"trained: {folder}; next: {next_command(config, folder)}")
     return 0
 
 

@@ -2,11 +2,15 @@
 
 import dataclasses
 import json
+import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from crossin_jax.checkpoint.restore import restore_params
 from crossin_jax.config import UserError
@@ -18,6 +22,8 @@ from crossin_jax.evaluation.benchmarks import load_benchmark
 from crossin_jax.evaluation.report import Run, read_pair, read_results
 from crossin_jax.generation.engine import Engine
 from crossin_jax.score import predictions_of, read_log
+from crossin_jax.train import next_command
+from tests.conftest import REPOSITORY
 from tests.helpers import config_in
 
 
@@ -117,3 +123,66 @@ def test_the_border_between_prompt_and_choices_is_shared():
     rows = [np.array([1, 2, 3]), np.array([1, 2]), np.array([1, 2, 4, 5])]
     assert runner.common_prefix(rows) == 2
     assert runner.common_prefix([np.array([1, 2]), np.array([3, 2])]) == 0
+
+
+@pytest.mark.slow
+def test_the_command_that_train_prints_next_runs(pretrained, adapted, tmp_path):
+    """A run with benchmarks is evaluated with its own settings, from wherever it lies; one without is talked to."""
+    for run, variant in ((adapted, str(pretrained / "model")), (pretrained, "pretrain")):
+        moved = tmp_path / f"a folder/{run.name}"
+        shutil.copytree(run, moved)
+        command = next_command(config_in(moved, variant), moved)
+        ended = subprocess.run(command.replace("python", sys.executable, 1), shell=True, cwd=REPOSITORY, text=True,
+                               capture_output=True, timeout=120)
+        assert ended.returncode == 0 and "error" not in ended.stderr, ended.stderr
+    results = json.loads((tmp_path / "a folder" / adapted.name / "evaluation/results.json").read_text())
+    assert {block["method"] for block in results["blocks"]} == {"sum", "mean", "byte", "generate"}
+
+
+def replace_weights(folder, factor):
+    """Other weights under the same names in the same file."""
+    (file,) = folder.glob("*.safetensors")
+    save_file({name: array * np.float32(factor) for name, array in load_file(file).items()}, file,
+              metadata={"format": "pt"})
+
+
+def test_other_weights_in_the_same_folder_are_asked_anew(pretrained, adapted, tmp_path, monkeypatch):
+    """The cache knows a base model and the base under a run's adapter by their content, not by their path."""
+    shutil.copytree(pretrained / "model", tmp_path / "base")
+    config = config_in(tmp_path / "out", str(tmp_path / "base"))
+    asked = []
+    score = Engine.score
+    monkeypatch.setattr(Engine, "score", lambda *args, **options: asked.append(1) or score(*args, **options))
+    config.evaluation = dataclasses.replace(config.evaluation, method="choices")
+    run = tmp_path / "run"
+    shutil.copytree(adapted, run)
+    for metadata in run.glob("checkpoints/*/config/metadata"):
+        metadata.write_text(metadata.read_text().replace(str(pretrained / "model"), str(tmp_path / "base")))
+    scores = {}
+    for checkpoint in (None, run):
+        for factor in (1.0, 1.0, 1.25):
+            replace_weights(tmp_path / "base", factor)
+            asked.clear()
+            predictions, source = evaluate(config, checkpoint, tmp_path / "out")
+            seen = scores.setdefault(checkpoint, {})
+            assert bool(asked) == (factor not in seen)
+            seen[factor] = [answer.scores for item in predictions[0].items for answer in item.answers.values()]
+            assert source["model"]["weights"]
+        assert seen[1.0] != seen[1.25]
+
+
+def test_sampled_answers_follow_the_seed(adapted, pretrained, tmp_path):
+    """The same seed draws the same answers again; another seed draws others, to the same questions."""
+    config = config_in(tmp_path, str(pretrained / "model"))
+    config.evaluation = dataclasses.replace(config.evaluation, method="generate", temperature=1.0, max_new_tokens=8,
+                                            benchmarks=(str(tmp_path / "questions.json"),), prompts=(1,))
+    (tmp_path / "questions.json").write_text(json.dumps([
+        {"id": str(i), **{name: {"question": f"Question {i}?", "choices": [f"({c}) {c}" for c in "ABCD"],
+                                 "answer": "(A) A"} for name in ("English", "Spanish")}} for i in range(3)]))
+    texts = []
+    for i, seed in enumerate((1, 1, 2)):
+        changed = dataclasses.replace(config, seed=seed)
+        changed.evaluation = dataclasses.replace(config.evaluation, template="plain")
+        predictions, _ = evaluate(changed, adapted, tmp_path / str(i))
+        texts.append([answer.text for item in predictions[0].items for answer in item.answers.values()])
+    assert texts[0] == texts[1] != texts[2]
