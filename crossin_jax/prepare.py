@@ -170,9 +170,14 @@ def find_source(config: Config, name: str | None) -> Source:
 
 def cross_xquad(config: Config, arguments: Any) -> None:
     """Writes a benchmark in Cross-XQuAD's form from an XQuAD source; its choices are not those of SeaEval."""
-    from crossin_jax.evaluation.cross_xquad import build_cross_xquad
+    from crossin_jax.data.corpus import load_corpus
+    from crossin_jax.evaluation.cross_xquad import build_cross_xquad, file_pattern
     source = find_source(config, arguments.source)
-    rows = build_cross_xquad(source.path, source.languages or config.data.languages, config.seed)
+    languages = source.languages or config.data.languages
+    # The part that `portion` and `limit` name is the one that training would read: a question is on one side only.
+    part = load_corpus(dataclasses.replace(source, kind="squad", path=file_pattern(source.path)), languages,
+                       seed=config.seed)
+    rows = build_cross_xquad(source.path, languages, config.seed, ids=set(part.ids()))
     out = Path(arguments.out or Path(config.output_dir) / "cross_xquad.json").expanduser()
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")

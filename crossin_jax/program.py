@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import traceback
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -109,7 +110,7 @@ def define_config(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS,
     config = config or load_config_file(path)
     if not isinstance(config, Config):
         raise UserError(f"--config={path}: get_config() returns {type(config).__name__}, not crossin_jax.config.Config")
-    known = [name for name, _, _ in iterate_fields(config)]
+    known = {name: field for name, _, field in iterate_fields(config)}
     switched_off = []
     for i, argument in enumerate(argv):
         key, _, value = argument.partition("=")
@@ -119,8 +120,8 @@ def define_config(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS,
                 raise UserError(f"--config.{name}: no such setting{hint(name, known)}")
             if value.lower() == "none":
                 switched_off.append((name, argument))
-            elif "," in value and not any(bracket in value for bracket in "([{"):  # a,b,c reads as a tuple
-                argv[i] = f"{key}=({','.join(map(_literal, value.split(',')))},)"
+            elif name in known and _takes_tuple(known[name]) and not any(bracket in value for bracket in "([{"):
+                argv[i] = f"{key}=({','.join(map(_literal, value.removesuffix(',').split(',')))},)"
     argv[:] = [a for a in _without_flag(argv, "config") if a not in [argument for _, argument in switched_off]]
     holder = config_flags.DEFINE_config_dataclass("config", config, sys_argv=argv, flag_values=flag_values)
 
@@ -131,6 +132,11 @@ def define_config(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS,
         return holder.value
 
     return resolve
+
+
+def _takes_tuple(field: dataclasses.Field) -> bool:
+    """Whether a setting is a sequence, for which a,b,c and a, are short forms."""
+    return typing.get_origin(field.type) is tuple
 
 
 def _literal(text: str) -> str:

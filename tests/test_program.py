@@ -30,6 +30,16 @@ def parse():
     return parse
 
 
+@pytest.mark.parametrize("value", ["xq.json", "xq.json,", "('xq.json',)", "['xq.json']"])
+def test_a_sequence_of_one_may_have_a_comma_at_its_end(parse, value):
+    config = parse(f"--config={QUICKSTART}", f"--config.evaluation.benchmarks={value}")
+    assert tuple(config.evaluation.benchmarks) == ("xq.json",)
+
+
+def test_a_text_with_a_comma_stays_a_text(parse):
+    assert parse(f"--config={QUICKSTART}", "--config.data.system=Be brief, please").data.system == "Be brief, please"
+
+
 def test_overrides_take_the_type_of_their_field(parse):
     config = parse(f"--config={QUICKSTART}", "--config.optim.learning_rate=1e-4", "--config.train.steps=7",
                    "--config.data.languages=en,zh", "--config.evaluation.prompts=1,3", "--config.data.packing=false",

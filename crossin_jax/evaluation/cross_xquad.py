@@ -8,7 +8,7 @@ import hashlib
 import json
 import random
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,11 @@ class _Question:
     plain: dict[str, str] = field(default_factory=dict)
 
 
-def build_cross_xquad(folder: str | Path, languages: Sequence[str], seed: int = 0) -> list[dict[str, Any]]:
+def build_cross_xquad(folder: str | Path, languages: Sequence[str], seed: int = 0,
+                      ids: Collection[str] | None = None) -> list[dict[str, Any]]:
     """Rows in SeaEval's layout, one per question of XQuAD (1,190), with four parallel choices and the paragraph.
 
+    `ids` names the questions to ask, e.g. those held out from training; distractors may be answers to any question.
     `folder` holds xquad.LANG.json files in SQuAD's layout, or is a path with {lang}. Choices are distinct in every
     language. The gold position is the same in every language, and each position is gold equally often (within one).
     Draws are hashes of (seed, question id). `tags`: "other_paragraph" where a distractor had to come from another
@@ -45,9 +47,12 @@ def build_cross_xquad(folder: str | Path, languages: Sequence[str], seed: int = 
     by_article: dict[int, list[str]] = {}
     for key, question in questions.items():
         by_article.setdefault(question.place[0], []).append(key)
-    places = {key: i % NUM_CHOICES for i, key in enumerate(sorted(questions, key=lambda key: _hash(seed, "gold", key)))}
+    chosen_keys = [key for key in questions if ids is None or key in ids]
+    shuffled = sorted(chosen_keys, key=lambda key: _hash(seed, "gold", key))
+    places = {key: i % NUM_CHOICES for i, key in enumerate(shuffled)}
     rows = []
-    for key, question in questions.items():
+    for key in chosen_keys:
+        question = questions[key]
         chosen = _draw(key, questions, by_article[question.place[0]], seed)
         if len(chosen) < NUM_CHOICES - 1:
             raise UserError(f"{folder}, question {key!r}: its article has {len(chosen)} other answers; an item needs "
@@ -96,6 +101,11 @@ def _plain(text: str) -> str:
     return " ".join("".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in folded).split()) or folded
 
 
+def file_pattern(folder: str | Path) -> str:
+    """The files of a folder of XQuAD as one path with {lang}, or the path itself where it has {lang} already."""
+    return str(folder) if "{lang}" in str(folder) else str(Path(folder) / "xquad.{lang}.json")
+
+
 def _read(folder: str | Path, languages: Sequence[str]) -> dict[str, _Question]:
     if not languages:
         raise UserError(f"cross_xquad from {folder}: no languages; name some of {', '.join(XQUAD_LANGUAGES)}")
@@ -104,8 +114,7 @@ def _read(folder: str | Path, languages: Sequence[str]) -> dict[str, _Question]:
         if code not in XQUAD_LANGUAGES:
             raise UserError(f"cross_xquad: XQuAD has no {code!r}{hint(code, XQUAD_LANGUAGES)}; "
                             f"use some of {', '.join(XQUAD_LANGUAGES)}")
-        pattern = str(folder) if "{lang}" in str(folder) else str(Path(folder) / "xquad.{lang}.json")
-        path = Path(pattern.replace("{lang}", code)).expanduser()
+        path = Path(file_pattern(folder).replace("{lang}", code)).expanduser()
         try:
             articles = json.loads(path.read_text(encoding="utf-8-sig"))["data"]
             found = [((a, p), paragraph["context"], qa["id"], qa["question"], qa["answers"][0]["text"])

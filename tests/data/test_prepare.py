@@ -1,9 +1,11 @@
 """The prepare programs: what they write, that it is whole, and what they say about faults."""
 
+import dataclasses
 import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -159,6 +161,23 @@ def test_cross_xquad_writes_a_benchmark_that_loads(config, shared, tmp_path):
     prepare.cross_xquad(config, arguments())
     benchmark = load_benchmark(str(tmp_path / "run" / "cross_xquad.json"), config.data.languages)
     assert len(benchmark.items) == 1190 and len(benchmark.items[0].versions) == 4
+
+
+@pytest.mark.parametrize("portion", [(0.0, 0.5), (0.5, 1.0), (0.9, 1.0)])
+def test_cross_xquad_asks_what_its_portion_holds(portion, config, shared, tmp_path):
+    """Questions of the benchmark are exactly the rows that a source of this portion has, and none of the others."""
+    pattern = str(shared / "xquad" / "xquad.{lang}.json")
+    source = Source(name="held_out", kind="squad", path=pattern, portion=portion, limit=200)
+    config.data.sources = (source,)
+    prepare.cross_xquad(config, arguments())
+    rows = json.loads((tmp_path / "run" / "cross_xquad.json").read_text())
+    expected = set(load_corpus(source, config.data.languages).ids())
+    training = dataclasses.replace(source, portion=(0.0, portion[0] or 0.1), limit=None)
+    assert {row["id"] for row in rows} == expected and len(rows) == min(200, round(1190 * (portion[1] - portion[0])))
+    if portion[0]:
+        assert not expected & set(load_corpus(training, config.data.languages).ids())
+    letters = Counter(row["English"]["answer"][1] for row in rows)
+    assert max(letters.values()) - min(letters.values()) <= 1
 
 
 def run(*words):
