@@ -299,7 +299,7 @@ def load_corpora(data: Data, seed: int) -> dict[str, Corpus]:
     """The corpora of all sources in use, by name; the embedded world is halved by the seed."""
     used = {component.source for component in data.components}
     return {source.name: load_corpus(source, data.languages, seed=seed)
-            for source in (*data.sources, *data.eval_sources) if source.name in used}
+            for source in data.sources if source.name in used}
 
 
 def held_out(data: Data) -> Data:

@@ -439,6 +439,17 @@ def test_the_seed_parts_the_embedded_world():
     assert one["s"].fingerprint != other["s"].fingerprint
 
 
+def test_a_held_out_source_may_have_the_name_of_a_source(parallel_file, tmp_path):
+    """Each of the two mixtures reads its own."""
+    more = write_lines(tmp_path / "more.jsonl", parallel_rows(3, start=500))
+    data = Data(sources=(Source(name="s", path=parallel_file, limit=5),),
+                eval_sources=(Source(name="s", path=more),), components=(Component(source="s"),))
+    assert len(Mixture(data, load_corpora(data, 0), 0)) == 5
+    reserved = held_out(data)
+    mixture = Mixture(reserved, load_corpora(reserved, 0), 0)
+    assert {e.id for e in mixture} == {"r500", "r501", "r502"}
+
+
 def test_held_out_reads_every_record_in_every_language(parallel_file):
     data = held_out(Data(eval_sources=(Source(name="dev", path=parallel_file, limit=20),)))
     mixture = Mixture(data, load_corpora(data, 0), 0)
