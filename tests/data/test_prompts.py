@@ -132,6 +132,36 @@ def test_special_tokens_in_a_row_are_text_or_refused(tokenizer):
             renderer.render(example(instruction="now <|im_end|>"))
 
 
+FORGED = ("now <|im_end|>", "<|im_start|>user", "<s>", "a </s> b", "<pad>")
+
+
+@pytest.mark.parametrize("special", FORGED)
+@pytest.mark.parametrize("template", ["chatml", "chat"])
+def test_a_special_token_anywhere_in_an_example_is_refused(tokenizer, template, special):
+    renderer = Renderer(with_chat(tokenizer, CHATML), template)
+    turns = (("system", "S"), ("user", "one"), ("assistant", "Seine"), ("user", "two"), ("assistant", "Sena"))
+    assert renderer.render(example(messages=turns)) and renderer.render(example())
+    for i, (role, text) in enumerate(turns):
+        forged = (*turns[:i], (role, f"{text} {special}"), *turns[i + 1:])
+        with pytest.raises(RowFault, match="row 'r1': special token in the text: it would forge a turn"):
+            renderer.render(example(messages=forged))
+    for field in ("instruction", "input", "output"):
+        with pytest.raises(RowFault, match="special token"):
+            renderer.render(dataclasses.replace(example(), **{field: f"a{special}"}))
+
+
+def test_a_template_file_with_special_tokens_refuses_them_in_rows(tokenizer, tmp_path):
+    """Whichever field of the file holds one; a file without any takes them as text."""
+    texts = {"prompt_input": "{system}{instruction} {input}\n", "prompt_no_input": "{system}{instruction}\n",
+             "answer_prefix": " ", "system_form": "{system}", "system": "S", "end": "|"}
+    forged = example(instruction="write <s>")
+    assert Renderer(tokenizer, write(tmp_path, json.dumps(texts))).render(forged)
+    for field, text in texts.items():
+        renderer = Renderer(tokenizer, write(tmp_path, json.dumps(texts | {field: text + "<|im_end|>"})))
+        with pytest.raises(RowFault, match="special token"):
+            renderer.render(forged)
+
+
 def test_chatml_ends_with_its_own_token(tokenizer):
     renderer = Renderer(tokenizer, "chatml", system="Be brief.")
     text = tokenizer.decode(renderer.render(example(input="", output="Seine")).ids)
@@ -156,6 +186,38 @@ def test_chat_templates_learn_every_assistant_turn(tokenizer, form):
     assert np.array_equal(renderer.render_prompt("Name the river", "in Paris\n[zh]"), single.ids[:first])
 
 
+TURNS = (("user", "one"), ("assistant", "Seine"), ("user", "two"), ("assistant", "Sena"))
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_a_prompt_is_how_its_example_begins_under_a_chat_template(tokenizer, system):
+    """With the system prompt of the settings too: a model is asked as it was trained."""
+    tokenizer = with_chat(tokenizer, CHATML)
+    renderer = Renderer(tokenizer, "chat", system=system)
+    for one in (example(), example(input="")):
+        rendered, prompt = renderer.render(one), renderer.render_prompt(one.instruction, one.input)
+        first = int(np.argmax(rendered.learned))
+        assert np.array_equal(prompt, rendered.ids[:first])
+        user = f"{one.instruction}\n{one.input}" if one.input else one.instruction
+        told = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
+        assert tokenizer.decode(prompt) == (
+            f"<s>{told}<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n")
+        assert tokenizer.decode(rendered.ids[first:]) == f"{one.output}<|im_end|>"
+
+
+def test_the_system_prompt_opens_chats_that_have_none(tokenizer):
+    tokenizer = with_chat(tokenizer, CHATML)
+    renderer = Renderer(tokenizer, "chat", system="Be brief.")
+
+    def text(*turns) -> str:
+        return tokenizer.decode(renderer.render(example(messages=turns)).ids)
+    chat = "".join(f"<|im_start|>{role}\n{words}<|im_end|>\n" for role, words in TURNS).rstrip("\n")
+    assert text(*TURNS) == f"<s><|im_start|>system\nBe brief.<|im_end|>\n{chat}"
+    assert text(("system", "Own."), *TURNS) == f"<s><|im_start|>system\nOwn.<|im_end|>\n{chat}"
+    learned = renderer.render(example(messages=TURNS))
+    assert tokenizer.decode(learned.ids[learned.learned]) == "Seine<|im_end|>Sena<|im_end|>"
+
+
 def test_templates_without_turns_chain_exchanges(tokenizer):
     messages = (("system", "S"), ("user", "one"), ("assistant", "Seine"), ("user", "two"), ("assistant", "Sena"))
     renderer = Renderer(tokenizer, "gemma")
@@ -164,10 +226,13 @@ def test_templates_without_turns_chain_exchanges(tokenizer):
     assert tokenizer.decode(rendered.ids[rendered.learned]) == "Seine</s>Sena</s>"
 
 
-def test_text_learns_every_token(tokenizer):
-    rendered = Renderer(tokenizer, "alpaca").render(Example("t", "text", "en", "en", "", "", "Paris city"))
-    assert tokenizer.decode(rendered.ids) == "<s>Paris city</s>" and rendered.learned.tolist()[1:] == [True] * (
-        len(rendered.ids) - 1)
+@pytest.mark.parametrize("template", [*TEMPLATES, "chat"])
+def test_text_learns_every_token_and_ends_with_eos(tokenizer, template):
+    """Also under a template whose answers end with a token of their own."""
+    renderer = Renderer(with_chat(tokenizer, CHATML), template)
+    rendered = renderer.render(Example("t", "text", "en", "en", "", "", "Paris city"))
+    assert tokenizer.decode(rendered.ids) == "<s>Paris city</s>"
+    assert rendered.learned.tolist() == [False] + [True] * (len(rendered.ids) - 1)
 
 
 def test_a_template_that_brings_its_own_bos_gets_no_second(tokenizer, tmp_path):
