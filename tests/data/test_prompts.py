@@ -267,6 +267,87 @@ def test_the_release_s_template_files_load_and_placeholders_in_rows_stay(tokeniz
     assert one != two == Renderer(tokenizer, "alpaca").hash != Renderer(tokenizer, "alpaca", tokenization="apart").hash
 
 
+def edit(tokenizer, **changes):
+    """A copy of a tokenizer with some attributes set anew."""
+    tokenizer = copy.deepcopy(tokenizer)
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    return tokenizer
+
+
+def rebuild(tokenizer, change):
+    """The tokenizer with its tokenizer.json changed, and nothing else."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    change(content)
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)),
+                                   bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def swap_two_letters(content):
+    vocabulary = content["model"]["vocab"]
+    vocabulary["e"], vocabulary["a"] = vocabulary["a"], vocabulary["e"]
+
+
+FILE = {"prompt_input": "{system}Q: {instruction} {input}\n", "prompt_no_input": "{system}Q: {instruction}\n",
+        "answer_prefix": " ", "system_form": "S: {system}\n", "system": "Be brief.", "end": "<|im_end|>"}
+LOWER = {"type": "Lowercase"}
+
+# What is different → (tokenizer, folder) → the two renderers
+RENDERERS = {
+    "tokenizer: ids": lambda t, d: (Renderer(rebuild(t, dict), "plain"),
+                                    Renderer(rebuild(t, swap_two_letters), "plain")),
+    "tokenizer: merges": lambda t, d: (Renderer(rebuild(t, dict), "plain"), Renderer(
+        rebuild(t, lambda content: content["model"]["merges"].clear()), "plain")),
+    "tokenizer: normalizer": lambda t, d: (Renderer(rebuild(t, dict), "plain"), Renderer(
+        rebuild(t, lambda content: content.update(normalizer=LOWER)), "plain")),
+    "BOS": lambda t, d: (Renderer(t, "plain"), Renderer(edit(t, bos_token=None), "plain")),
+    "EOS": lambda t, d: (Renderer(t, "plain"), Renderer(edit(t, eos_token="<pad>"), "plain")),
+    "EOS after text": lambda t, d: (Renderer(t, "chatml"), Renderer(edit(t, eos_token="<pad>"), "chatml")),
+    "template": lambda t, d: (Renderer(t, "plain"), Renderer(t, "gemma")),
+    **{f"template file: {field}": lambda t, d, field=field, value=value: (
+        Renderer(t, write(d, json.dumps(FILE))), Renderer(t, write(d, json.dumps(FILE | {field: value}))))
+       for field, value in {"prompt_input": "{system}{instruction}{input}", "prompt_no_input": "{instruction}",
+                            "answer_prefix": "\n", "system_form": "{system}", "system": "Be long.",
+                            "end": None}.items()},
+    "chat template": lambda t, d: [Renderer(with_chat(t, form), "chat") for form in (CHATML, LLAMA2)],
+    "system": lambda t, d: [Renderer(t, "chatml", system=system) for system in ("Be brief.", "Be long.")],
+    "no system": lambda t, d: (Renderer(t, "chatml", system="Be brief."), Renderer(t, "chatml")),
+    "chat system": lambda t, d: [Renderer(with_chat(t, CHATML), "chat", system=system)
+                                 for system in (None, "Be brief.")],
+    "tokenization": lambda t, d: [Renderer(t, "plain", tokenization=form) for form in ("joint", "apart")],
+    "others": lambda t, d: (Renderer(t, "plain"),
+                            Renderer(t, "plain", others={"x2x": Renderer(t, "gemma")})),
+    "template of another": lambda t, d: [Renderer(t, "plain", others={"x2x": Renderer(t, name)})
+                                         for name in ("gemma", "llama")],
+    "component of another": lambda t, d: [Renderer(t, "plain", others={name: Renderer(t, "gemma")})
+                                          for name in ("x2x", "base")],
+}
+SHOWN = (example(), example(input=""), example(messages=TURNS), Example("t", "text", "en", "en", "", "", "A City"),
+         example("Name THE river"))
+
+
+@pytest.mark.parametrize("part", RENDERERS)
+def test_renderers_that_render_otherwise_have_another_hash(tokenizer, tmp_path, part):
+    one, other = RENDERERS[part](tokenizer, tmp_path)
+    texts = [[rendered.ids.tolist() for rendered in renderer.render_many(SHOWN)] for renderer in (one, other)]
+    assert texts[0] != texts[1]
+    assert one.hash != other.hash
+
+
+def test_renderers_that_are_made_alike_have_one_hash(tokenizer, tmp_path):
+    """Also where the template's file lies elsewhere; and a template's file need not differ from a built-in one."""
+    for make in (lambda: Renderer(tokenizer, "alpaca"), lambda: Renderer(with_chat(tokenizer, CHATML), "chat"),
+                 lambda: Renderer(copy.deepcopy(tokenizer), "plain", others={"x2x": Renderer(tokenizer, "gemma")})):
+        assert make().hash == make().hash
+    (tmp_path / "elsewhere").mkdir()
+    names = [write(folder, json.dumps(FILE)) for folder in (tmp_path, tmp_path / "elsewhere")]
+    assert len({Renderer(tokenizer, name).hash for name in names}) == 1
+    plain = {field: getattr(TEMPLATES["plain"], field) for field in FILE}
+    assert Renderer(tokenizer, write(tmp_path, json.dumps(plain))).hash == Renderer(tokenizer, "plain").hash
+
+
 def test_renderers_travel_to_workers_unchanged(tokenizer):
     for name, renderer in {"alpaca": Renderer(tokenizer, "alpaca"),
                            "chat": Renderer(with_chat(tokenizer, CHATML), "chat")}.items():
