@@ -15,7 +15,7 @@ from crossin_jax.checks import check
 from crossin_jax.config import Component, Config, Data, Model, Source, UserError
 from crossin_jax.data.crosslingual import Example
 from crossin_jax.data.mixture import Mixture, load_corpora
-from crossin_jax.data.pipeline import open_renderer
+from crossin_jax.data.pipeline import open_asker, open_renderer
 from crossin_jax.data.prompts import Renderer, RowFault, _find_tokens, load_tokenizer
 from crossin_jax.data.templates import TEMPLATES, load_template
 from tests.golden.make_templates import render
@@ -416,9 +416,9 @@ def test_a_component_may_have_a_template_and_a_tag_of_its_own(tokenizer, paralle
     config = Config(data=Data(sources=(Source(name="s", path=parallel_file),), components=components, template="llama"))
     renderer = open_renderer(config, tokenizer)
     mixture = Mixture(config.data, load_corpora(config.data, 0), 0)
+    own = {name: Renderer(tokenizer, "gemma" if name == "trans" else "llama") for name in ("base", "en2x", "trans")}
     for example, rendered in zip(mixture, renderer.render_many(list(mixture)), strict=True):
-        own = Renderer(tokenizer, "gemma" if example.component == "trans" else "llama")
-        assert np.array_equal(rendered.ids, own.render(example).ids)
+        assert np.array_equal(rendered.ids, own[example.component].render(example).ids)
         assert np.array_equal(rendered.ids, renderer.render(example).ids)
         assert ("Answer in" in example.instruction) == (example.component == "en2x")
     plain = Renderer(tokenizer, "llama")
@@ -427,6 +427,39 @@ def test_a_component_may_have_a_template_and_a_tag_of_its_own(tokenizer, paralle
     changed = dataclasses.replace(config.data, components=(components[0], Component(kind="en2x", source="s"),
                                                            components[2]))
     assert Mixture(changed, mixture.corpora, 0).manifest()["hash"] != mixture.manifest()["hash"]
+
+
+@pytest.mark.parametrize(("system", "tokenization"), [("Be brief.", "joint"), (None, "apart"), ("Be brief.", "apart")])
+def test_system_and_tokenization_reach_every_renderer_of_an_experiment(tokenizer, system, tokenization):
+    """That of training, those of components, and that of the benchmarks with a template of their own."""
+    components = (Component(kind="base", source="s"), Component(kind="x2x", source="s", template="chatml"))
+    config = Config(data=Data(components=components, template="llama", system=system, tokenization=tokenization))
+    shared = {"system": system, "tokenization": tokenization}
+    llama, chatml = (Renderer(tokenizer, name, **shared) for name in ("llama", "chatml"))
+    training, asking = open_renderer(config, tokenizer), open_asker(config, tokenizer)
+    one, other = example(), dataclasses.replace(example(), component="base")
+    for renderer in (training, asking):
+        assert np.array_equal(renderer.render_prompt("Where?"), llama.render_prompt("Where?"))
+        for shown, expected in zip(renderer.render_many([one, other]), (chatml.render(one), llama.render(other)),
+                                   strict=True):
+            assert shown.ids.tolist() == expected.ids.tolist()
+            assert shown.learned.tolist() == expected.learned.tolist()
+    assert training.hash == asking.hash
+    config.evaluation.template = "chatml"
+    assert np.array_equal(open_asker(config, tokenizer).render_prompt("Where?"), chatml.render_prompt("Where?"))
+    assert open_renderer(config, tokenizer).hash == training.hash
+
+
+@pytest.mark.parametrize("template", [*TEMPLATES, "chat"])
+@pytest.mark.parametrize(("output", "messages"), [
+    ("", None), (" \n", None), ("", (("user", "one"), ("assistant", " "), ("user", "two"), ("assistant", "")))])
+def test_an_answer_without_tokens_cannot_be_learned(tokenizer, template, output, messages):
+    renderer = Renderer(with_chat(tokenizer, CHATML), template)
+    with pytest.raises(RowFault, match="row 'r1': nothing to learn: the answer has no tokens"):
+        renderer.render(example(output=output, messages=messages))
+    if messages:  # one answer is enough
+        some = (*messages[:3], ("assistant", "Sena"))
+        assert "Sena" in tokenizer.decode(renderer.render(example(messages=some)).ids)
 
 
 @pytest.mark.parametrize(("settings", "message"), [
