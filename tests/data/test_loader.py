@@ -229,8 +229,8 @@ def test_every_reason_is_counted_by_component_and_language(tokenizer, tmp_path, 
     renderer = open_renderer(Config(data=data), tokenizer)
     parts = Mixture(data, load_corpora(data, 0), 0), renderer, data
     expected = {"special token in the text base/en": 1, "over-long base/en": 1,
-                "special token in the text trans/zh": 1, "over-long trans/zh": 1, "special token in the text en2x/es": 1,
-                "nothing to learn trans/zh": 1, "double BOS en2x/es": 19}
+                "special token in the text trans/zh": 1, "over-long trans/zh": 1,
+                "special token in the text en2x/es": 1, "nothing to learn trans/zh": 1, "double BOS en2x/es": 19}
     for epochs in (1, 2):
         loader = loader_of(parts, num_epochs=epochs)
         segments = [segment for batch in loader for segment in segments_of(batch)]
