@@ -1,5 +1,6 @@
 """Draws are hashes: sizes nest, orders do not matter, counts are exact, every fault names its component."""
 
+import hashlib
 import json
 import math
 import pickle
@@ -63,12 +64,26 @@ def test_row_order_changes_nothing(order, seed, kind, count, again):
 
 
 def test_draws_are_pinned_across_machines_and_releases():
-    example = make_mixture(Component(kind="x2x", count=3))[0]
-    assert (example.id, example.prompt_language, example.answer_language) == PINNED
+    """Where this fails on purpose, raise mixture.FORMAT, so that no run goes on with other data."""
     assert [int(w) for w in mix_bits(np.array([0, 1], np.uint64), 7)] == PINNED_BITS
+    base = Component(kind="base")
+    mixtures = {kind: make_mixture(Component(kind=kind), base, rows=40) for kind in KINDS}
+    mixtures |= {"count": make_mixture(Component(kind="x2x", count=7), Component(kind="x2x", count=9)),
+                 "again": make_mixture(Component(kind="en2x", count=50, with_replacement=True)),
+                 "weights": make_mixture(Component(kind="same", languages={"en": 1, "zh": 0.5})),
+                 "shares": make_mixture(*(Component(kind=kind, share=0.5) for kind in ("x2x", "same"))),
+                 "seed": make_mixture(Component(kind="x2x"), seed=2**40 + 3)}
+    digests = {}
+    for name, mixture in mixtures.items():
+        examples = [(e.id, e.component, e.prompt_language, e.answer_language)
+                    for e in mixture.take(np.arange(3 * len(mixture)))]
+        digests[name] = hashlib.blake2b(json.dumps(examples).encode(), digest_size=4).hexdigest()
+    assert digests == PINNED
 
 
-PINNED = ("r384", "vi", "es")
+PINNED = {"base": "008d1e5f", "en2x": "9ad135b0", "x2en": "f9cf9f73", "x2x": "1f05c4f9",
+          "same": "644f1e88", "trans": "ed882a49", "count": "72c98eff", "again": "b5c429b4",
+          "weights": "e2f6b0e5", "shares": "48decd0c", "seed": "cff8d160"}
 PINNED_BITS = [7191089600892374487, 13647215125184110592]
 
 
@@ -390,6 +405,11 @@ def test_labels_tell_components_apart():
 def test_impossible_components_are_refused(component, message):
     with pytest.raises(UserError, match=message):
         make_mixture(component)
+
+
+def test_x2x_with_the_same_language_on_both_sides_needs_one(tmp_path):
+    mixture = make_mixture(Component(kind="x2x", allow_same=True, languages={"zh": 1.0}), rows=5)
+    assert mixture.count_pairs(0) == {("zh", "zh"): 5}
 
 
 def test_missing_languages_name_the_first_row(tmp_path):
