@@ -92,7 +92,7 @@ def test_a_language_is_found_under_its_code_and_its_english_name(read, form):
 @pytest.mark.parametrize(("mark", "code"), [
     ("en", "en"), ("English", "en"), ("EN", "en"), ("en-GB", "en"), ("en_US", "en"), ("zh", "zh"), ("zh-CN", "zh"),
     ("zh_TW", "zh"), ("ZH_hant_HK", "zh"), ("zh-Hans-CN", "zh"), ("Chinese", "zh"), ("fil", "fil"), ("fil-PH", "fil"),
-    ("es_419", "es"), ("de", None), ("de-AT", None), ("German", None), ("pt-BR", None), ("english", None), ("e", None)])
+    ("es_419", "es"), ("de", None), ("de-AT", None), ("German", None), ("pt-BR", None)])
 def test_a_row_says_its_language(read, column, mark, code):
     """By code, by English name, or by a code with region or script; rows in other languages are left out."""
     rows = [{"id": "r", column: mark, "instruction": "q", "output": "a"},
