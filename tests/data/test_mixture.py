@@ -303,6 +303,7 @@ def test_the_manifest_is_json_and_counts_the_first_epoch():
         mine = [e for e in mixture if e.component == component["name"]]
         assert component["pairs"] == Counter(f"{e.prompt_language}>{e.answer_language}" for e in mine)
         assert component["examples"] == len(mine)
+    assert [component["rows"] for component in manifest["components"]] == [40, 60]
     assert [(s["name"], s["rows"], s["dropped"]) for s in manifest["sources"]] == [("s", 500, {}), ("t", 60, {})]
 
 
