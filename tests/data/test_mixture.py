@@ -274,6 +274,15 @@ def test_text_draws_by_weight_among_the_languages_that_a_row_has():
         assert all(abs(found[key] - n) < 5 * n**0.5 for key, n in expected.items()), weights
 
 
+def test_a_source_without_rows_is_refused():
+    records = [Record("t", {"vi": Text("", "", "line")})]
+    for component, corpus in ((Component(kind="text", source="s", languages={"zh": 1.0, "en": 2.0}), records),
+                              (Component(kind="base", source="s"), [])):
+        data = Data(sources=(Source(name="s"),), components=(component,))
+        with pytest.raises(UserError, match=r"components\[0\]: (source 's' has no rows in en, zh|base needs 'en')"):
+            Mixture(data, {"s": Corpus("s", corpus)}, 0)
+
+
 @pytest.mark.parametrize(("component", "needed"), [
     (Component(kind="base"), {"en"}), (Component(kind="en2x", languages={"zh": 1.0}), {"en", "zh"}),
     (Component(kind="x2en", languages={"zh": 1.0}), {"en", "zh"}),
@@ -330,6 +339,7 @@ STREAMS = {
            ("source", "x2x", "t"), ("count", "x2x", 2), ("allow_same", "x2x", True),
            ("translate", "trans", "x2en"), ("translate_what", "trans", "record"),
            ("with_replacement", "x2x", True), ("tag", "x2x", "sentence"))},
+    "one tag or another": ([Component(kind="x2x", tag=tag) for tag in ("instruction", "sentence")], {}, {}),
     "ids": ([Component(kind="base")] * 2, {}, {
         "change": lambda records: [replace(records[0], id="x"), records[1]]}),
     **{field: ([Component(kind="same")] * 2, {}, {"change": change_text(field)})
