@@ -245,6 +245,21 @@ def test_a_template_that_brings_its_own_bos_gets_no_second(tokenizer, tmp_path):
         Renderer(tokenizer, str(path)).render(example())
 
 
+def test_a_token_may_be_both_bos_and_eos(tokenizer):
+    """As GPT-2's is; an example then holds it at both ends, a chat after each answer too."""
+    renderer = Renderer(edit(tokenizer, eos_token="<s>"), "gemma")
+    assert tokenizer.decode(renderer.render(example(input="", output="Seine")).ids) == "<s>Name the river\nSeine<s>"
+    assert renderer.render(example(messages=TURNS)).ids.tolist().count(1) == 3
+
+
+def test_each_turn_of_a_chat_template_may_bring_a_bos_and_no_more(tokenizer):
+    renderer = Renderer(with_chat(tokenizer, LLAMA2), "chat")
+    assert renderer.render(example(messages=TURNS)).ids.tolist().count(1) == 2
+    twice = LLAMA2.replace("{{ bos_token }}", "{{ bos_token }}{{ bos_token }}")
+    with pytest.raises(RowFault, match="double BOS: the template or the text brings its own"):
+        Renderer(with_chat(tokenizer, twice), "chat").render(example(messages=TURNS))
+
+
 def test_many_equal_one_by_one_and_faults_keep_their_place(tokenizer):
     renderer = Renderer(tokenizer, "alpaca")
     examples = [example(output=f"answer {i}") for i in range(5)]
