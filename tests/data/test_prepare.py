@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -204,7 +206,24 @@ def test_preview_in_colour_and_as_a_page(config, tmp_path, capsys):
     pairs = [(example, rendered), (example, RowFault("nothing to learn", "x"))]
     page = preview.to_html(renderer, pairs, [([5], 3)], 128)
     assert "<b>" not in page and "i&lt;d" in page and "refused: nothing to learn" in page
-    assert "over-long for length 4" in preview.describe(example, rendered, 4)
+    assert preview.describe(example, rendered, 128) == (
+        f"i<d  x2x  en → zh  {len(rendered.ids)} tokens, {rendered.learned.sum()} learned")
+    for length, over in ((len(rendered.ids) - 1, False), (len(rendered.ids) - 2, True)):
+        assert (f"over-long for length {length}" in preview.describe(example, rendered, length)) == over
+
+
+def test_a_page_shows_every_token_once(config, tmp_path):
+    """With its id, learned ones apart; and each row as wide as its segments."""
+    renderer = Renderer(load_tokenizer(config.model.path), "gemma")
+    examples = [Example(f"i{k}", "x2x", "en", "zh", "Name <it>", "", "塞纳河") for k in range(2)]
+    pairs = [(example, renderer.render(example)) for example in examples]
+    page = preview.to_html(renderer, pairs, [([32, 64], 32)], 128)
+    shown = re.findall(r'<span class="(t l|t s|t)" title="(\d+)">', page)
+    expected = [("t l" if learned else "t s" if i in renderer.special_ids else "t", str(i))
+                for _, rendered in pairs for i, learned in zip(rendered.ids, rendered.learned, strict=True)]
+    assert shown == expected and renderer.hash in page and "Template gemma" in page
+    assert re.findall(r"width:([\d.]+)%", page) == ["25.00", "50.00", "25.00"]
+    assert preview.describe_row({"segment_ids": np.array([1, 1, 2, 2, 2, 0, 0])}) == ([2, 3], 2)
 
 
 @pytest.mark.parametrize("name", ["small", "llama2"])
@@ -294,6 +313,12 @@ def test_translate_with_a_model_of_our_own(tokenizer, tmp_path):
     stamp = (tmp_path / "run" / "s.jsonl.cache.jsonl").stat().st_size
     prepare.translate(config, arguments(max_new_tokens=4))
     assert (tmp_path / "run" / "s.jsonl.cache.jsonl").stat().st_size == stamp  # nothing was asked twice
+    shutil.copytree(tmp_path / "model", tmp_path / "other")
+    engines = [prepare.open_translator(config, 4)[1], prepare.open_translator(config, 5)[1]]
+    for change in ({"data": replace(config.data, template="plain")},
+                   {"model": replace(model, path=str(tmp_path / "other"))}, {"model": replace(model, revision="v2")}):
+        engines.append(prepare.open_translator(replace(config, **change), 4)[1])
+    assert len(set(engines)) == 5 and engines[0] == prepare.open_translator(config, 4)[1]  # cached under these
 
 
 def test_cross_xquad_writes_a_benchmark_that_loads(config, shared, tmp_path):

@@ -16,7 +16,7 @@ from crossin_jax.config import Component, Config, Data, Model, Source, UserError
 from crossin_jax.data.crosslingual import Example
 from crossin_jax.data.mixture import Mixture, load_corpora
 from crossin_jax.data.pipeline import open_asker, open_renderer
-from crossin_jax.data.prompts import Renderer, RowFault, _find_tokens, load_tokenizer
+from crossin_jax.data.prompts import Renderer, RowFault, _find_tokens, load_tokenizer, token_bytes
 from crossin_jax.data.templates import TEMPLATES, load_template
 from tests.golden.make_templates import render
 
@@ -415,6 +415,19 @@ def test_counting_bytes_finds_the_same_border_as_offsets(tokenizers, name, share
         ((start, stop),) = _find_tokens(encoding, piece)
         assert result.learned.tolist() == [False] * (start + 1) + [True] * (stop - start + 1)
         assert result.ids[1:-1].tolist() == encoding.ids
+
+
+@pytest.mark.parametrize("name", ["small", "llama2"])
+def test_tokens_stand_for_the_bytes_of_the_text(tokenizers, name):
+    """Every byte that UTF-8 has, in byte-level tokens and in those with byte fallback."""
+    if name not in tokenizers:
+        pytest.skip("real tokenizers in ../shared are not beside this checkout")
+    text = "".join(map(chr, [*range(0x21, 0x800), 0x6CB3, 0x9EA4, 0xFFFD, *range(0x10000, 0x110000, 0x8081)]))
+    renderer = Renderer(tokenizers[name], "gemma")
+    tokens = [renderer.id_to_token(i) for i in tokenizers[name](text, add_special_tokens=False).input_ids]
+    found = b"".join(token_bytes(token, renderer.is_byte_level, False) for token in tokens)
+    assert found == b" " * (name == "llama2") + text.encode()  # Llama reads a text as if a space stood before it
+    assert renderer.is_byte_level == (name == "small") and token_bytes("</s>", True, True) == b"</s>"
 
 
 def test_a_tokenizer_that_rewrites_text_falls_back_to_offsets(tokenizer):
