@@ -72,8 +72,9 @@ class Pool:
             self.has_NC = np.stack([corpus.has.get(code, np.zeros(len(corpus), bool)) for code in self.languages], 1)
             rows = np.flatnonzero((self.has_NC * self.weights).any(1))
         else:
-            self._refuse_gaps()
             rows = np.arange(len(corpus))
+            if len(rows):
+                self._refuse_gaps()
         if not len(rows):
             raise UserError(f"{place}: source {component.source!r} has no rows in {', '.join(self.languages)}")
         if component.with_replacement:
