@@ -283,6 +283,17 @@ def test_a_cached_source_is_parsed_once_whatever_is_taken_of_it(cached, tmp_path
     assert cached() == first  # as from memory
 
 
+@pytest.mark.parametrize("read", [in_memory, from_file])
+def test_records_are_found_by_their_place_from_either_end(tmp_path, read):
+    corpus = read(ROWS[:3], tmp_path)
+    assert [corpus[i].id for i in (0, 2, -1, -3)] == ["r0", "r2", "r2", "r0"]
+    for i in (3, -4):
+        with pytest.raises(IndexError):
+            corpus[i]
+    assert corpus.find_place(1).endswith("row 2") and [*corpus.ids()] == ["r0", "r1", "r2"]
+    assert corpus.pick(1, ("zh",)).texts["zh"] == corpus[1].texts["zh"]
+
+
 def test_small_sources_stay_in_memory_and_large_ones_go_to_the_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("CROSSIN_CACHE", str(tmp_path / "cache"))
     path = write_lines(tmp_path / "rows.jsonl", ROWS)
