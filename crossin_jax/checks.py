@@ -110,9 +110,10 @@ def _check_data(data: Data) -> None:
         if len(source.portion) != 2 or not 0 <= source.portion[0] < source.portion[1] <= 1:
             raise UserError(f"source {source.name!r}: portion={source.portion} is no part; give two shares, "
                             "e.g. (0.0, 0.9) to train on and (0.9, 1.0) to hold out")
-    names = [source.name for source in data.sources]
-    if len(set(names)) != len(names):
-        raise UserError(f"data.sources: names must differ, got {', '.join(names)}")
+    for field, sources in (("eval_sources", data.eval_sources), ("sources", data.sources)):
+        names = [source.name for source in sources]
+        if len(set(names)) != len(names):
+            raise UserError(f"data.{field}: names must differ, got {', '.join(names)}")
     for i, component in enumerate(data.components):
         if component.source not in names:
             raise UserError(f"data.components[{i}].source={component.source!r} is not among the sources "

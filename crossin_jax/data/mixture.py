@@ -73,8 +73,9 @@ class Pool:
             self.has_NC = np.stack([corpus.has.get(code, np.zeros(len(corpus), bool)) for code in self.languages], 1)
             rows = np.flatnonzero((self.has_NC * self.weights).any(1))
         else:
-            self._refuse_gaps()
             rows = np.arange(len(corpus))
+            if len(rows):
+                self._refuse_gaps()
         if not len(rows):
             raise UserError(f"{place}: source {component.source!r} has no rows in {', '.join(self.languages)}")
         if component.with_replacement:
@@ -302,7 +303,7 @@ def load_corpora(data: Data, seed: int) -> dict[str, Corpus]:
     """The corpora of all sources in use, by name; the embedded world is halved by the seed."""
     used = {component.source for component in data.components}
     return {source.name: load_corpus(source, data.languages, seed=seed)
-            for source in (*data.sources, *data.eval_sources) if source.name in used}
+            for source in data.sources if source.name in used}
 
 
 def held_out(data: Data) -> Data:

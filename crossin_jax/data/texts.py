@@ -192,7 +192,7 @@ FAULTS = (None, "empty output", "NUL character", f"over {MAX_CHARACTERS} charact
 
 
 def find_fault(text: Text) -> str | None:
-    whole = text.instruction + text.input + text.output
+    whole = "" if text.messages else text.instruction + text.input + text.output  # of a chat they are two of the turns
     if text.messages:
         whole += "".join(content for _, content in text.messages)
         roles = [role for role, _ in text.messages if role != "system"]

@@ -1,7 +1,9 @@
 """Audits: planted leaks are found in every language, counts are those of the mixture, reports are whole."""
 
+import itertools
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from crossin_jax.config import Component, Data, Source
 from crossin_jax.data.audit import audit, draw, measure_fertility, to_markdown
 from crossin_jax.data.leakage import NEAR, LeakIndex, Passage, hash_grams, sign, split_units
 from crossin_jax.data.mixture import Mixture, load_corpora
+from crossin_jax.data.packing import pack_rows
 from crossin_jax.data.prompts import Renderer
 from crossin_jax.evaluation.benchmarks import Benchmark, Item, Version, load_benchmark
 from tests.data.conftest import parallel_rows, write_lines
@@ -81,6 +84,45 @@ def test_leaks_in_answers_and_contexts_count(tokenizer, tmp_path):
     assert (entry["side"], entry["part"], entry["row"]) == ("answer", "context", "r3") and entry["share"] > 0.7
 
 
+@pytest.mark.parametrize(("unit", "joint", "size"), [("w{}", " ", 13), ("{}", "", 20)])
+def test_a_leak_is_a_run_of_13_words_or_20_characters(unit, joint, size):
+    """One fewer is none; the share is that of the passage's runs that are found."""
+    def units(start, count) -> list[str]:
+        return [unit.format(n if joint else chr(0x4E00 + n)) for n in range(start, start + count)]
+    passage = Passage("b", "1", "zh", "question")
+    index = LeakIndex([(passage, joint.join(units(0, size + 9)))])
+    for shared, runs in ((size + 9, 10), (size + 8, 9), (size, 1), (size - 1, 0)):
+        text = joint.join([*units(200, 40), *units(0, shared), *units(300, 40)])
+        leaks = [leak for leak in index.find(text) if leak.kind == "gram"]
+        assert [(leak.passage, leak.share) for leak in leaks] == ([(passage, runs / 10)] if runs else []), shared
+
+
+def test_a_passage_shorter_than_a_run_must_be_there_whole():
+    """And one of fewer than six words is too common to count."""
+    words = [f"w{i}" for i in range(12)]
+    for count in (5, 6, 12):
+        index = LeakIndex([(Passage("b", "1", "en", "question"), " ".join(words[:count]))])
+        around = [f"x{i}" for i in range(30)]
+        found = [leak.share for leak in index.find(" ".join([*around, *words[:count], *around]))]
+        assert found == ([1.0] if count >= 6 else [])
+        assert not index.find(" ".join([*around, *words[:count - 1], *around]))
+
+
+def test_an_item_is_touched_by_a_run_and_found_by_half_of_its_runs(tokenizer, tmp_path):
+    """Of 28 words, 16 runs: 13 words are one of them, 20 are eight."""
+    words = [f"word{i}" for i in range(28)]
+    benchmark = Benchmark("bench", tuple(Item(f"i{k}", {"en": Version(
+        " ".join(f"{word}n{k}" for word in words), ("(A) a", "(B) b"), 0)}) for k in range(4)), ("en",), "test")
+    around = " ".join(f"other{i}" for i in range(40))  # else they would be near-duplicates
+    rows = [{"id": f"r{k}", "en": {"instruction": " ".join([around, *(f"{word}n{k}" for word in words[:n])]),
+                                   "output": "a"}} for k, n in enumerate((12, 13, 19, 20))]
+    parts = open_rows(tokenizer, tmp_path, rows, Component(source="s"), languages=("en",))
+    report = audit(*parts, [benchmark])["leakage"]["bench"]
+    assert report["languages"] == {"en": {"items": 4, "touched": 3, "found": 1}}
+    assert [(entry["item"], entry["row"], entry["share"]) for entry in report["strongest"]] == [
+        ("i3", "r3", 0.5), ("i2", "r2", round(7 / 16, 3)), ("i1", "r1", round(1 / 16, 3))]
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 10**6), st.integers(0, 12))
 def test_minhash_finds_what_is_near_and_nothing_else(seed, edits):
@@ -128,6 +170,77 @@ def test_counts_are_those_of_the_mixture(tokenizer, tmp_path):
     assert report["packing"]["packed"] > report["packing"]["unpacked"]
 
 
+def test_lengths_and_shares_are_those_of_the_tokens(tokenizer, tmp_path):
+    """Against NumPy over the rendered examples; an example of T + 1 ids has T tokens, of which the first is given."""
+    parts = mixture, renderer, data = open_rows(
+        tokenizer, tmp_path, parallel_rows(60), Component(source="s"), Component(kind="x2en", source="s"))
+    report = audit(*parts)
+    rendered = renderer.render_many([*mixture])
+    total = sum(len(r.ids) - 1 for r in rendered)
+    learned = sum(int(r.learned[1:].sum()) for r in rendered)
+    for name in ("base", "x2en"):
+        lengths = [len(r.ids) - 1 for e, r in zip(mixture, rendered, strict=True) if e.component == name]
+        told = report["lengths"][name]
+        assert told["mean"] == pytest.approx(np.mean(lengths)) and told["max"] == max(lengths)
+        assert [told[f"p{q}"] for q in (5, 50, 95, 99)] == [int(np.percentile(lengths, q)) for q in (5, 50, 95, 99)]
+        assert told["counts"] == [sum(low <= n < high for n in lengths)
+                                  for low, high in itertools.pairwise(told["edges"])]
+    for group in report["components"]:
+        mine = [r for e, r in zip(mixture, rendered, strict=True) if (
+            e.component, e.prompt_language, e.answer_language) == tuple(
+            group[key] for key in ("component", "prompt", "answer"))]
+        tokens, answers = sum(len(r.ids) - 1 for r in mine), sum(int(r.learned[1:].sum()) for r in mine)
+        assert (group["examples"], group["tokens"], group["learned"]) == (len(mine), tokens, answers)
+        assert group["token_share"] == pytest.approx(tokens / total)
+        assert group["learned_share"] == pytest.approx(answers / learned)
+        assert group["over_long"] == group["shortened"] == group["dropped"] == group["refused"] == 0
+    rows = len(pack_rows([len(r.ids) - 1 for r in rendered], data.length))
+    assert report["packing"] == {"packed": pytest.approx(total / rows / 512), "examples_per_row": 120 / rows,
+                                 "unpacked": pytest.approx(total / 120 / 512)}
+
+
+def test_the_longest_row_is_not_over_long(tokenizer, tmp_path):
+    mixture, renderer, data = open_rows(tokenizer, tmp_path, parallel_rows(20), Component(source="s"))
+    longest = max(len(rendered.ids) - 1 for rendered in renderer.render_many([*mixture]))
+    for length, over in ((longest, False), (longest - 1, True)):
+        (group,) = audit(mixture, renderer, replace(data, length=length))["components"]
+        assert bool(group["over_long"]) == over and group["over_long"] == group["dropped"]
+
+
+def test_an_audit_may_stop_early(tokenizer, tmp_path):
+    mixture, renderer, data = open_rows(tokenizer, tmp_path, parallel_rows(20), Component(source="s"))
+    report = audit(mixture, renderer, data, limit=7)
+    assert report["examples"] == 7 == report["components"][0]["examples"]
+    assert report["components"][0]["tokens"] == sum(
+        len(rendered.ids) - 1 for rendered in renderer.render_many(mixture.take(np.arange(7))))
+
+
+def test_dropped_and_refused_rows_are_named(tokenizer, tmp_path):
+    rows = parallel_rows(40)
+    for row in rows[:30]:
+        row["en"]["instruction"] += " <s>"
+    rows[39]["es"]["output"] = ""
+    report = audit(*open_rows(tokenizer, tmp_path, rows, Component(source="s"), template="chatml"))
+    (refused,) = report["refused"].values()
+    assert refused["examples"] == 30 and len(set(refused["first"])) == 20 == len(refused["first"])
+    assert report["dropped_rows"] == {"s": {"empty output": 1}} and report["components"][0]["refused"] == 30
+    table = to_markdown(report)
+    assert "Refused, special token in the text: it would forge a turn: 30 (" in table
+    assert "Dropped from s: 1 empty output" in table
+
+
+def test_prompts_and_answers_are_told_apart_without_tags_and_requests(tokenizer, tmp_path):
+    """A translation's prompt is the text to translate; a text that says too little is unclear."""
+    rows = parallel_rows(12)
+    for row in rows:
+        row["es"] = {"instruction": "¿Qué es lo que se ve en la ciudad?", "input": "", "output": "12"}
+        row["en"] = {"instruction": "What is the name of the city?", "input": "", "output": "the city is on the river"}
+    parts = open_rows(tokenizer, tmp_path, rows, Component(kind="en2x", source="s", languages={"es": 1.0}),
+                      Component(kind="trans", source="s", translate="x2en", languages={"es": 1.0}))
+    assert audit(*parts)["languages"] == {
+        "prompt": {"en": {"en": 12}, "es": {"es": 12}}, "answer": {"es": {"unclear": 12}, "en": {"en": 12}}}
+
+
 def test_over_long_and_refused_rows_are_listed_by_language(tokenizer, tmp_path):
     rows = parallel_rows(20)
     for row in rows[:4]:
@@ -157,10 +270,15 @@ def test_fertility_counts_tokens_per_character_and_word(tokenizer, tmp_path):
     mixture, renderer, _ = open_rows(tokenizer, tmp_path, parallel_rows(30))
     fertility = measure_fertility(mixture.corpora, renderer)
     assert set(fertility) == set(CODES) and fertility["zh"]["tokens_per_word"] is None
-    spanish = [record.texts["es"] for record in mixture.corpora["s"]]
-    texts = [part for t in spanish for part in (t.instruction, t.input, t.output) if part]
-    expected = sum(len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts) / sum(map(len, texts))
-    assert fertility["es"]["tokens_per_character"] == pytest.approx(expected)
+    for code in CODES:
+        parallel = [record.texts[code] for record in mixture.corpora["s"]]
+        texts = [part for t in parallel for part in (t.instruction, t.input, t.output) if part]
+        tokens = sum(len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts)
+        words = sum(len(text.split()) for text in texts)
+        assert fertility[code] == {
+            "tokens_per_character": pytest.approx(tokens / sum(map(len, texts))), "texts": len(texts),
+            "tokens_per_byte": pytest.approx(tokens / sum(len(text.encode()) for text in texts)),
+            "tokens_per_word": None if code == "zh" else pytest.approx(tokens / words)}
 
 
 def test_tables_and_figures_are_written(tokenizer, tmp_path):

@@ -1,7 +1,10 @@
 """Every layout gives the same records; every fault names file, row and remedy."""
 
 import csv
+import hashlib
+import itertools
 import json
+import os
 import pickle
 import random
 import subprocess
@@ -103,11 +106,67 @@ def test_every_layout_gives_the_same_records(write, tmp_path, monkeypatch):
     assert reloaded[7] == corpus[7] and np.array_equal(reloaded.keys, corpus.keys)
 
 
-def test_fingerprint_follows_the_text_and_not_the_order(tmp_path):
-    shuffled, changed = ROWS[::-1], [{**ROWS[0], "en": {**ROWS[0]["en"], "output": "other"}}, *ROWS[1:]]
-    prints = [load(write_lines(tmp_path / f"{i}.jsonl", rows)).fingerprint
-              for i, rows in enumerate([ROWS, shuffled, changed])]
-    assert prints[0] == prints[1] != prints[2]
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+
+
+def in_memory(records: list[dict], folder: Path) -> Corpus:
+    """The rows as a list of records."""
+    def read(row: dict) -> Text:
+        turns = row.get("messages")
+        return Text(row.get("instruction", "hi"), row.get("input", ""), row.get("output", "ho"),
+                    tuple((turn["role"], turn["content"]) for turn in turns) if turns else None)
+    return Corpus("rows", [Record(row["id"], {code: read(text) for code, text in row.items() if code != "id"})
+                           for row in records])
+
+
+def from_file(records: list[dict], folder: Path) -> Corpus:
+    return load(write_lines(folder / "rows.jsonl", records))
+
+
+def changed(row: int, code: str, **fields):
+    return lambda rows: [{**r, code: {**r[code], **fields}} if i == row else r for i, r in enumerate(rows)]
+
+
+def swapped(rows: list[dict]) -> list[dict]:
+    return [{"id": rows[0]["id"], "en": rows[0]["zh"], "zh": rows[0]["en"]}, *rows[1:]]
+
+
+FINGERPRINTS = {
+    **{field: changed(1, "zh", **{field: "other"}) for field in ("instruction", "input", "output")},
+    "role": changed(2, "en", messages=[{"role": "system", "content": "x"}, *CHAT]),
+    "turn": changed(2, "en", messages=[{**CHAT[0], "content": "other"}, CHAT[1]]),
+    "id": lambda rows: [{**rows[0], "id": "other"}, *rows[1:]],
+    "language": swapped,
+    "row more": lambda rows: [*rows, {**rows[0], "id": "other"}],
+    "row less": lambda rows: rows[1:],
+    "language less": lambda rows: [{"id": rows[0]["id"], "en": rows[0]["en"]}, *rows[1:]],
+    "dropped": changed(0, "zh", output="\0"),
+}
+
+
+@pytest.mark.parametrize("part", FINGERPRINTS)
+@pytest.mark.parametrize("read", [in_memory, from_file])
+def test_the_fingerprint_follows_every_part_of_the_texts_and_not_their_order(part, read, tmp_path):
+    rows = parallel_rows(2, ("en", "zh")) + [{"id": "chat", "en": {"messages": CHAT}, "zh": {"messages": CHAT}}]
+    whole = read(rows, tmp_path).fingerprint
+    assert read(rows[::-1], tmp_path).fingerprint == whole != read(FINGERPRINTS[part](rows), tmp_path).fingerprint
+
+
+def test_the_fingerprint_counts_rows_that_are_alike(tmp_path):
+    rows = [{"instruction": "q", "output": "a"}, {"instruction": "p", "output": "b"}]
+    prints = [load(write_lines(tmp_path / "rows.jsonl", more), ("en",)).fingerprint
+              for more in (rows, rows + rows[:1] * 2, rows + rows[1:] * 2)]
+    assert len(set(prints)) == 3
+
+
+def test_the_fingerprint_names_the_part_that_is_read(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", ROWS)
+    parts = [{}, {"limit": 3}, {"limit": 4}, {"portion": (0.0, 0.5)}, {"portion": (0.5, 1.0)},
+             {"portion": (0.5, 1.0), "limit": 3}]
+    assert len({load(path, **part).fingerprint for part in parts}) == len(parts)
+    text = {**ROWS[0], "en": {**ROWS[0]["en"], "output": "other"}}
+    other = write_lines(tmp_path / "other.jsonl", [text, *ROWS[1:]])
+    assert load(path, limit=39).fingerprint != load(other, limit=39).fingerprint
 
 
 def test_large_sources_are_mapped_from_disk_and_reread_when_the_file_changes(tmp_path, monkeypatch):
@@ -123,6 +182,127 @@ def test_large_sources_are_mapped_from_disk_and_reread_when_the_file_changes(tmp
     monkeypatch.setattr(corpus_module, "CACHE_BYTES", 0)
     write_lines(tmp_path / "rows.jsonl", ROWS[:5])
     assert len(load_corpus(source, CODES, cache=str(tmp_path / "cache"))) == 5
+
+
+@pytest.fixture
+def cached(monkeypatch, tmp_path):
+    """Reads a source as a large one, through a cache folder: (source settings, cache folder) → what came of it."""
+    monkeypatch.setattr(corpus_module, "CACHE_BYTES", 0)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+
+    def read(cache: str = "cache", codes=("en", "zh"), **settings):
+        source = Source(**{"name": "rows", "path": str(tmp_path / "rows.jsonl")} | settings)
+        try:
+            corpus = load_corpus(source, codes, cache=str(tmp_path / cache))
+        except UserError as error:
+            return str(error)
+        places = [corpus.find_place(i) for i in range(len(corpus))]
+        return ([*corpus], corpus.keys.tolist(), corpus.languages, corpus.fingerprint, corpus.dropped,
+                corpus.dropped_rows, places)
+    return read
+
+
+def write_apart(folder: Path) -> str:
+    """A file per language, whose rows have ids that meet otherwise than their places do."""
+    for code, ids in (("en", "abc"), ("zh", "bca")):
+        write_lines(folder / f"apart_{code}.jsonl", [
+            {"id": i, "instruction": f"{code} {i}", "output": "x"} for i in ids])
+    return str(folder / "apart_{lang}.jsonl")
+
+
+def write_splits(folder: Path) -> str:
+    (folder / "hub").mkdir()
+    for name, start in (("train", 0), ("test", 100)):
+        write_lines(folder / "hub" / f"{name}.jsonl", parallel_rows(3, start=start))
+    return str(folder / "hub")
+
+
+# What is changed between two readings through one cache → (settings, changed settings)
+CACHED = {
+    "languages in use": lambda d: ({}, {"codes": ("en", "vi")}),
+    "order of the languages": lambda d: ({}, {"codes": ("zh", "en")}),
+    "source.languages": lambda d: ({}, {"languages": ("en", "vi")}),
+    "source.fields": lambda d: ({}, {"fields": {"instruction": "output", "output": "instruction"}}),
+    "source.join": lambda d: ({"path": write_apart(d)}, {"join": "position"}),
+    "source.split": lambda d: ({"path": write_splits(d), "kind": "hub"}, {"split": "test"}),
+    "source.kind": lambda d: ({}, {"kind": "messages"}),
+    "layout": lambda d: ({}, {"kind": "json"}),
+    "source.path": lambda d: ({}, {"path": write_lines(d / "more.jsonl", parallel_rows(9))}),
+    "source.portion": lambda d: ({}, {"portion": (0.5, 1.0)}),
+    "source.limit": lambda d: ({"limit": 7}, {"limit": 5}),
+}
+
+
+@pytest.mark.parametrize("part", CACHED)
+def test_a_cached_source_is_read_anew_where_a_setting_says_otherwise(cached, tmp_path, part):
+    """What comes through a cache that another reading has filled is what comes through an empty one."""
+    write_lines(tmp_path / "rows.jsonl", ROWS)
+    settings, changes = CACHED[part](tmp_path)
+    before, after = cached(**settings), cached(**settings | changes)
+    assert not isinstance(before, str) and before != after
+    assert after == cached("empty", **settings | changes)
+    assert before == cached(**settings)
+
+
+def touch(path: Path, text: str, seconds: int) -> None:
+    """Writes a file as if it were written at a time."""
+    path.write_text(text)
+    os.utime(path, (seconds, seconds))
+
+
+@pytest.mark.parametrize("change", ["time", "size", "folder"])
+def test_a_cached_source_is_read_anew_where_a_file_differs(cached, tmp_path, change):
+    """By its size, its time, or its folder alone; also where it is one of several."""
+    path = write_apart(tmp_path)
+    old, new = '{"id": "a", "instruction": "i", "output": "x"}\n', '{"id": "a", "instruction": "i", "output": "y"}\n'
+    for code in ("en", "zh"):
+        touch(tmp_path / f"apart_{code}.jsonl", old, 1000)
+    before = cached(path=path)
+    if change == "folder":
+        (tmp_path / "copy").mkdir()
+        path = str(tmp_path / "copy" / "apart_{lang}.jsonl")
+        touch(tmp_path / "copy" / "apart_en.jsonl", old, 1000)
+    zh = Path(path.replace("{lang}", "zh"))
+    touch(zh, new + " " * (change == "size"), 2000 if change == "time" else 1000)
+    after = cached(path=path)
+    assert before != after == cached("empty", path=path) and after[0][0].texts["zh"].output == "y"
+
+
+def test_a_cached_source_is_parsed_once_whatever_is_taken_of_it(cached, tmp_path, monkeypatch):
+    """Name, portion and limit pick from one entry; places and dropped rows are those of the first reading."""
+    write_lines(tmp_path / "rows.jsonl", [*ROWS, {"id": "faulty", "en": {"instruction": "q", "output": " "}}])
+    first = cached()
+    assert first == cached() and first[4] == {"empty output": 1} and "row 41 (en)" in first[5]["empty output"][0]
+    assert cached(name="other") == first and len(cached(limit=3)[0]) == 3
+    halves = [record for part in ((0.0, 0.5), (0.5, 1.0)) for record in cached(portion=part)[0]]
+    assert sorted(halves, key=lambda record: int(record.id[1:])) == first[0]
+    assert len([*(tmp_path / "cache").iterdir()]) == 1
+    monkeypatch.setattr(corpus_module, "FORMAT", corpus_module.FORMAT + 1)  # as a later release may write it
+    assert cached() == first and len([*(tmp_path / "cache").iterdir()]) == 2
+    monkeypatch.setattr(corpus_module, "CACHE_BYTES", 1 << 30)
+    assert cached() == first  # as from memory
+
+
+@pytest.mark.parametrize("read", [in_memory, from_file])
+def test_records_are_found_by_their_place_from_either_end(tmp_path, read):
+    corpus = read(ROWS[:3], tmp_path)
+    assert [corpus[i].id for i in (0, 2, -1, -3)] == ["r0", "r2", "r2", "r0"]
+    for i in (3, -4):
+        with pytest.raises(IndexError):
+            corpus[i]
+    assert corpus.find_place(1).endswith("row 2") and [*corpus.ids()] == ["r0", "r1", "r2"]
+    assert corpus.pick(1, ("zh",)).texts["zh"] == corpus[1].texts["zh"]
+
+
+def test_small_sources_stay_in_memory_and_large_ones_go_to_the_cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("CROSSIN_CACHE", str(tmp_path / "cache"))
+    path = write_lines(tmp_path / "rows.jsonl", ROWS)
+    monkeypatch.setattr(corpus_module, "CACHE_BYTES", os.path.getsize(path))
+    load(path)
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(corpus_module, "CACHE_BYTES", os.path.getsize(path) - 1)
+    load(path)
+    assert len([*(tmp_path / "cache").iterdir()]) == 1
 
 
 def test_stopped_caching_leaves_nothing_that_counts_as_whole(tmp_path, monkeypatch):
@@ -186,17 +366,39 @@ def test_rows_without_ids_are_named_by_content(tmp_path):
     assert sum(record_id.endswith("-2") for record_id in one.ids()) == 1
 
 
-def test_limit_takes_the_same_rows_in_any_order(tmp_path):
-    chosen = [set(load(write_lines(tmp_path / f"{i}.jsonl", rows), limit=n).ids())
-              for i, (rows, n) in enumerate([(ROWS, 10), (ROWS[::-1], 10), (ROWS, 20)])]
-    assert chosen[0] == chosen[1] < chosen[2] and len(chosen[0]) == 10
+def by_hash(ids: list[str]) -> list[str]:
+    """Row ids in the order of the first eight bytes of BLAKE2b."""
+    def key(row_id: str) -> int:
+        return int.from_bytes(hashlib.blake2b(row_id.encode(), digest_size=8).digest(), "little")
+    return sorted(ids, key=key)
 
 
-def test_portions_part_the_rows(tmp_path):
-    path = write_lines(tmp_path / "rows.jsonl", ROWS)
-    one, two = (load(path, portion=portion) for portion in ((0.0, 0.5), (0.5, 1.0)))
-    assert set(one.ids()) | set(two.ids()) == set(EXPECTED) and not set(one.ids()) & set(two.ids())
-    assert one.fingerprint != two.fingerprint and len(load(path, portion=(0.5, 1.0), limit=3)) == 3
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 40])
+def test_portion_and_limit_take_rows_in_hash_order(tmp_path, n):
+    """Of any files, in any order; parts that meet leave no row out and share none; the file's order stays."""
+    ids = [row["id"] for row in ROWS[:n]]
+    for rows in (ROWS[:n], ROWS[:n][::-1]):
+        path = write_lines(tmp_path / "rows.jsonl", rows)
+        for borders in ((0.0, 1.0), (0.0, 0.5, 1.0), (0.0, 0.3, 0.35, 0.9, 1.0)):
+            parts = [[*load(path, portion=part).ids()] for part in itertools.pairwise(borders)]
+            assert [row for part in parts for row in by_hash(part)] == by_hash(ids)
+            assert all(abs(len(part) - n * (b - a)) <= 1
+                       for part, (a, b) in zip(parts, itertools.pairwise(borders), strict=True))
+            assert all(part == [row["id"] for row in rows if row["id"] in part] for part in parts)
+        for limit in (1, 2, 30, 50):
+            assert by_hash([*load(path, limit=limit).ids()]) == by_hash(ids)[:limit]
+            half = by_hash([*load(path, portion=(0.5, 1.0)).ids()])
+            assert by_hash([*load(path, portion=(0.5, 1.0), limit=limit).ids()]) == half[:limit]
+
+
+def test_a_part_of_the_embedded_world_is_taken_as_of_a_file():
+    whole = load_corpus(Source(name="w", kind="world", split="dev"), ("en",), seed=3)
+    part = load_corpus(Source(name="w", kind="world", split="dev", portion=(0.25, 0.75), limit=5), ("en",), seed=3)
+    ids = [*whole.ids()]
+    first = round(0.25 * len(ids))
+    assert sorted(part.ids()) == sorted(by_hash(ids)[first:first + 5]) and part.fingerprint != whole.fingerprint
+    assert part.keys.tolist() == [int.from_bytes(hashlib.blake2b(i.encode(), digest_size=8).digest(), "little")
+                                  for i in part.ids()]
 
 
 def test_languages_may_be_missing_but_are_known(tmp_path):

@@ -1,5 +1,6 @@
 """Batches: each example once and unchanged, packed tightly, the same on every host, resumed at any point."""
 
+import dataclasses
 import hashlib
 import json
 import random
@@ -10,11 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crossin_jax.config import Component, Data, Source, UserError
+from crossin_jax.config import Component, Config, Data, Source, UserError
 from crossin_jax.data import packing
+from crossin_jax.data.corpus import Corpus, Record, Text
+from crossin_jax.data.crosslingual import Example
 from crossin_jax.data.loader import make_loader
 from crossin_jax.data.mixture import Mixture, load_corpora
 from crossin_jax.data.packing import pack_rows, shorten_input
+from crossin_jax.data.pipeline import open_renderer
 from crossin_jax.data.prompts import Renderer, load_tokenizer
 from tests.data.conftest import parallel_rows, write_lines
 
@@ -161,6 +165,107 @@ def test_packing_uses_every_example_once_and_few_rows(lengths):
         -(-sum(n for n in lengths if n <= 25) // 50)) + 1
 
 
+def pack_slowly(lengths, capacity) -> list[int]:
+    """Free space of each row: the longest example first, into the row that it leaves fullest."""
+    free: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fits = [space for space in free if space >= length]
+        if fits:
+            free[free.index(min(fits))] -= length
+        else:
+            free.append(capacity - length)
+    return sorted(free)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 60).flatmap(lambda capacity: st.tuples(
+    st.just(capacity), st.lists(st.integers(1, capacity), max_size=80))))
+def test_packing_fills_rows_as_best_fit_does(case):
+    capacity, lengths = case
+    rows = pack_rows(lengths, capacity)
+    assert sorted(capacity - sum(lengths[i] for i in row) for row in rows) == pack_slowly(lengths, capacity)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+
+
+def sized_parts(tokenizer, length, **changes):
+    """Mixture, renderer and settings of three rows, of one position less than a row, as many, and one more."""
+    renderer = Renderer(tokenizer, "gemma")
+    bare = len(renderer.render_answer("a", "", "b").ids) - 1
+    words = "a" + "&" * (length - bare - 1)  # no two of these make a token
+    records = [Record(f"r{n}", {"en": Text(words + "&" * n, "", "b")}) for n in range(3)]
+    data = Data(sources=(Source(name="s"),), components=(Component(source="s"),), languages=("en",),
+                length=length, template="gemma", **changes)
+    assert [len(renderer.render_answer(record.texts["en"].instruction, "", "b").ids) - 1 - length
+            for record in records] == [-1, 0, 1]
+    return Mixture(data, {"s": Corpus("s", records)}, 0), renderer, data
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_an_example_as_long_as_a_row_is_kept_whole(tokenizer, packs):
+    """A row of T positions holds T + 1 ids, since the last one is only a target; one more is over-long."""
+    mixture, renderer, data = parts = sized_parts(tokenizer, 40)
+    loader = loader_of(parts, num_epochs=1, packing=packs)
+    found = sorted(segment[0] for batch in loader for segment in segments_of(batch))
+    ids = [tuple(rendered.ids.tolist()) for rendered in renderer.render_many([*mixture])]
+    assert found == sorted(entry for entry in ids if len(entry) <= 41) and len(found) == 2
+    assert loader.dropped == {"over-long base/en": 1}
+
+
+def test_every_reason_is_counted_by_component_and_language(tokenizer, tmp_path, caplog):
+    """And told once, with the first batch that lacks an example."""
+    bos = tmp_path / "bos.json"
+    bos.write_text(json.dumps({"prompt_input": "<s><s>{instruction} {input}\n",
+                               "prompt_no_input": "<s><s>{instruction}\n"}))
+    rows = parallel_rows(20)
+    rows[1]["en"]["instruction"] += " <|im_end|>"  # in all three
+    rows[2]["zh"]["instruction"] = ""  # nothing to translate into
+    rows[3]["en"]["input"] = "river " * 300  # in base alone
+    rows[4]["zh"]["instruction"] = "河 " * 300  # the answer of trans
+    components = (Component(kind="base", source="s"),
+                  Component(kind="trans", source="s", translate="en2x", languages={"zh": 1.0}),
+                  Component(kind="en2x", source="s", languages={"es": 1.0}, template=str(bos)))
+    data = Data(sources=(Source(name="s", path=write_lines(tmp_path / "rows.jsonl", rows)),), length=160,
+                components=components, template="chatml")
+    renderer = open_renderer(Config(data=data), tokenizer)
+    parts = Mixture(data, load_corpora(data, 0), 0), renderer, data
+    expected = {"special token in the text base/en": 1, "over-long base/en": 1,
+                "special token in the text trans/zh": 1, "over-long trans/zh": 1,
+                "special token in the text en2x/es": 1, "nothing to learn trans/zh": 1, "double BOS en2x/es": 19}
+    for epochs in (1, 2):
+        loader = loader_of(parts, num_epochs=epochs)
+        segments = [segment for batch in loader for segment in segments_of(batch)]
+        assert loader.dropped == {reason: n * epochs for reason, n in expected.items()}
+        assert len(segments) == epochs * (60 - sum(expected.values()))
+    warnings = [record.message for record in caplog.records if "some examples cannot be used" in record.message]
+    assert len(warnings) == 2 and "19 double BOS en2x/es" in warnings[0]  # one per loader
+
+
+@settings(max_examples=30, deadline=None)
+@given(body=st.text(st.sampled_from("ab c\n[]河é"), max_size=120), length=st.integers(8, 90),
+       tag=st.sampled_from(["\n[zh]", ""]))
+def test_a_shortened_input_is_a_beginning_of_it(tokenizer, body, length, tag):
+    renderer = Renderer(tokenizer, "gemma")
+    whole = Example("r", "x2x", "en", "zh", "Name it.", body + tag, "塞纳河")
+
+    def ids_of(input) -> list[int]:
+        return renderer.render(dataclasses.replace(whole, input=input)).ids.tolist()
+    shortened = shorten_input(whole, renderer, length)
+    if len(ids_of(body + tag)) - 1 <= length:
+        assert shortened.ids.tolist() == ids_of(body + tag)
+    elif len(ids_of(tag)) - 1 > length:  # not even without
+        assert shortened is None
+    else:
+        ids = shortened.ids.tolist()
+        assert len(ids) - 1 <= length and ids in [ids_of(body[:k].rstrip() + tag) for k in range(len(body))]
+
+
+def test_a_chat_is_never_shortened(tokenizer):
+    turns = (("user", "one " * 50), ("assistant", "Seine"))
+    chat = Example("r", "x2x", "en", "zh", "one " * 50, "in " * 50, "Seine", turns)
+    assert shorten_input(chat, Renderer(tokenizer, "gemma"), 30) is None
+    assert shorten_input(chat, Renderer(tokenizer, "gemma"), 300) is not None
+
+
 def measure(mixture, renderer, data, **changes) -> float:
     """Share of real tokens in one epoch of batches, without the last one."""
     data = Data(**{**vars(data), **changes})
@@ -233,12 +338,68 @@ def test_rows_must_divide_over_hosts(parts):
 def test_a_checkpoint_of_other_data_is_refused(parts, tokenizer):
     mixture, _, data = parts
     state = loader_of(parts).get_state()
-    with pytest.raises(UserError, match="data changed since the checkpoint: length was 160, is 200"):
-        loader_of(parts, length=200).set_state(state)
     with pytest.raises(UserError, match="data changed since the checkpoint: template"):
         loader_of((mixture, Renderer(tokenizer, "llama"), data)).set_state(state)
     with pytest.raises(UserError, match="data changed since the checkpoint: mixture"):
         loader_of((Mixture(data, mixture.corpora, 1), *parts[1:])).set_state(state)
+
+
+# What differs from the checkpoint's data → (settings of the loader then, now, what is named)
+REFUSED = {
+    "length": ({}, {"length": 200}, "length was 160, is 200"),
+    "packing": ({}, {"packing": False}, "packing was True, is False"),
+    "over_long": ({}, {"over_long": "shorten_input"}, "shortens was False, is True"),
+    "seed": ({}, {"seed": 1}, "seed was 0, is 1"),
+    "batch_size": ({"packing": False}, {"packing": False, "batch_size": 8}, "batch_size was 4, is 8"),
+}
+
+
+@pytest.mark.parametrize("part", REFUSED)
+def test_a_position_in_other_rows_is_refused(parts, part):
+    before, after, words = REFUSED[part]
+    state = json.loads(json.dumps(loader_of(parts, **before).get_state()))
+    loader_of(parts, **before).set_state(state)
+    with pytest.raises(UserError, match=f"data changed since the checkpoint: {words}; restore the settings, or start"):
+        loader_of(parts, **after).set_state(state)
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": 8}, {"host": 1, "hosts": 2}])
+def test_a_position_does_not_depend_on_how_rows_are_dealt_out(parts, small_windows, changes):
+    """Packed rows are the same for any number of hosts and rows per batch."""
+    whole, other = loader_of(parts), loader_of(parts, **changes)
+    for _ in range(3):
+        next(whole)
+    other.set_state(whole.get_state())
+    rows, batches = [next(whole) for _ in range(4)], [next(other) for _ in range(2)]
+    size = changes.get("batch_size", 4)
+    mine = slice(2, 4) if "hosts" in changes else slice(0, size)
+    for name in FIELDS:
+        stream = np.concatenate([batch[name] for batch in rows])
+        assert all(np.array_equal(batch[name], stream[k * size:(k + 1) * size][mine])
+                   for k, batch in enumerate(batches))
+
+
+def test_unpacked_rows_are_padded_to_the_smallest_of_three_widths(parts):
+    widths = Counter()
+    for batch in loader_of(parts, packing=False, num_epochs=1):
+        longest = (batch["segment_ids_BT"] > 0).sum(1).max()
+        assert batch["tokens_BT"].shape[1] == min(width for width in (40, 80, 160) if width >= longest)
+        widths[batch["tokens_BT"].shape[1]] += 1
+    assert len(widths) > 1
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_tokens_and_steps_per_epoch_are_those_of_one_epoch(parts, packs):
+    """Exact for a mixture that a few windows hold."""
+    mixture, renderer, _ = parts
+    tokens = sum(len(rendered.ids) - 1 for rendered in renderer.render_many([*mixture]))
+    for epochs in (1, None):
+        loader = loader_of(parts, packing=packs, num_epochs=epochs)
+        assert loader.tokens_per_epoch == pytest.approx(tokens, abs=1e-6)
+    batches = [*loader_of(parts, packing=packs, num_epochs=1)]
+    rows = sum((batch["segment_ids_BT"] > 0).any(1).sum() for batch in batches)
+    steps = loader_of(parts, packing=packs, num_epochs=1).steps_per_epoch
+    assert rows / 4 <= steps <= len(batches)
 
 
 @pytest.mark.parametrize("packs", [True, False])

@@ -3,9 +3,12 @@
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +20,9 @@ from crossin_jax.config import Component, Config, Data, Model, Source, UserError
 from crossin_jax.data import preview
 from crossin_jax.data.corpus import load_corpus
 from crossin_jax.data.crosslingual import Example
+from crossin_jax.data.loader import make_loader
 from crossin_jax.data.mixture import Mixture, load_corpora
+from crossin_jax.data.pipeline import open_pipeline
 from crossin_jax.data.prompts import Renderer, RowFault, load_tokenizer
 from crossin_jax.evaluation.benchmarks import load_benchmark
 from tests.data.conftest import parallel_rows, write_lines
@@ -60,6 +65,91 @@ def test_build_writes_the_stream_and_its_manifest(config, tmp_path, form, capsys
     assert len(load_corpus(source, ("en",))) > 0
 
 
+COLUMNS = {"row_id": "id", "component": "component", "prompt_language": "prompt_language",
+           "answer_language": "answer_language", "instruction": "instruction", "input": "input", "output": "output"}
+
+
+def read_built(config, form) -> list[dict]:
+    """The rows of the built file that the manifest names."""
+    folder = Path(config.output_dir) / "data"
+    path = folder / json.loads((folder / "manifest.json").read_text())["file"]
+    assert path.suffix == f".{form}"
+    if form == "parquet":
+        return pyarrow.parquet.read_table(path).to_pylist()
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_a_built_row_is_the_whole_example(config, tmp_path, form):
+    """Its languages, its component and, of a chat, its turns; and it reads again as the same text."""
+    def chat(code):
+        return {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": f"{code} hi"},
+                             {"role": "assistant", "content": f"{code} «ho»\n"}, {"role": "user", "content": "and?"},
+                             {"role": "assistant", "content": f"{code} so"}]}
+    rows = [{"id": f"chat{i}", **{code: chat(code) for code in ("en", "zh", "vi", "es")}} for i in range(3)]
+    config.data.sources[0].path = write_lines(tmp_path / "mixed.jsonl", [*parallel_rows(9), *rows])
+    config.data.components = Component(source="rows"), Component(kind="x2x", source="rows"), Component(
+        kind="trans", source="rows")
+    config.data.tag = "sentence"
+    prepare.build(config, arguments(format=form))
+    mixture = Mixture(config.data, load_corpora(config.data, config.seed), config.seed)
+    built = read_built(config, form)
+    assert built == [
+        {column: getattr(e, field) for column, field in COLUMNS.items()}
+        | {"messages": [{"role": role, "content": text} for role, text in e.messages or ()]} for e in mixture]
+    assert sum(len(row["messages"]) == 5 for row in built) == 6  # of base and x2x
+    again = {"id": "row_id", "language": "answer_language"}
+    base = [row for row in built if row["component"] == "base"]
+    source = Source(name="s", path=write_lines(tmp_path / "again.jsonl", base), fields=again)
+    for record, row in zip(load_corpus(source, ("en",)), base, strict=True):
+        text = record.texts["en"]
+        assert (record.id, text.output) == (row["row_id"], row["output"])
+        assert [{"role": role, "content": words} for role, words in text.messages or ()] == row["messages"]
+
+
+@pytest.mark.parametrize("count", [prepare.BATCH - 1, prepare.BATCH, prepare.BATCH + 1])
+def test_every_example_is_built_once_in_its_order(config, count):
+    config.data.components = (Component(kind="x2x", source="rows", count=count, with_replacement=True),)
+    prepare.build(config, arguments(format="jsonl"))
+    mixture = Mixture(config.data, load_corpora(config.data, config.seed), config.seed)
+    draws = mixture.draw(np.arange(count))
+    codes, ids = config.data.languages, [*mixture.corpora["rows"].ids()]
+    assert [(row["row_id"], row["prompt_language"], row["answer_language"]) for row in read_built(config, "jsonl")] == [
+        (ids[row], codes[prompt], codes[answer]) for _, row, prompt, answer in draws]
+
+
+def test_a_built_file_counts_as_current_only_while_it_is_that_of_the_manifest(config, capsys):
+    """Whichever other file lies beside it, and from whenever it is."""
+    def build(form) -> bool:
+        prepare.build(config, arguments(format=form))
+        assert len(read_built(config, form)) == 50 + config.data.components[1].count
+        return "up to date" not in capsys.readouterr().out
+    folder = Path(config.output_dir) / "data"
+    assert build("parquet") and not build("parquet")
+    config.data.components[1].count = 20
+    assert build("jsonl") and not build("jsonl")
+    assert build("parquet") and not build("parquet")  # not the one of 30 examples
+    (folder / "mixture.parquet").unlink()
+    assert build("parquet")
+    (folder / "manifest.json").unlink()
+    assert build("parquet")
+    config.seed += 1
+    assert build("parquet") and not build("parquet")
+
+
+def test_the_table_of_a_build_counts_pairs_and_dropped_texts(config, tmp_path, capsys):
+    rows = parallel_rows(12)
+    rows[3]["zh"]["output"] = rows[4]["es"]["output"] = " "
+    config.data.sources[0].path = write_lines(tmp_path / "faulty.jsonl", rows)
+    config.data.components = Component(source="rows"), Component(kind="en2x", source="rows", languages={"es": 1.0})
+    prepare.build(config, arguments(out=str(tmp_path / "out")))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines[:3]] == [["component", "examples", "pairs"], ["base", "10", "en>en", "10"],
+                                                    ["en2x", "10", "en>es", "10"]]
+    assert lines[3] == "source rows: 10 rows, texts dropped: 2 empty output"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["manifest.json", "mixture.parquet"]
+
+
 def test_a_stopped_build_leaves_nothing_whole(config, tmp_path, monkeypatch):
     prepare.build(config, arguments())
     config.data.components[1].count = 20
@@ -90,6 +180,22 @@ def test_preview_marks_exactly_what_is_learned(config, capsys):
     assert re.search(r"^\|\d+(\|\d+)*\|\d+ free\| \d+\.\d% of 128 tokens real$", out, re.M)
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_preview_shows_the_first_rows_of_training(config, capsys, packing):
+    """As the loader of a run with these settings gives them."""
+    config.data.packing, config.train.batch_size, config.seed = packing, 8, 5
+    prepare.preview(config, arguments(n=1))
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    data = open_pipeline(config)
+    batch = next(make_loader(data.mixture, data.renderer, config.data, batch_size=8, seed=5))["segment_ids_BT"]
+    rows = []
+    for segments in batch[:4]:
+        lengths = np.bincount(segments)[1:]
+        free = 128 - lengths.sum()
+        rows.append(f"|{'|'.join(map(str, lengths))}|{free} free| {lengths.sum() / 128:.1%} of 128 tokens real")
+    assert shown == rows
+
+
 def test_preview_in_colour_and_as_a_page(config, tmp_path, capsys):
     prepare.preview(config, arguments(html=str(tmp_path / "page.html")))
     page = (tmp_path / "page.html").read_text()
@@ -102,7 +208,24 @@ def test_preview_in_colour_and_as_a_page(config, tmp_path, capsys):
     pairs = [(example, rendered), (example, RowFault("nothing to learn", "x"))]
     page = preview.to_html(renderer, pairs, [([5], 3)], 128)
     assert "<b>" not in page and "i&lt;d" in page and "refused: nothing to learn" in page
-    assert "over-long for length 4" in preview.describe(example, rendered, 4)
+    assert preview.describe(example, rendered, 128) == (
+        f"i<d  x2x  en → zh  {len(rendered.ids)} tokens, {rendered.learned.sum()} learned")
+    for length, over in ((len(rendered.ids) - 1, False), (len(rendered.ids) - 2, True)):
+        assert (f"over-long for length {length}" in preview.describe(example, rendered, length)) == over
+
+
+def test_a_page_shows_every_token_once(config, tmp_path):
+    """With its id, learned ones apart; and each row as wide as its segments."""
+    renderer = Renderer(load_tokenizer(config.model.path), "gemma")
+    examples = [Example(f"i{k}", "x2x", "en", "zh", "Name <it>", "", "塞纳河") for k in range(2)]
+    pairs = [(example, renderer.render(example)) for example in examples]
+    page = preview.to_html(renderer, pairs, [([32, 64], 32)], 128)
+    shown = re.findall(r'<span class="(t l|t s|t)" title="(\d+)">', page)
+    expected = [("t l" if learned else "t s" if i in renderer.special_ids else "t", str(i))
+                for _, rendered in pairs for i, learned in zip(rendered.ids, rendered.learned, strict=True)]
+    assert shown == expected and renderer.hash in page and "Template gemma" in page
+    assert re.findall(r"width:([\d.]+)%", page) == ["25.00", "50.00", "25.00"]
+    assert preview.describe_row({"segment_ids": np.array([1, 1, 2, 2, 2, 0, 0])}) == ([2, 3], 2)
 
 
 @pytest.mark.parametrize("name", ["small", "llama2"])
@@ -119,6 +242,44 @@ def test_audit_writes_table_json_and_figure(config, tmp_path, capsys):
     report = json.loads((folder / "audit.json").read_text())
     assert report["examples"] == 80 and (folder / "audit.png").stat().st_size > 10_000
     assert (folder / "audit.md").read_text() in capsys.readouterr().out
+
+
+def leaky_benchmark(folder, rows) -> str:
+    """A benchmark in four languages, each of which asks the questions of these rows."""
+    names = {"en": "English", "zh": "Chinese", "vi": "Vietnamese", "es": "Spanish"}
+    return write_lines(folder / "leaky.jsonl", [{"id": row["id"], **{names[code]: {
+        "question": row[code]["instruction"], "choices": ["(A) a", "(B) b"], "answer": "(A) a"}
+        for code in names}} for row in rows])
+
+
+@pytest.mark.parametrize(("asked", "audited"), [((), ("en", "zh", "vi", "es")), (("es", "zh"), ("es", "zh"))])
+def test_the_audit_looks_for_the_benchmarks_in_the_languages_of_the_evaluation(config, tmp_path, asked, audited):
+    """Without languages of its own an evaluation has those of the data."""
+    rows = parallel_rows(50)
+    config.evaluation.benchmarks = leaky_benchmark(tmp_path, rows[:5]), "cross_world:dev"
+    config.evaluation.languages = asked
+    config.data.components = tuple(Component(kind="same", source="rows", languages={code: 1.0})
+                                   for code in ("en", "es"))
+    prepare.audit(config, arguments(out=str(tmp_path / "audit")))
+    leakage = json.loads((tmp_path / "audit" / "audit.json").read_text())["leakage"]
+    assert leakage.keys() == {"leaky", "cross_world:dev"}
+    assert leakage["leaky"]["languages"].keys() == set(audited)
+    assert {code: found["found"] for code, found in leakage["leaky"]["languages"].items()} == {
+        code: 5 if code in ("en", "es") else 0 for code in audited}
+
+
+def test_the_audit_parts_the_embedded_world_as_training_does(tokenizer, tmp_path):
+    """By the seed: no question of the test territories is one of the training half."""
+    tokenizer.save_pretrained(tmp_path / "model")
+    data = Data(sources=(Source(name="facts", kind="world"),), components=(Component(source="facts"),),
+                languages=("en",), template="gemma")
+    config = Config(seed=5, model=Model(path=str(tmp_path / "model")), data=data)
+    config.evaluation.benchmarks = ("cross_world:test",)
+    prepare.audit(config, arguments(out=str(tmp_path / "audit")))
+    report = json.loads((tmp_path / "audit" / "audit.json").read_text())
+    items = len(load_benchmark("cross_world:test", ("en",), seed=5).items)
+    assert report["leakage"]["cross_world:test"]["languages"]["en"]["items"] == items
+    assert all(entry["share"] < 1 for entry in report["leakage"]["cross_world:test"]["strongest"])
 
 
 def test_translate_fills_a_source_through_a_command(config, tmp_path, capsys):
@@ -154,6 +315,12 @@ def test_translate_with_a_model_of_our_own(tokenizer, tmp_path):
     stamp = (tmp_path / "run" / "s.jsonl.cache.jsonl").stat().st_size
     prepare.translate(config, arguments(max_new_tokens=4))
     assert (tmp_path / "run" / "s.jsonl.cache.jsonl").stat().st_size == stamp  # nothing was asked twice
+    shutil.copytree(tmp_path / "model", tmp_path / "other")
+    engines = [prepare.open_translator(config, 4)[1], prepare.open_translator(config, 5)[1]]
+    for change in ({"data": replace(config.data, template="plain")},
+                   {"model": replace(model, path=str(tmp_path / "other"))}, {"model": replace(model, revision="v2")}):
+        engines.append(prepare.open_translator(replace(config, **change), 4)[1])
+    assert len(set(engines)) == 5 and engines[0] == prepare.open_translator(config, 4)[1]  # cached under these
 
 
 def test_cross_xquad_writes_a_benchmark_that_loads(config, shared, tmp_path):

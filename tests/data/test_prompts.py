@@ -15,8 +15,8 @@ from crossin_jax.checks import check
 from crossin_jax.config import Component, Config, Data, Model, Source, UserError
 from crossin_jax.data.crosslingual import Example
 from crossin_jax.data.mixture import Mixture, load_corpora
-from crossin_jax.data.pipeline import open_renderer
-from crossin_jax.data.prompts import Renderer, RowFault, _find_tokens, load_tokenizer
+from crossin_jax.data.pipeline import open_asker, open_renderer
+from crossin_jax.data.prompts import Renderer, RowFault, _find_tokens, load_tokenizer, token_bytes
 from crossin_jax.data.templates import TEMPLATES, load_template
 from tests.golden.make_templates import render
 
@@ -132,6 +132,36 @@ def test_special_tokens_in_a_row_are_text_or_refused(tokenizer):
             renderer.render(example(instruction="now <|im_end|>"))
 
 
+FORGED = ("now <|im_end|>", "<|im_start|>user", "<s>", "a </s> b", "<pad>")
+
+
+@pytest.mark.parametrize("special", FORGED)
+@pytest.mark.parametrize("template", ["chatml", "chat"])
+def test_a_special_token_anywhere_in_an_example_is_refused(tokenizer, template, special):
+    renderer = Renderer(with_chat(tokenizer, CHATML), template)
+    turns = (("system", "S"), ("user", "one"), ("assistant", "Seine"), ("user", "two"), ("assistant", "Sena"))
+    assert renderer.render(example(messages=turns)) and renderer.render(example())
+    for i, (role, text) in enumerate(turns):
+        forged = (*turns[:i], (role, f"{text} {special}"), *turns[i + 1:])
+        with pytest.raises(RowFault, match="row 'r1': special token in the text: it would forge a turn"):
+            renderer.render(example(messages=forged))
+    for field in ("instruction", "input", "output"):
+        with pytest.raises(RowFault, match="special token"):
+            renderer.render(dataclasses.replace(example(), **{field: f"a{special}"}))
+
+
+def test_a_template_file_with_special_tokens_refuses_them_in_rows(tokenizer, tmp_path):
+    """Whichever field of the file holds one; a file without any takes them as text."""
+    texts = {"prompt_input": "{system}{instruction} {input}\n", "prompt_no_input": "{system}{instruction}\n",
+             "answer_prefix": " ", "system_form": "{system}", "system": "S", "end": "|"}
+    forged = example(instruction="write <s>")
+    assert Renderer(tokenizer, write(tmp_path, json.dumps(texts))).render(forged)
+    for field, text in texts.items():
+        renderer = Renderer(tokenizer, write(tmp_path, json.dumps(texts | {field: text + "<|im_end|>"})))
+        with pytest.raises(RowFault, match="special token"):
+            renderer.render(forged)
+
+
 def test_chatml_ends_with_its_own_token(tokenizer):
     renderer = Renderer(tokenizer, "chatml", system="Be brief.")
     text = tokenizer.decode(renderer.render(example(input="", output="Seine")).ids)
@@ -156,6 +186,38 @@ def test_chat_templates_learn_every_assistant_turn(tokenizer, form):
     assert np.array_equal(renderer.render_prompt("Name the river", "in Paris\n[zh]"), single.ids[:first])
 
 
+TURNS = (("user", "one"), ("assistant", "Seine"), ("user", "two"), ("assistant", "Sena"))
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_a_prompt_is_how_its_example_begins_under_a_chat_template(tokenizer, system):
+    """With the system prompt of the settings too: a model is asked as it was trained."""
+    tokenizer = with_chat(tokenizer, CHATML)
+    renderer = Renderer(tokenizer, "chat", system=system)
+    for one in (example(), example(input="")):
+        rendered, prompt = renderer.render(one), renderer.render_prompt(one.instruction, one.input)
+        first = int(np.argmax(rendered.learned))
+        assert np.array_equal(prompt, rendered.ids[:first])
+        user = f"{one.instruction}\n{one.input}" if one.input else one.instruction
+        told = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
+        assert tokenizer.decode(prompt) == (
+            f"<s>{told}<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n")
+        assert tokenizer.decode(rendered.ids[first:]) == f"{one.output}<|im_end|>"
+
+
+def test_the_system_prompt_opens_chats_that_have_none(tokenizer):
+    tokenizer = with_chat(tokenizer, CHATML)
+    renderer = Renderer(tokenizer, "chat", system="Be brief.")
+
+    def text(*turns) -> str:
+        return tokenizer.decode(renderer.render(example(messages=turns)).ids)
+    chat = "".join(f"<|im_start|>{role}\n{words}<|im_end|>\n" for role, words in TURNS).rstrip("\n")
+    assert text(*TURNS) == f"<s><|im_start|>system\nBe brief.<|im_end|>\n{chat}"
+    assert text(("system", "Own."), *TURNS) == f"<s><|im_start|>system\nOwn.<|im_end|>\n{chat}"
+    learned = renderer.render(example(messages=TURNS))
+    assert tokenizer.decode(learned.ids[learned.learned]) == "Seine<|im_end|>Sena<|im_end|>"
+
+
 def test_templates_without_turns_chain_exchanges(tokenizer):
     messages = (("system", "S"), ("user", "one"), ("assistant", "Seine"), ("user", "two"), ("assistant", "Sena"))
     renderer = Renderer(tokenizer, "gemma")
@@ -164,10 +226,13 @@ def test_templates_without_turns_chain_exchanges(tokenizer):
     assert tokenizer.decode(rendered.ids[rendered.learned]) == "Seine</s>Sena</s>"
 
 
-def test_text_learns_every_token(tokenizer):
-    rendered = Renderer(tokenizer, "alpaca").render(Example("t", "text", "en", "en", "", "", "Paris city"))
-    assert tokenizer.decode(rendered.ids) == "<s>Paris city</s>" and rendered.learned.tolist()[1:] == [True] * (
-        len(rendered.ids) - 1)
+@pytest.mark.parametrize("template", [*TEMPLATES, "chat"])
+def test_text_learns_every_token_and_ends_with_eos(tokenizer, template):
+    """Also under a template whose answers end with a token of their own."""
+    renderer = Renderer(with_chat(tokenizer, CHATML), template)
+    rendered = renderer.render(Example("t", "text", "en", "en", "", "", "Paris city"))
+    assert tokenizer.decode(rendered.ids) == "<s>Paris city</s>"
+    assert rendered.learned.tolist() == [False] + [True] * (len(rendered.ids) - 1)
 
 
 def test_a_template_that_brings_its_own_bos_gets_no_second(tokenizer, tmp_path):
@@ -178,6 +243,21 @@ def test_a_template_that_brings_its_own_bos_gets_no_second(tokenizer, tmp_path):
     path.write_text(path.read_text().replace("<s>", "<s><s>"))
     with pytest.raises(RowFault, match="double BOS"):
         Renderer(tokenizer, str(path)).render(example())
+
+
+def test_a_token_may_be_both_bos_and_eos(tokenizer):
+    """As GPT-2's is; an example then holds it at both ends, a chat after each answer too."""
+    renderer = Renderer(edit(tokenizer, eos_token="<s>"), "gemma")
+    assert tokenizer.decode(renderer.render(example(input="", output="Seine")).ids) == "<s>Name the river\nSeine<s>"
+    assert renderer.render(example(messages=TURNS)).ids.tolist().count(1) == 3
+
+
+def test_each_turn_of_a_chat_template_may_bring_a_bos_and_no_more(tokenizer):
+    renderer = Renderer(with_chat(tokenizer, LLAMA2), "chat")
+    assert renderer.render(example(messages=TURNS)).ids.tolist().count(1) == 2
+    twice = LLAMA2.replace("{{ bos_token }}", "{{ bos_token }}{{ bos_token }}")
+    with pytest.raises(RowFault, match="double BOS: the template or the text brings its own"):
+        Renderer(with_chat(tokenizer, twice), "chat").render(example(messages=TURNS))
 
 
 def test_many_equal_one_by_one_and_faults_keep_their_place(tokenizer):
@@ -200,6 +280,87 @@ def test_the_release_s_template_files_load_and_placeholders_in_rows_stay(tokeniz
     assert load_template(str(path)).fill("q", "", None) == "Q: q {keep}\nA: "
     one, two = (Renderer(tokenizer, name).hash for name in (str(path), "alpaca"))
     assert one != two == Renderer(tokenizer, "alpaca").hash != Renderer(tokenizer, "alpaca", tokenization="apart").hash
+
+
+def edit(tokenizer, **changes):
+    """A copy of a tokenizer with some attributes set anew."""
+    tokenizer = copy.deepcopy(tokenizer)
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    return tokenizer
+
+
+def rebuild(tokenizer, change):
+    """The tokenizer with its tokenizer.json changed, and nothing else."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    change(content)
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)),
+                                   bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def swap_two_letters(content):
+    vocabulary = content["model"]["vocab"]
+    vocabulary["e"], vocabulary["a"] = vocabulary["a"], vocabulary["e"]
+
+
+FILE = {"prompt_input": "{system}Q: {instruction} {input}\n", "prompt_no_input": "{system}Q: {instruction}\n",
+        "answer_prefix": " ", "system_form": "S: {system}\n", "system": "Be brief.", "end": "<|im_end|>"}
+LOWER = {"type": "Lowercase"}
+
+# What is different → (tokenizer, folder) → the two renderers
+RENDERERS = {
+    "tokenizer: ids": lambda t, d: (Renderer(rebuild(t, dict), "plain"),
+                                    Renderer(rebuild(t, swap_two_letters), "plain")),
+    "tokenizer: merges": lambda t, d: (Renderer(rebuild(t, dict), "plain"), Renderer(
+        rebuild(t, lambda content: content["model"]["merges"].clear()), "plain")),
+    "tokenizer: normalizer": lambda t, d: (Renderer(rebuild(t, dict), "plain"), Renderer(
+        rebuild(t, lambda content: content.update(normalizer=LOWER)), "plain")),
+    "BOS": lambda t, d: (Renderer(t, "plain"), Renderer(edit(t, bos_token=None), "plain")),
+    "EOS": lambda t, d: (Renderer(t, "plain"), Renderer(edit(t, eos_token="<pad>"), "plain")),
+    "EOS after text": lambda t, d: (Renderer(t, "chatml"), Renderer(edit(t, eos_token="<pad>"), "chatml")),
+    "template": lambda t, d: (Renderer(t, "plain"), Renderer(t, "gemma")),
+    **{f"template file: {field}": lambda t, d, field=field, value=value: (
+        Renderer(t, write(d, json.dumps(FILE))), Renderer(t, write(d, json.dumps(FILE | {field: value}))))
+       for field, value in {"prompt_input": "{system}{instruction}{input}", "prompt_no_input": "{instruction}",
+                            "answer_prefix": "\n", "system_form": "{system}", "system": "Be long.",
+                            "end": None}.items()},
+    "chat template": lambda t, d: [Renderer(with_chat(t, form), "chat") for form in (CHATML, LLAMA2)],
+    "system": lambda t, d: [Renderer(t, "chatml", system=system) for system in ("Be brief.", "Be long.")],
+    "no system": lambda t, d: (Renderer(t, "chatml", system="Be brief."), Renderer(t, "chatml")),
+    "chat system": lambda t, d: [Renderer(with_chat(t, CHATML), "chat", system=system)
+                                 for system in (None, "Be brief.")],
+    "tokenization": lambda t, d: [Renderer(t, "plain", tokenization=form) for form in ("joint", "apart")],
+    "others": lambda t, d: (Renderer(t, "plain"),
+                            Renderer(t, "plain", others={"x2x": Renderer(t, "gemma")})),
+    "template of another": lambda t, d: [Renderer(t, "plain", others={"x2x": Renderer(t, name)})
+                                         for name in ("gemma", "llama")],
+    "component of another": lambda t, d: [Renderer(t, "plain", others={name: Renderer(t, "gemma")})
+                                          for name in ("x2x", "base")],
+}
+SHOWN = (example(), example(input=""), example(messages=TURNS), Example("t", "text", "en", "en", "", "", "A City"),
+         example("Name THE river"))
+
+
+@pytest.mark.parametrize("part", RENDERERS)
+def test_renderers_that_render_otherwise_have_another_hash(tokenizer, tmp_path, part):
+    one, other = RENDERERS[part](tokenizer, tmp_path)
+    texts = [[rendered.ids.tolist() for rendered in renderer.render_many(SHOWN)] for renderer in (one, other)]
+    assert texts[0] != texts[1]
+    assert one.hash != other.hash
+
+
+def test_renderers_that_are_made_alike_have_one_hash(tokenizer, tmp_path):
+    """Also where the template's file lies elsewhere; and a template's file need not differ from a built-in one."""
+    for make in (lambda: Renderer(tokenizer, "alpaca"), lambda: Renderer(with_chat(tokenizer, CHATML), "chat"),
+                 lambda: Renderer(copy.deepcopy(tokenizer), "plain", others={"x2x": Renderer(tokenizer, "gemma")})):
+        assert make().hash == make().hash
+    (tmp_path / "elsewhere").mkdir()
+    names = [write(folder, json.dumps(FILE)) for folder in (tmp_path, tmp_path / "elsewhere")]
+    assert len({Renderer(tokenizer, name).hash for name in names}) == 1
+    plain = {field: getattr(TEMPLATES["plain"], field) for field in FILE}
+    assert Renderer(tokenizer, write(tmp_path, json.dumps(plain))).hash == Renderer(tokenizer, "plain").hash
 
 
 def test_renderers_travel_to_workers_unchanged(tokenizer):
@@ -256,6 +417,19 @@ def test_counting_bytes_finds_the_same_border_as_offsets(tokenizers, name, share
         assert result.ids[1:-1].tolist() == encoding.ids
 
 
+@pytest.mark.parametrize("name", ["small", "llama2"])
+def test_tokens_stand_for_the_bytes_of_the_text(tokenizers, name):
+    """Every byte that UTF-8 has, in byte-level tokens and in those with byte fallback."""
+    if name not in tokenizers:
+        pytest.skip("real tokenizers in ../shared are not beside this checkout")
+    text = "".join(map(chr, [*range(0x21, 0x800), 0x6CB3, 0x9EA4, 0xFFFD, *range(0x10000, 0x110000, 0x8081)]))
+    renderer = Renderer(tokenizers[name], "gemma")
+    tokens = [renderer.id_to_token(i) for i in tokenizers[name](text, add_special_tokens=False).input_ids]
+    found = b"".join(token_bytes(token, renderer.is_byte_level, False) for token in tokens)
+    assert found == b" " * (name == "llama2") + text.encode()  # Llama reads a text as if a space stood before it
+    assert renderer.is_byte_level == (name == "small") and token_bytes("</s>", True, True) == b"</s>"
+
+
 def test_a_tokenizer_that_rewrites_text_falls_back_to_offsets(tokenizer):
     from tokenizers import normalizers
     rewriting = copy.deepcopy(tokenizer)
@@ -270,9 +444,9 @@ def test_a_component_may_have_a_template_and_a_tag_of_its_own(tokenizer, paralle
     config = Config(data=Data(sources=(Source(name="s", path=parallel_file),), components=components, template="llama"))
     renderer = open_renderer(config, tokenizer)
     mixture = Mixture(config.data, load_corpora(config.data, 0), 0)
+    own = {name: Renderer(tokenizer, "gemma" if name == "trans" else "llama") for name in ("base", "en2x", "trans")}
     for example, rendered in zip(mixture, renderer.render_many(list(mixture)), strict=True):
-        own = Renderer(tokenizer, "gemma" if example.component == "trans" else "llama")
-        assert np.array_equal(rendered.ids, own.render(example).ids)
+        assert np.array_equal(rendered.ids, own[example.component].render(example).ids)
         assert np.array_equal(rendered.ids, renderer.render(example).ids)
         assert ("Answer in" in example.instruction) == (example.component == "en2x")
     plain = Renderer(tokenizer, "llama")
@@ -281,6 +455,39 @@ def test_a_component_may_have_a_template_and_a_tag_of_its_own(tokenizer, paralle
     changed = dataclasses.replace(config.data, components=(components[0], Component(kind="en2x", source="s"),
                                                            components[2]))
     assert Mixture(changed, mixture.corpora, 0).manifest()["hash"] != mixture.manifest()["hash"]
+
+
+@pytest.mark.parametrize(("system", "tokenization"), [("Be brief.", "joint"), (None, "apart"), ("Be brief.", "apart")])
+def test_system_and_tokenization_reach_every_renderer_of_an_experiment(tokenizer, system, tokenization):
+    """That of training, those of components, and that of the benchmarks with a template of their own."""
+    components = (Component(kind="base", source="s"), Component(kind="x2x", source="s", template="chatml"))
+    config = Config(data=Data(components=components, template="llama", system=system, tokenization=tokenization))
+    shared = {"system": system, "tokenization": tokenization}
+    llama, chatml = (Renderer(tokenizer, name, **shared) for name in ("llama", "chatml"))
+    training, asking = open_renderer(config, tokenizer), open_asker(config, tokenizer)
+    one, other = example(), dataclasses.replace(example(), component="base")
+    for renderer in (training, asking):
+        assert np.array_equal(renderer.render_prompt("Where?"), llama.render_prompt("Where?"))
+        for shown, expected in zip(renderer.render_many([one, other]), (chatml.render(one), llama.render(other)),
+                                   strict=True):
+            assert shown.ids.tolist() == expected.ids.tolist()
+            assert shown.learned.tolist() == expected.learned.tolist()
+    assert training.hash == asking.hash
+    config.evaluation.template = "chatml"
+    assert np.array_equal(open_asker(config, tokenizer).render_prompt("Where?"), chatml.render_prompt("Where?"))
+    assert open_renderer(config, tokenizer).hash == training.hash
+
+
+@pytest.mark.parametrize("template", [*TEMPLATES, "chat"])
+@pytest.mark.parametrize(("output", "messages"), [
+    ("", None), (" \n", None), ("", (("user", "one"), ("assistant", " "), ("user", "two"), ("assistant", "")))])
+def test_an_answer_without_tokens_cannot_be_learned(tokenizer, template, output, messages):
+    renderer = Renderer(with_chat(tokenizer, CHATML), template)
+    with pytest.raises(RowFault, match="row 'r1': nothing to learn: the answer has no tokens"):
+        renderer.render(example(output=output, messages=messages))
+    if messages:  # one answer is enough
+        some = (*messages[:3], ("assistant", "Sena"))
+        assert "Sena" in tokenizer.decode(renderer.render(example(messages=some)).ids)
 
 
 @pytest.mark.parametrize(("settings", "message"), [

@@ -266,6 +266,33 @@ def tokenizer_folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("seed", [0, 5])
+def test_the_tokenizer_reads_the_slices_and_every_kind_of_prompt(seed):
+    """English three times, the other slices once, and each training question with a request for each language."""
+    lines = Counter(world.tokenizer_lines(FOUR, seed))
+    expected: Counter = Counter()
+    for piece, times in (("en", 3), ("x", 1), ("dict", 1)):
+        for line in lines_of(world_text(FOUR, seed, split=f"text/{piece}")):
+            expected[line] += times
+    prompts = lines - expected
+    assert lines == expected + prompts  # nothing of the slices is missing
+    records = world_records("train", FOUR, seed)
+    assert sum(prompts.values()) == 4 * len(records)
+    forms = {f"{make_example(record, 'x2x', asked, answered, tag='sentence').instruction} "
+             f"{record.texts[answered].output}": (record.id, asked, answered)
+             for record in records for asked in FOUR for answered in FOUR}
+    found = Counter(forms[line] for line in prompts.elements())
+    assert {(row, asked) for row, asked, _ in found} == {(record.id, asked) for record in records for asked in FOUR}
+    assert all(len({answered for row, _, answered in found if row == record.id}) == 4 for record in records[:9])
+    pairs = Counter((asked, answered) for _, asked, answered in found.elements())
+    assert len(pairs) == 16 and max(pairs.values()) - min(pairs.values()) <= 1  # all languages, in turn
+
+
+def test_the_tokenizer_s_lines_are_those_of_its_seed_and_languages():
+    assert world.tokenizer_lines(FOUR, 1) != world.tokenizer_lines(FOUR, 2)
+    assert not any("法国" in line for line in world.tokenizer_lines(("en", "es")))
+
+
 def test_tokenizer_loads_and_round_trips(tokenizer_folder):
     from transformers import AutoTokenizer
 
