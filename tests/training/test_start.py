@@ -1,0 +1,118 @@
+"""The state before the first step: what is drawn, from which seed, and what is loaded as it is."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from crossin_jax.config import Config, Lora, Mesh
+from crossin_jax.export import export
+from crossin_jax.models.lora import TARGETS
+from crossin_jax.parallel.mesh import leaf_name, make_mesh
+from crossin_jax.training.optim import make_optimizer
+from crossin_jax.training.state import (
+    abstract_model,
+    abstract_state,
+    model_spec,
+    start_state,
+    to_mesh,
+)
+from tests.helpers import config_in
+from tests.test_train import read_arrays
+
+
+def start(config: Config, **mesh) -> dict[str, np.ndarray]:
+    """The arrays of the first state by name; those of moments begin with "moments/"."""
+    device_mesh = make_mesh(Mesh(**mesh), None if mesh else jax.devices()[:1])
+    model = abstract_model(config, model_spec(config), device_mesh)
+    rule = make_optimizer(config.optim, 6)
+    abstract = abstract_state(model, rule, device_mesh)
+    with jax.set_mesh(device_mesh):
+        state = start_state(config, model, abstract, rule)
+    assert int(state.step) == 0 and bool(state.finite)
+    trees = ("", state.trainable), ("", state.frozen), ("moments/", state.optimizer)
+    return {prefix + leaf_name(path): np.asarray(leaf) for prefix, tree in trees
+            for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def weights(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The parameters of a state alone."""
+    return {name: value for name, value in state.items() if not name.startswith("moments/")}
+
+
+def test_every_drawn_weight_of_a_new_model_follows_the_seed(tmp_path):
+    """Two seeds share no matrix, one is the same on every mesh; norms and moments are constant."""
+    one, other = (start(config_in(tmp_path, seed=seed)) for seed in (1, 2))
+    again = start(config_in(tmp_path, seed=1), fsdp=4, tensor=2)
+    for name, value in one.items():
+        np.testing.assert_array_equal(value, again[name], err_msg=name)
+        if name.startswith("moments/"):
+            assert not value.any() and not other[name].any(), name
+        elif "norm" in name:
+            assert (value == 1).all() and (other[name] == 1).all(), name
+        else:
+            assert (value != other[name]).mean() > 0.99, name
+    matrices = [value for name, value in weights(one).items() if "norm" not in name]
+    for i, a in enumerate(matrices):  # no two are drawn alike either, where they have one shape
+        for b in matrices[i + 1:]:
+            assert a.shape != b.shape or (a != b).mean() > 0.99
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_a_fresh_adapter_follows_the_seed_and_the_base_does_not(changes, pretrained, tmp_path):
+    """lora_a is drawn by the seed with peft's bound, lora_b is zero, everything else is loaded."""
+    base = start(config_in(tmp_path, str(pretrained / "model"), lora=None))
+    lora = Lora(rank=4, modules_to_save=(), **changes)
+    states = [start(config_in(tmp_path, str(pretrained / "model"), lora=lora, seed=seed))
+              for seed in (1, 2)]
+    one, other = map(weights, states)
+    for module in TARGETS:
+        a, b, weight = (one[f"layers/{module}/{kind}"] for kind in ("lora_a", "lora_b", "weight"))
+        assert (a != other[f"layers/{module}/lora_a"]).mean() > 0.99, module
+        assert (a[0] != a[1]).mean() > 0.99, module  # every layer its own
+        bound = a[0, 0].size ** -0.5  # of as many inputs
+        assert 0.9 * bound < np.abs(a).max() <= bound and abs(a.mean()) < 0.2 * bound, module
+        assert not b.any() and not other[f"layers/{module}/lora_b"].any(), module
+        if changes:
+            inputs = tuple(range(weight.ndim - a.ndim + 2, weight.ndim))
+            np.testing.assert_allclose(one[f"layers/{module}/magnitude"],
+                                       np.sqrt((weight**2).sum(inputs)), rtol=1e-5)
+    for name, value in weights(base).items():
+        np.testing.assert_array_equal(value, one[name], err_msg=name)
+        np.testing.assert_array_equal(value, other[name], err_msg=name)
+    assert one.keys() - base.keys() == {f"layers/{module}/{kind}" for module in TARGETS for kind in
+                                        ("lora_a", "lora_b", *["magnitude"] * bool(changes))}
+
+
+def test_a_continued_adapter_is_loaded_as_it_is(adapted, pretrained, tmp_path):
+    """An adapter that lora.path names starts as the run that made it ended, whatever the seed."""
+    export(adapted, "peft", tmp_path / "adapter")
+    config = config_in(tmp_path, str(pretrained / "model"))
+    lora = dataclasses.replace(config.lora, path=str(tmp_path / "adapter"))
+    one, other = (weights(start(dataclasses.replace(config, lora=lora, seed=seed)))
+                  for seed in (1, 2))
+    for name, value in one.items():
+        np.testing.assert_array_equal(value, other[name], err_msg=name)
+    for name, value in read_arrays(adapted, 6).items():
+        if name.startswith("trainable/"):
+            np.testing.assert_array_equal(one[name.removeprefix("trainable/")], value, err_msg=name)
+
+
+@pytest.mark.parametrize("axes", [{}, {"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_a_batch_lies_on_the_mesh_by_rows(axes):
+    """Every device has whole rows, in the order of data and fsdp; tensor has copies."""
+    mesh = make_mesh(Mesh(**axes))
+    batch = {"tokens_BT": np.arange(48, dtype=np.int32).reshape(16, 3),
+             "learned_BT": np.arange(48).reshape(16, 3) % 2 == 0}
+    placed = to_mesh(batch, mesh)
+    assert placed.keys() == batch.keys()
+    parts = 8 // axes.get("tensor", 1)
+    order = {device: i for i, device in enumerate(mesh.devices.reshape(parts, -1)[:, 0])}
+    for name, rows in batch.items():
+        np.testing.assert_array_equal(placed[name], rows)
+        for shard in placed[name].addressable_shards:
+            assert shard.data.shape == (16 // parts, 3)
+            if shard.device in order:
+                i = order[shard.device] * (16 // parts)
+                np.testing.assert_array_equal(shard.data, rows[i:i + 16 // parts])
