@@ -44,12 +44,14 @@ class Place:
                       model=Model(path=self.model, compute_dtype="float32"),
                       data=Data(languages=("en", "es"), template="llama", system="Be brief."),
                       evaluation=Evaluation(benchmarks=(str(self.file),), method="both", prompts=(1,),
-                                            shots=1, limit=4, temperature=0.7, max_new_tokens=4))
-        bare = copy.deepcopy(asks)
-        bare.evaluation = dataclasses.replace(bare.evaluation, benchmarks=("cross_world:dev",), shots=0)
+                                            limit=4, temperature=0.7, max_new_tokens=4))
+        bare, shots = copy.deepcopy(asks), copy.deepcopy(asks)
+        bare.evaluation = dataclasses.replace(bare.evaluation, benchmarks=("cross_world:dev",))
+        shots.evaluation = dataclasses.replace(shots.evaluation, shots=1, temperature=0.0)
         run = config_in(adapted, self.model)
         run.evaluation = dataclasses.replace(run.evaluation, limit=2, method="generate")
-        self.bases = {"ASKS": (asks, None), "BARE": (bare, None), "RUN": (run, adapted), "BASE": (run, None)}
+        self.bases = {"ASKS": (asks, None), "BARE": (bare, None), "SHOTS": (shots, None), "RUN": (run, adapted),
+                      "BASE": (run, None)}
 
     def restore_file(self):
         self.file.write_text(json.dumps(questions()))
@@ -162,8 +164,9 @@ ANEW = {
     "the last item's question": ("ASKS", edit(at=3, question="¿Otra?")),
     "an id": ("ASKS", edit(id="q9")), "tags": ("ASKS", edit(tags=["second"])),
     "the order of items": ("ASKS", turn_around),
-    "a shot beyond the limit": ("ASKS", edit_shots),
-    "seed, which draws shots": ("ASKS", put("seed", 2)), "seed of Cross-World": ("BARE", put("seed", 2)),
+    "a shot": ("SHOTS", edit(question="¿Otra?")), "a shot beyond the limit": ("SHOTS", edit_shots),
+    "seed, which draws shots": ("SHOTS", put("seed", 2)), "seed of Cross-World": ("BARE", put("seed", 2)),
+    "seed, which draws tokens": ("ASKS", put("seed", 2)),
     "data.tag": ("BARE", put("data.tag", "sentence")), "data.template": ("ASKS", put("data.template", "chatml")),
     "data.system": ("ASKS", put("data.system", "Be long.")), "no data.system": ("ASKS", put("data.system", None)),
     "data.tokenization": ("ASKS", put("data.tokenization", "apart")),
@@ -171,7 +174,7 @@ ANEW = {
     "model.tokenizer": ("ASKS", put("model.tokenizer", "{tokenizer}")),
     # how it is asked
     **{f"evaluation.{name}": ("ASKS", put(f"evaluation.{name}", value)) for name, value in {
-        "benchmarks": ("{other_file}",), "languages": ("zh", "es"), "prompts": (2,), "shots": 2, "limit": 3,
+        "benchmarks": ("{other_file}",), "languages": ("zh", "es"), "prompts": (2,), "shots": 1, "limit": 3,
         "max_new_tokens": 5, "temperature": 0.9, "top_k": 5, "top_p": 0.5, "cache_dtype": "float32"}.items()},
     "evaluation.template": ("ASKS", put("evaluation.template", "chatml")),
     # who is asked
