@@ -146,7 +146,7 @@ def generate_answers(config: Config, engine: Engine, renderer: Renderer, benchma
     asked = list(questions(config, benchmark, number))
     prompts = [renderer.render_prompt(instruction, input) for _, _, instruction, input in asked]
     check_lengths(config, engine, benchmark, asked, [len(prompt) + settings.max_new_tokens for prompt in prompts])
-    seeds = [zlib.crc32(prompt.tobytes(), config.seed) for prompt in prompts]
+    seeds = [zlib.crc32(np.asarray(prompt, np.int32).tobytes(), config.seed % 2**32) for prompt in prompts]
     answers = engine.generate(prompts, max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
                               top_k=settings.top_k, top_p=settings.top_p, seeds=seeds, over_long="skip",
                               stop=("\n",) if settings.shots else (), detokenize=renderer.decode, progress=progress)
