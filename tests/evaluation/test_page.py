@@ -39,7 +39,7 @@ class Page(HTMLParser):
 
 
 PLACES = ("title", "arm", "rule", "bench", "tag", "lang", "item", "answer", "question", "choice",
-          "context", "fact", "value", "common")
+          "context", "fact", "value", "common", "method", "reason")
 
 
 def evil(place):
@@ -69,9 +69,9 @@ def evil_report(tmp_path_factory):
         version = Version(evil("question"), (f"(A) {evil('choice')}", "(B) ok"), 0, evil("context"))
         items.append(Item(f"{evil('item')} {i}", dict.fromkeys(languages, version), (evil("tag"),) * (i < 2)))
     for arm, seed in ((0, 1), (1, 1), (1, 2)):
-        answers[arm, seed] = Predictions(evil("bench"), "generate", 1, languages, tuple(ItemAnswers(
+        answers[arm, seed] = Predictions(evil("bench"), evil("method"), 1, languages, tuple(ItemAnswers(
             item.id, dict.fromkeys(languages, 0), 2, dict.fromkeys(languages, Answer(
-                *(((0, 1), "unreadable") if i % 2 == arm else ((i % 2,), "matched")), evil("answer"), own=(0,))),
+                *(((0, 1), evil("reason")) if i % 2 == arm else ((i % 2,), "matched")), evil("answer"), own=(0,))),
             item.tags) for i, item in enumerate(items)))
     runs = [Run(f"{evil('arm')} {arm}", seed, [p, replace(p, prompt=2)],
                 {evil("fact"): f"{evil('value')} {arm}", "nested": {evil("fact"): seed}})
@@ -113,11 +113,11 @@ def make(seed, others, languages=("en", "zh", "es"), name="made", method="sum", 
 def test_no_outside_text_becomes_markup_in_a_study(tmp_path):
     """The study's name, tables, arms, benchmarks, languages and figures are text in its page."""
     languages = ("en", short("lang"))
-    arms = {name: f"{short(name)}" for name in ("base", "pairs")}
-    tables = [Table(f"{short('table')} {i}", [Run(arm, seed, [make(seed, 0.3 + i / 9, languages, short("bench"))])
-                                             for arm in arms.values() for seed in (1, 2)],
-                    {short("rule"): [replace(make(0, 0.2, languages, short("bench")), method="rule")]})
-              for i in range(2)]
+    arms, asked = {name: short(name) for name in ("base", "pairs")}, (languages, short("bench"))
+    tables = [Table(f"{short('table')} {i}", [
+        Run(arm, seed, [make(seed, 0.3 + i / 9, *asked, method=short("method"))])
+        for arm in arms.values() for seed in (1, 2)],
+        {short("rule"): [replace(make(0, 0.2, *asked), method="rule")]}) for i in range(2)]
     names = tuple(table.name for table in tables)
     study = Study(name=short("study"), output_dir=str(tmp_path), cells=(),
                   curves={short("curve"): dict(zip((1.0, 2.0), names, strict=True))},
@@ -127,7 +127,7 @@ def test_no_outside_text_becomes_markup_in_a_study(tmp_path):
     page = Page((tmp_path / "report.html").read_text())
     assert find_evil(page) == set() and "script" not in {tag for tag, _ in page.tags}
     text = "\n".join(page.texts)
-    for place in ("study", "table", "base", "pairs", "rule", "bench", "lang", "curve", "contrast"):
+    for place in ("study", "table", "method", "base", "pairs", "rule", "bench", "lang", "curve", "contrast"):
         assert short(place) in text, place
     for folder in (tmp_path / "tables").iterdir():
         assert find_evil(Page((folder / "report.html").read_text())) == set()
