@@ -5,6 +5,8 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,8 +14,10 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from crossin_jax import evaluate as program
+from crossin_jax import provenance
 from crossin_jax.checkpoint.restore import restore_params
-from crossin_jax.config import UserError
+from crossin_jax.config import UserError, to_dict
 from crossin_jax.data.crosslingual import add_tag
 from crossin_jax.data.pipeline import open_renderer
 from crossin_jax.evaluate import evaluate, split_pair, write_run
@@ -75,11 +79,56 @@ def test_finished_parts_are_not_asked_again(evaluated, adapted, monkeypatch):
         evaluate(changed, adapted, out)
 
 
-def test_another_template_than_in_training_is_refused(evaluated, adapted):
+OTHER_FORMS = {"template": "alpaca", "system": "Be brief.", "tokenization": "apart", "tag": "input"}
+
+
+@pytest.mark.parametrize("field", OTHER_FORMS)
+def test_another_form_than_in_training_is_refused(evaluated, adapted, field):
+    """A checkpoint is asked with the template, system prompt, tokenization and tag that it knows."""
     config, out, _, _ = evaluated
-    changed = dataclasses.replace(config, data=dataclasses.replace(config.data, template="alpaca"))
-    with pytest.raises(UserError, match="data.template='alpaca', but the checkpoint was trained with 'plain'"):
+    value, trained = OTHER_FORMS[field], getattr(config.data, field)
+    changed = dataclasses.replace(config, data=dataclasses.replace(config.data, **{field: value}))
+    with pytest.raises(UserError, match=f"data.{field}={value!r}, but the checkpoint was trained with "
+                                        f"{trained!r}.*evaluation.template"):
         evaluate(changed, adapted, out)
+
+
+def test_another_form_is_taken_where_it_is_asked_for(evaluated, adapted, tmp_path, monkeypatch):
+    """evaluation.template is the form of every question, whatever the checkpoint was trained with."""
+    config = evaluated[0]
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, tag="none", system="Be brief."),
+        evaluation=dataclasses.replace(config.evaluation, template="chatml", method="generate", limit=1))
+    asked = []
+    monkeypatch.setattr(Engine, "generate", lambda _, prompts, **__: asked.extend(prompts) or [[], []])
+    _, source = evaluate(config, adapted, tmp_path)
+    tokenizer = restore_params(adapted).tokenizer
+    item = load_benchmark("cross_world:dev", ("en", "es"), limit=1, seed=config.seed).items[0]
+    assert [tokenizer.decode(ids, skip_special_tokens=True) for ids in asked] == [
+        f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{version.question}<|im_end|>\n"
+        "<|im_start|>assistant\n" for version in item.versions.values()]
+    assert source["template"] != evaluated[3]["template"]
+
+
+def test_results_say_what_was_evaluated(evaluated, adapted):
+    """Provenance names step, run, template, items and their source; predictions go by these names."""
+    config, out, predictions, source = evaluated
+    stored = json.loads((out / "results.json").read_text())["runs"]
+    assert stored == [{"name": "tiny", "seed": 1, "provenance": json.loads(json.dumps(source))}]
+    assert (source["model"]["step"], source["model"]["run"]) == (6, str(adapted))
+    assert source["template"] == open_renderer(config, restore_params(adapted).tokenizer).hash
+    benchmark = load_benchmark("cross_world:dev", ("en", "es"), limit=6, seed=config.seed)
+    assert source["benchmarks"] == {"cross_world:dev": {
+        "source": benchmark.source, "fingerprint": benchmark.fingerprint, "items": 6, "languages": ["en", "es"]}}
+    other = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, top_k=9))
+    again = provenance.describe(to_dict(config))
+    assert source["config_hash"] == again["config_hash"] != provenance.describe(to_dict(other))["config_hash"]
+    assert {key: source[key] for key in again} == again
+    for p in predictions:
+        assert [item.id for item in p.items] == [item.id for item in benchmark.items]
+        for item, asked in zip(p.items, benchmark.items, strict=True):
+            assert item.gold == {code: version.answer for code, version in asked.versions.items()}
+            assert (item.num_choices, item.tags) == (len(asked.versions["en"].choices), asked.tags)
 
 
 def test_results_come_back_and_logs_have_seaevals_layout(evaluated):
@@ -109,6 +158,86 @@ def test_the_base_model_can_be_evaluated(pretrained, tmp_path):
     config.evaluation = dataclasses.replace(config.evaluation, method="choices", limit=2)
     predictions, source = evaluate(config, None, tmp_path / "out")
     assert len(predictions) == 3 and source["model"]["base"] == str(pretrained / "model")
+
+
+def flags(**given) -> SimpleNamespace:
+    """The command line's flags."""
+    return SimpleNamespace(**{"checkpoint": None, "out": None, "limit": None, "languages": None,
+                              "prompts": None, "compare": None, "after": None} | given)
+
+
+@pytest.fixture
+def own_benchmark(pretrained, tmp_path):
+    """A configuration that asks four questions in three languages, by two prompts."""
+    rows = [{"id": f"q{i}", **{code: {"question": f"{code} {i}?", "choices": ["one", "two"], "answer": i % 2}
+                               for code in ("en", "es", "vi")}} for i in range(4)]
+    (tmp_path / "own.json").write_text(json.dumps(rows))
+    config = config_in(tmp_path / "run", str(pretrained / "model"))
+    config.evaluation = dataclasses.replace(
+        config.evaluation, benchmarks=(str(tmp_path / "own.json"),), languages=("en", "es", "vi"), prompts=(2, 4),
+        limit=3, method="choices", mode="strict")
+    return config
+
+
+def silence(monkeypatch):
+    """The engine gives the first choice, at once."""
+    monkeypatch.setattr(Engine, "score", lambda _, prompts, choices, **__: [
+        -np.arange(len(entry), dtype=float) for entry in choices])
+    monkeypatch.setattr(Engine, "generate", lambda _, prompts, **__: [[] for _ in prompts])
+
+
+ASKED = [  # flags, and the languages, prompts and number of items that they give
+    ({}, ("en", "es", "vi"), ("2", "4"), 3), ({"languages": ["en"]}, ("en",), ("2", "4"), 3),
+    ({"languages": ["vi", "en"]}, ("vi", "en"), ("2", "4"), 3), ({"limit": 2}, ("en", "es", "vi"), ("2", "4"), 2),
+    ({"prompts": ["5", "1"]}, ("en", "es", "vi"), ("5", "1"), 3),
+    ({"limit": 1, "prompts": ["3"], "languages": ["es"]}, ("es",), ("3",), 1),
+]
+
+
+@pytest.mark.parametrize(("given", "languages", "prompts", "num_items"), ASKED)
+def test_short_flags_ask_for_less(own_benchmark, monkeypatch, capsys, given, languages, prompts, num_items):
+    """--limit, --languages and --prompts narrow what the configuration asks; without them it holds."""
+    silence(monkeypatch)
+    program.main(own_benchmark, flags(**given))
+    out = Path(own_benchmark.output_dir) / "evaluation"
+    results = json.loads((out / "results.json").read_text())
+    assert {block["method"] for block in results["blocks"]} == {"sum", "mean", "byte", "letter"}
+    for block in results["blocks"]:
+        (row,) = block["rows"]
+        assert (tuple(block["languages"]), tuple(row["prompts"])) == (languages, prompts)
+        assert row["num_items"] == block["num_items"] == num_items
+    assert (results["mode"], results["title"], results["runs"][0]["name"]) == (
+        "strict", "base model", "base model")
+    assert results["runs"][0]["seed"] == own_benchmark.seed
+    logs = {f"own_{method}_p{number}.json" for method in ("sum", "mean", "byte", "letter") for number in prompts}
+    assert {file.name for file in (out / "logs").iterdir()} == logs
+    printed = capsys.readouterr().out
+    assert f"{num_items} items, {' '.join(languages)}" in printed and str(out / "report.html") in printed
+
+
+@pytest.mark.parametrize(("given", "words"), [
+    ({"prompts": ["one"]}, "give numbers from 1 to 5"), ({"prompts": ["6"]}, "names prompt 6"),
+    ({"limit": 0}, "evaluation.limit=0")])
+def test_short_flags_are_checked_like_settings(own_benchmark, given, words):
+    with pytest.raises(UserError, match=words):
+        program.main(own_benchmark, flags(**given))
+    assert not Path(own_benchmark.output_dir).exists()
+
+
+def test_a_checkpoint_is_reported_by_the_name_of_its_run(adapted, pretrained, tmp_path, monkeypatch, capsys):
+    """The report goes into --out, under the run's name; two reports are compared with --compare."""
+    silence(monkeypatch)
+    config = config_in(adapted, str(pretrained / "model"))
+    for checkpoint, name in ((str(adapted), "tuned"), (None, "base")):
+        program.main(config, flags(checkpoint=checkpoint, out=str(tmp_path / name)))
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        assert results["runs"][0]["name"] == results["title"] == ("tiny_lora" if checkpoint else "base model")
+    program.compare(flags(compare=str(tmp_path / "base"), after=str(tmp_path / "tuned")))
+    results = json.loads((tmp_path / "tuned" / "comparison" / "results.json").read_text())
+    assert [run["name"] for run in results["runs"]] == ["base model", "tiny_lora"]
+    assert results["blocks"][0]["rows"][1]["scores"]["accuracy"]["change"]["difference"] == 0
+    with pytest.raises(UserError, match="--compare takes two folders"):
+        program.compare(flags(compare=str(tmp_path / "base")))
 
 
 def test_compare_takes_two_folders():

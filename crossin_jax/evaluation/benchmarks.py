@@ -69,7 +69,7 @@ class Benchmark:
     def fingerprint(self) -> str:
         """A short hash of the items asked: results with different ones do not belong into one table."""
         return content_hash([[item.id, {c: [v.question, v.choices, v.answer, v.context] for c, v in
-                                        item.versions.items()}] for item in self.items])
+                                        item.versions.items()}, *item.tags] for item in self.items])
 
 
 # ── prompts ──────────────────────────────────────────────────────────────────────────────────────────────────────────

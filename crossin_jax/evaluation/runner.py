@@ -21,7 +21,15 @@ from crossin_jax.data.crosslingual import add_tag
 from crossin_jax.data.prompts import Renderer
 from crossin_jax.data.world_baselines import choose_by_frequency, choose_by_string
 from crossin_jax.evaluation.answers import align, read_choice
-from crossin_jax.evaluation.benchmarks import Benchmark, Item, draw_shots, list_shots, load_benchmark, make_prompt
+from crossin_jax.evaluation.benchmarks import (
+    Benchmark,
+    Item,
+    draw_shots,
+    list_shots,
+    load_benchmark,
+    make_prompt,
+    with_items,
+)
 from crossin_jax.evaluation.predictions import Answer, ItemAnswers, Predictions, decode, encode
 from crossin_jax.generation.engine import Engine
 from crossin_jax.languages import LANGUAGES
@@ -60,6 +68,8 @@ def run_benchmarks(config: Config, engine: Engine, renderer: Renderer, *, cache:
         for number in (0,) if bare else settings.prompts:
             for method in ("choices", "generate") if settings.method == "both" else (settings.method,):
                 asked = dataclasses.asdict(settings) | {"benchmarks": name, "prompts": number, "method": method}
+                if settings.shots:  # they may be items beyond the limit
+                    asked["pool"] = with_items(benchmark, benchmark.pool).fingerprint
                 key = content_hash([weights, renderer.hash, config.data.tag, config.seed, asked, benchmark.fingerprint])
                 file = cache / f"{method}-{key}.json.gz" if cache else None
                 parts = load(file) if file else None

@@ -160,7 +160,7 @@ def to_html(study: Study, blocks: dict[str, list[Block]], mode: Mode, figures: d
         for name, block, row in rows:
             if name != last:
                 out.append(f'<tr class="group"><th colspan="{len(block.headline) + 2}">{escape(name)} <span '
-                           f'class="soft">{row.num_items} items, {" ".join(block.languages)}</span></th></tr>')
+                           f'class="soft">{row.num_items} items, {escape(" ".join(block.languages))}</span></th></tr>')
                 last = name
             out.append(f"<tr><td>{escape(row.arm)}</td><td>{'rule' if row.is_baseline else len(row.seeds)}</td>"
                        + "".join(f"<td>{escape(text)}</td>" for text in cells(block, row)) + "</tr>")

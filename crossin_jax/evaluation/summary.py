@@ -214,8 +214,10 @@ def _change(samples: dict[int, dict[str, np.ndarray]], base: dict[int, dict[str,
     if not common:
         return None
     delta_SR = np.array([samples[seed][name] - base[seed][name] for seed in common])
-    delta_SR[np.abs(delta_SR) < 1e-12] = 0  # rounding is no difference
-    observed, delta_R = float(delta_SR[:, 0].mean()), delta_SR[:, 1:].mean(0)
+    mean_R = delta_SR.mean(0)
+    for deltas in (delta_SR, mean_R):  # differences of two seeds may cancel each other
+        deltas[np.abs(deltas) < 1e-12] = 0  # rounding is no difference
+    observed, delta_R = float(mean_R[0]), mean_R[1:]
     side = 1 + min(int((delta_R <= 0).sum()), int((delta_R >= 0).sum()))
     p = min(1.0, 2 * side / (NUM_RESAMPLES + 1))
     same_sign = bool((delta_SR[:, 0] > 0).all() or (delta_SR[:, 0] < 0).all())

@@ -43,6 +43,27 @@ def test_a_file_in_any_wrapping_gives_the_same_items(tmp_path, name):
     assert benchmark.fingerprint == plain.fingerprint != other.fingerprint
 
 
+CHANGED = {
+    "id": lambda rows: rows[0].update(id="c"), "question": lambda rows: rows[1]["Chinese"].update(question="谁？"),
+    "choice": lambda rows: rows[1]["Chinese"].update(choices=["(A) 三", "(B) 二"]),
+    "gold": lambda rows: rows[0]["English"].update(answer="(A) one"),
+    "context": lambda rows: rows[0]["English"].update(context="Once."), "tag": lambda rows: rows[0].update(tags=["x"]),
+    "order": lambda rows: rows.reverse(), "fewer items": lambda rows: rows.pop(),
+}
+
+
+@pytest.mark.parametrize("part", CHANGED)
+def test_every_part_of_an_item_changes_the_fingerprint(tmp_path, part):
+    """Results with other items do not belong into one table; the fingerprint tells them apart."""
+    rows = [row("a"), row("b")]
+    before = load_benchmark(write(tmp_path / "f.json", rows), LANGUAGES).fingerprint
+    assert load_benchmark(write(tmp_path / "g.json", rows), LANGUAGES).fingerprint == before
+    assert load_benchmark(str(tmp_path / "f.json"), ("en",)).fingerprint != before
+    assert load_benchmark(str(tmp_path / "f.json"), LANGUAGES, limit=1).fingerprint != before
+    CHANGED[part](rows)
+    assert load_benchmark(write(tmp_path / "f.json", rows), LANGUAGES).fingerprint != before
+
+
 @pytest.mark.parametrize(("answer", "index"), [
     (1, 1), ("1", 1), ("B", 1), ("(B)", 1), ("two", 1), ("(B) two", 1), (0, 0)])
 def test_gold_may_be_index_letter_or_text(tmp_path, answer, index):

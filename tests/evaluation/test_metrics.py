@@ -9,11 +9,20 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from crossin_jax.config import UserError
 from crossin_jax.evaluation import metrics
-from crossin_jax.evaluation.intervals import bootstrap, compare, restrict, spread
-from crossin_jax.evaluation.metrics import ac3, evaluate, item_scores, pair_agreement, toss
+from crossin_jax.evaluation.intervals import bootstrap, compare, resample_weights, restrict, spread
+from crossin_jax.evaluation.metrics import (
+    ac3,
+    choice_probabilities,
+    evaluate,
+    item_scores,
+    pair_agreement,
+    toss,
+)
 from crossin_jax.evaluation.predictions import Answer, ItemAnswers, Predictions
 from crossin_jax.score import read_log
 
@@ -80,6 +89,94 @@ def test_expectation_is_the_mean_over_all_outcomes(rows):
         assert least[name] - 1e-12 <= min(values) and max(values) <= most[name] + 1e-12
         s = name[-1]
         assert flat[name] == ac3(flat["accuracy"], flat[f"consistency_{s}"])
+
+
+@st.composite
+def parallel_answers(draw):
+    """Predictions whose items differ in choices, gold and coins; at most 64 outcomes per item."""
+    languages, items = NAMES[:draw(st.integers(1, 4))], []
+    for i in range(draw(st.integers(1, 3))):
+        count = draw(st.integers(2, 4 if len(languages) < 4 else 2))
+        choice, answers = st.integers(0, count - 1), {}
+        for language in languages:
+            coin = draw(st.sampled_from(("matched", "tie", "empty", "unreadable", "too_long")))
+            candidates = {"matched": st.tuples(choice),
+                          "tie": st.sets(choice, min_size=2, max_size=2).map(lambda c: tuple(sorted(c)))}
+            answers[language] = Answer(draw(candidates.get(coin, st.just(tuple(range(count))))), coin)
+        items.append(ItemAnswers(f"i{i}", {language: draw(choice) for language in languages}, count,
+                                 answers))
+    return Predictions("drawn", "generate", 1, languages, tuple(items))
+
+
+def score_outcome(items, pick):
+    """Scores of certain answers: `pick(item, language)` is the choice, None for no answer."""
+    languages, scores = list(items[0].gold), {}
+    right = {a: np.mean([pick(item, a) == item.gold[a] for item in items]) for a in languages}
+    scores["accuracy"] = np.mean(list(right.values()))
+    scores |= {f"accuracy/{a}": value for a, value in right.items()}
+    for s in range(2, len(languages) + 1):
+        scores[f"consistency_{s}"] = np.mean([
+            len({pick(item, a) for a in chosen}) == 1 and pick(item, chosen[0]) is not None
+            for item in items for chosen in itertools.combinations(languages, s)])
+    return scores
+
+
+def enumerate_outcomes(item):
+    """Every outcome of an item's coins, as a choice by language; all are equally likely."""
+    for outcome in itertools.product(*(answer.candidates for answer in item.answers.values())):
+        yield dict(zip(item.answers, outcome, strict=True))
+
+
+@settings(max_examples=60, deadline=None)
+@given(predictions=parallel_answers(), seed=st.integers(0, 9))
+def test_every_mode_is_its_definition(predictions, seed):
+    """Expectation is the mean over all outcomes, strict drops coins, seaeval is one of the outcomes."""
+    items = predictions.items
+
+    def certain(item, language):
+        candidates = item.answers[language].candidates
+        return candidates[0] if len(candidates) == 1 else None
+    by_item = [[score_outcome([item], lambda item, a, o=outcome: o[a])
+                for outcome in enumerate_outcomes(item)] for item in items]
+    wanted = {"strict": score_outcome(items, certain),
+              "expectation": {name: np.mean([np.mean([told[name] for told in outcomes])
+                                             for outcomes in by_item]) for name in by_item[0][0]}}
+    tossed = choice_probabilities(predictions, "seaeval", seed)
+    picks = {(item.id, language): int(tossed[i, k].argmax()) for i, item in enumerate(items)
+             for k, language in enumerate(predictions.languages)}
+    assert all(picks[item.id, a] in item.answers[a].candidates for item in items for a in item.gold)
+    wanted["seaeval"] = score_outcome(items, lambda item, a: picks[item.id, a])
+    for mode, expected in wanted.items():
+        found = evaluate(predictions, mode, seed=seed)
+        flat, of_items = found.flatten(), item_scores(predictions, mode, seed=seed)
+        assert (found.benchmark, found.mode, found.num_items) == ("drawn", mode, len(items))
+        for name, value in expected.items():
+            assert flat[name] == pytest.approx(value, abs=1e-12), (mode, name)
+            assert of_items[name].mean() == pytest.approx(value, abs=1e-12), (mode, name)
+        assert of_items.keys() == expected.keys()
+        for name in flat.keys() - expected.keys():
+            assert flat[name] == ac3(flat["accuracy"], flat[f"consistency_{name[-1]}"])
+        for pair, value in found.combinations.get(2, {}).items():
+            two = replace(predictions, languages=pair)
+            assert value == pytest.approx(evaluate(two, mode, seed=seed).consistency[2], abs=1e-12)
+            a, b = map(predictions.languages.index, pair)
+            assert pair_agreement(predictions, mode, seed=seed)[b, a] == pytest.approx(value, abs=1e-12)
+    exact = evaluate(predictions)
+    for name, sd in exact.coin_sd.items():
+        bounds = [[told[name] for told in outcomes] for outcomes in by_item]
+        assert exact.least.flatten()[name] == pytest.approx(np.mean([min(b) for b in bounds]), abs=1e-12)
+        assert exact.most.flatten()[name] == pytest.approx(np.mean([max(b) for b in bounds]), abs=1e-12)
+        assert sd == pytest.approx(np.sqrt(sum(np.var(b) for b in bounds)) / len(items), abs=1e-9)
+    for language, shares in exact.coin_share.items():
+        reasons = [item.answers[language].reason for item in items
+                   if len(item.answers[language].candidates) > 1]
+        assert shares == {reason: reasons.count(reason) / len(items) for reason in
+                          {"tie", "empty", "unreadable", *reasons}}
+
+
+def test_ac3_is_a_harmonic_mean():
+    assert ac3(0.5, 0.25) == pytest.approx(1 / 3) and ac3(0.25, 0.5) == ac3(0.5, 0.25)
+    assert ac3(0.25, 1.0) == pytest.approx(0.4) and ac3(0.0, 0.0) == 0 and ac3(1.0, 1.0) < 1
 
 
 def test_combinations_and_items_average_to_the_scores():
@@ -210,6 +307,68 @@ def test_bootstrap_interval_is_that_of_a_mean():
     assert low < evaluate(predictions).ac3[3] < high
     assert intervals == bootstrap(predictions, num_resamples=2000)
     assert intervals != bootstrap(predictions, num_resamples=2000, seed=1)
+
+
+def test_resamples_draw_items_with_replacement():
+    """Each row counts as many draws as there are items; each item is drawn once on average."""
+    weights = resample_weights(30, 500, seed=3)
+    assert weights.shape == (500, 30)
+    counts = np.rint(weights * 30)
+    assert np.allclose(weights * 30, counts) and (counts.sum(1) == 30).all()
+    assert counts.mean() == 1 and counts.var() == pytest.approx(29 / 30, rel=0.05)
+    assert len(np.unique(counts, axis=0)) == 500
+    assert np.array_equal(weights, resample_weights(30, 500, seed=3))
+    assert not np.array_equal(weights, resample_weights(30, 500, seed=4))
+
+
+def resampled(predictions, mode, num_resamples, seed):
+    """{score: value of each resample}, an item at a time."""
+    counts = np.rint(resample_weights(len(predictions.items), num_resamples, seed)
+                     * len(predictions.items)).astype(int)
+    items, drawn = item_scores(predictions, mode, seed=seed), []
+    for row in counts:
+        chosen = [i for i, count in enumerate(row) for _ in range(count)]
+        scores = {name: np.mean([values[i] for i in chosen]) for name, values in items.items()}
+        drawn.append(scores | {f"AC3_{name[-1]}": ac3(scores["accuracy"], value)
+                               for name, value in scores.items() if name.startswith("consistency")})
+    return {name: np.array([scores[name] for scores in drawn]) for name in drawn[0]}
+
+
+RESAMPLING = [{}, {"level": 0.5}, {"level": 0.8, "num_resamples": 37}, {"seed": 5}, {"mode": "strict"},
+              {"mode": "seaeval", "seed": 2, "num_resamples": 1}]
+
+
+@pytest.mark.parametrize("options", RESAMPLING, ids=str)
+def test_intervals_and_p_values_by_hand(options):
+    """Level, number of resamples, seed and mode decide the interval and the two-sided p value."""
+    rows = random_rows(11, 0.6, seed=4)
+    rows[3], rows[7] = [(0, 1), 0, (0, 2)], [1, (0, 1, 2), 1]
+    first, second = make(rows), make(random_rows(11, 0.7, seed=6))
+    told = {"mode": "expectation", "level": 0.95, "num_resamples": 400, "seed": 0} | options
+    how = told["mode"], told["num_resamples"], told["seed"]
+    tails = [(1 - told["level"]) / 2, 1 - (1 - told["level"]) / 2]
+    one, two = resampled(first, *how), resampled(second, *how)
+    intervals = bootstrap(first, **told)
+    assert intervals.keys() == one.keys()
+    for name, interval in intervals.items():
+        assert interval == pytest.approx(np.quantile(one[name], tails), abs=1e-12), name
+    before, after = (evaluate(p, told["mode"], seed=told["seed"]).flatten() for p in (first, second))
+    differences = compare(first, second, **told)
+    assert differences.keys() == one.keys()
+    for name, found in differences.items():
+        deltas = np.round(two[name] - one[name], 12)
+        sides = 1 + sum(deltas <= 0), 1 + sum(deltas >= 0)
+        assert found.difference == pytest.approx(after[name] - before[name], abs=1e-12)
+        assert (found.low, found.high) == pytest.approx(np.quantile(deltas, tails), abs=1e-9), name
+        assert found.p == pytest.approx(min(1, 2 * min(sides) / (told["num_resamples"] + 1))), name
+
+
+def test_the_usual_intervals_have_95_percent_of_2000_and_5000_resamples():
+    """What is not asked for: level .95, 2,000 resamples for an interval, 5,000 for a comparison."""
+    first, second = make(random_rows(20, 0.5, seed=1)), make(random_rows(20, 0.8, seed=2))
+    assert bootstrap(first) == bootstrap(first, "expectation", level=0.95, num_resamples=2000, seed=0)
+    assert compare(first, second) == compare(first, second, "expectation", level=0.95,
+                                             num_resamples=5000, seed=0)
 
 
 def test_languages_of_an_item_stay_together():
