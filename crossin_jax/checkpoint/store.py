@@ -160,6 +160,23 @@ class Store:
                             "changed\nbring the folder back from a copy, or start anew with another output_dir")
         return None
 
+    def set_aside(self) -> None:
+        """Moves all checkpoints to `output_dir/earlier-N/checkpoints`: a run that starts anew writes its own."""
+        steps = self.steps()
+        if steps and jax.process_index() == 0:
+            run, number = self.folder.parent, 1
+            while (run / f"earlier-{number}").exists():
+                number += 1
+            place = run / f"earlier-{number}" / "checkpoints"
+            place.mkdir(parents=True)
+            for name in (*map(str, steps), "files.json"):
+                if (self.folder / name).exists():
+                    shutil.move(self.folder / name, place / name)
+            logging.warning("%s: starts anew; the checkpoints so far (%s) lie in %s", run, ", ".join(map(str, steps)),
+                            place.parent)
+        hosts.meet("earlier checkpoints are set aside")
+        self._manager.reload()
+
     def read_json(self, step: int, item: str) -> dict[str, Any]:
         """The stored configuration, data position or provenance of a step."""
         return self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]

@@ -1,4 +1,4 @@
-"""Checkpoints: which settings must stay in a continued run, what damage does, which step is read."""
+"""Checkpoints: settings that must stay in a continued run, damage, and the step that is read."""
 
 import dataclasses
 import json
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from crossin_jax.checkpoint.restore import restore_params
 from crossin_jax.checkpoint.store import Store, find_checkpoint, read_config
 from crossin_jax.config import (
     Architecture,
@@ -24,7 +25,9 @@ from crossin_jax.config import (
     iterate_fields,
 )
 from crossin_jax.parallel.mesh import make_mesh
+from crossin_jax.train import train
 from crossin_jax.training.step import TrainState
+from tests.helpers import config_in
 
 
 def named(section: str, names: str) -> set[str]:
@@ -261,6 +264,43 @@ def test_a_checkpoint_older_than_a_setting_continues_where_the_setting_is_off(ru
         config.data.system = "Be brief."
         with pytest.raises(UserError, match="data.system: None -> 'Be brief.'"):
             store.restore_newest(ABSTRACT, config)
+
+
+def test_the_program_refuses_another_base_and_another_batch(pretrained, adapted, tmp_path):
+    """The same through `train`: both settings are named, and the run stays as it was."""
+    folder = shutil.copytree(adapted, tmp_path / "run")
+    base = shutil.copytree(pretrained / "model", tmp_path / "base")
+    config = config_in(folder, str(base))
+    config.train = dataclasses.replace(config.train, batch_size=16)
+    checkpoints = sorted((folder / "checkpoints").rglob("*"))
+    with pytest.raises(UserError, match=re.escape(
+            f"model.path: {str(pretrained / 'model')!r} -> {str(base)!r}; "
+            "train.batch_size: 8 -> 16\n")):
+        train(config)
+    assert sorted((folder / "checkpoints").rglob("*")) == checkpoints
+
+
+def test_a_run_that_starts_anew_keeps_its_own_checkpoints_and_the_earlier_ones(
+        pretrained, tmp_path, caplog):
+    """--noresume: the new run's weights are saved, and nothing of the earlier run is deleted."""
+    folder = shutil.copytree(pretrained, tmp_path / "run")
+    config = config_in(folder, seed=5)
+    train(config, resume=False)
+    for path, seed in ((folder, 5), (folder / "earlier-1", 1)):
+        assert Store(path).steps() == [3, 6] and read_config(path).seed == seed
+        assert (path / "checkpoints/files.json").is_file()
+    assert f"the checkpoints so far (3, 6) lie in {folder / 'earlier-1'}" in caplog.text
+    caplog.clear()
+    train(config)  # the same command continues: there is nothing left to do
+    assert Store(folder).steps() == [3, 6] and "earlier" not in caplog.text
+    new, old = (np.asarray(restore_params(path, progress=False).state["norm"]["weight"].get_value())
+                for path in (folder, pretrained))
+    assert not np.array_equal(new, old)
+    with Store(folder, config=config) as store:
+        store.set_aside()
+        assert store.steps() == []
+        store.set_aside()
+    assert not (folder / "earlier-3").exists() and Store(folder / "earlier-2").steps() == [3, 6]
 
 
 # ---- which step
