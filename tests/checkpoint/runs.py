@@ -18,8 +18,8 @@ from crossin_jax.training.step import TrainState
 from tests.parity.adapters import quiet
 from tests.parity.families import tiny_config, torch_model
 
-PROVENANCE = {"versions": {"jax": "1.2.3"}, "manifest": "cafe0123", "template": "beef4567", "commit": "0a1b2c",
-              "device": "8 x cpu (cpu)"}
+PROVENANCE = {"versions": {"jax": "1.2.3"}, "manifest": "cafe0123", "template": "beef4567",
+              "commit": "0a1b2c", "device": "8 x cpu (cpu)"}
 NEW = Architecture(width=32, ff_width=48, num_layers=2, num_heads=4, num_kv_heads=2, max_length=64,
                    vocab_size=300)
 
