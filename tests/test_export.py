@@ -319,8 +319,21 @@ def test_requests_that_do_not_suit_the_run(tmp_path):
         export(full / "run", "peft", tmp_path / "out")
 
 
-def test_the_program_prints_one_line_for_a_fault():
-    command = [sys.executable, "-m", "crossin_jax.export", "--checkpoint", "nowhere", "--format", "hf", "--out", "x"]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
-    assert run.returncode == 2
-    assert run.stderr.startswith("error: nowhere holds no checkpoint") and len(run.stderr.splitlines()) == 1
+@pytest.mark.parametrize("damaged", [False, True], ids=["nowhere", "damaged"])
+def test_the_program_prints_one_line_for_a_fault(damaged, full, tmp_path):
+    """Also for a checkpoint that lost arrays before their sizes were noted."""
+    run, words = tmp_path / "nowhere", f"{tmp_path / 'nowhere'} holds no checkpoint"
+    if damaged:
+        run = shutil.copytree(full, tmp_path / "run")
+        (run / "checkpoints/files.json").unlink()
+        for file in (run / "checkpoints/10/state").glob("*/d/*"):
+            file.unlink()
+        words = f"{run / 'checkpoints/10/state'}: unreadable checkpoint"
+    command = [sys.executable, "-m", "crossin_jax.export", "--checkpoint", str(run), "--format", "hf",
+               "--out", str(tmp_path / "out")]
+    program = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert program.returncode == 2 and not (tmp_path / "out").exists()
+    errors = [line for line in program.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and errors[0].startswith(f"error: {words}")
+    assert "Traceback" not in program.stderr
+    assert damaged or len(program.stderr.splitlines()) == 1

@@ -88,16 +88,10 @@ class Store:
         except Exception as error:  # Orbax wraps what the file system said in errors of many kinds
             self._raise_unwritten(error)
         if jax.process_index() == 0 and self._config:
-            known = self._read_sizes()
+            known = read_sizes(self.folder)
             sizes = {str(step): known.get(str(step)) or measure_files(self.folder / str(step)) for step in self.steps()}
             if sizes != known:
                 write_whole(self.folder / "files.json", json.dumps(sizes))
-
-    def _read_sizes(self) -> dict[str, dict[str, int]]:
-        try:
-            return json.loads((self.folder / "files.json").read_text())
-        except (OSError, ValueError):
-            return {}
 
     def _raise_unwritten(self, error: Exception) -> None:
         whole = max((int(p.name) for p in self.folder.glob("*") if p.name.isdigit()), default=None)
@@ -136,9 +130,7 @@ class Store:
         damaged = []
         for step in reversed(self.steps()):
             try:
-                sizes = self._read_sizes().get(str(step), {})
-                found = measure_files(self.folder / str(step))
-                lost = sorted(name for name, size in sizes.items() if found.get(name) != size)
+                lost = find_lost(self.folder / str(step))
                 if hosts.agree(bool(lost)):
                     raise OSError(f"{len(lost)} files are missing or cut, e.g. {lost[0]}" if lost else "see process 0")
                 restored, fault = self.restore(step, abstract, config), None
@@ -192,6 +184,21 @@ class Store:
         if wrong:
             raise UserError(f"{self.folder / str(step)} belongs to another model or adapter: {wrong[0]}"
                             + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""))
+
+
+def read_sizes(checkpoints: Path) -> dict[str, dict[str, int]]:
+    """{step: {path below its folder: bytes}} as noted when they were written; empty where nothing was noted."""
+    try:
+        return json.loads((checkpoints / "files.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def find_lost(folder: Path) -> list[str]:
+    """The files of a checkpoint, a folder checkpoints/STEP, that are missing or have another size than was noted."""
+    found = measure_files(folder)
+    return sorted(name for name, size in read_sizes(folder.parent).get(folder.name, {}).items()
+                  if found.get(name) != size)
 
 
 def measure_files(folder: Path) -> dict[str, int]:

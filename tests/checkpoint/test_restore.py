@@ -103,10 +103,28 @@ def test_a_checkpoint_that_does_not_fit_its_configuration_is_refused(run, tmp_pa
     restore_params(folder / "checkpoints/9", progress=False)  # the other step is as it was
 
 
-@pytest.mark.parametrize("name", ["_METADATA", "manifest.ocdbt"])
-def test_an_unreadable_checkpoint_is_named(name, run, tmp_path):
+@pytest.mark.parametrize("damage", ["cut", "grown", "deleted"])
+def test_damaged_weights_are_refused_and_other_steps_serve(damage, run, tmp_path):
+    """The noted sizes tell before anything is read; a cut array might be read in silence."""
     folder = shutil.copytree(run, tmp_path / "run")
-    (folder / "checkpoints/10/state" / name).unlink()
+    state = folder / "checkpoints/10/state"
+    file = max(state.glob("*/d/*"), key=lambda file: file.stat().st_size)
+    data = file.read_bytes()
+    file.unlink()
+    if damage != "deleted":
+        file.write_bytes(data[:-1] if damage == "cut" else data + b"\0")
+    with pytest.raises(UserError, match="checkpoints/10: 1 files are missing or cut, e.g. "
+                                        f"{file.relative_to(state.parent)}; use another step"):
+        restore_params(folder, progress=False)
+    assert restore_params(folder / "checkpoints/9", progress=False).step == 9
+
+
+def test_an_unreadable_checkpoint_of_unknown_size_is_named(run, tmp_path):
+    """A run that was killed before it noted the sizes."""
+    folder = shutil.copytree(run, tmp_path / "run")
+    (folder / "checkpoints/files.json").unlink()
+    assert restore_params(folder, progress=False).step == 10
+    (folder / "checkpoints/10/state/_METADATA").unlink()
     with pytest.raises(UserError, match="checkpoints/10/state: unreadable checkpoint"):
         restore_params(folder, progress=False)
 
