@@ -98,7 +98,9 @@ def _train_in(output_dir: Path, config: Config, *, resume: bool, use_wandb: bool
 
     with jax.set_mesh(mesh), hosts.Preemption() as preemption, Store(output_dir, config=config) as store:
         # ---- Resume
-        restored = store.restore_newest(abstract, config) if resume else None
+        if not resume:
+            store.set_aside()
+        restored = store.restore_newest(abstract, config)
         if restored:
             state, position = restored
             state.frozen = load_base(config, model.frozen)[0] if config.model.path else model.frozen
@@ -257,7 +259,8 @@ def define_flags() -> None:
     flags.DEFINE_integer("process_id", None, "number of this process, with --coordinator")
     flags.DEFINE_integer("start_timeout", 300, "seconds to wait for all processes")
     flags.DEFINE_string("tuned", None, "file of plan --tune: run with the settings that it proposes")
-    flags.DEFINE_bool("resume", True, "continue from the newest whole checkpoint in output_dir")
+    flags.DEFINE_bool("resume", True, "continue from the newest whole checkpoint in output_dir; --noresume "
+                      "sets the checkpoints there aside and starts anew")
     flags.DEFINE_list("profile_steps", [], "profiled: after the first to after the second, e.g. 10,12")
     flags.DEFINE_string("compilation_cache", CACHE, "folder of compiled programs kept across runs; empty: none")
     flags.DEFINE_bool("selftest_resume", False, "kill and continue a short run here, and compare it bit by bit")

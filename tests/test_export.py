@@ -1,10 +1,13 @@
 """The export program: transformers and peft load what it writes, with our logits; wrong requests are one line."""
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
 
+import huggingface_hub
 import jax
 import numpy as np
 import peft
@@ -12,66 +15,26 @@ import pytest
 import torch
 import transformers
 from flax import nnx
+from safetensors.numpy import load_file
 
-from crossin_jax import config as settings
-from crossin_jax.checkpoint.hf import read_tensors
+from crossin_jax.checkpoint.hf import read_tensors, state_leaves
 from crossin_jax.checkpoint.load import load_model
 from crossin_jax.checkpoint.restore import restore_params
-from crossin_jax.checkpoint.store import Store
-from crossin_jax.config import Architecture, Component, Config, Lora, Model, Source, UserError
+from crossin_jax.config import Lora, UserError
 from crossin_jax.evaluation.summary import Block, Estimate, Row
 from crossin_jax.export import export
-from crossin_jax.parallel.mesh import make_mesh
-from crossin_jax.training.state import abstract_model, load_base, model_spec
-from crossin_jax.training.step import TrainState
+from tests.checkpoint.runs import (
+    NEW,
+    edit_config,
+    make_run,
+    read_trained,
+    write_base,
+    write_tokenizer,
+)
 from tests.conftest import REPOSITORY
 from tests.parity.adapters import load_peft, logits_of, quiet
-from tests.parity.families import tiny_config, torch_model
 
 TOKENS = np.random.default_rng(0).integers(3, 60, (8, 24))
-PROVENANCE = {"versions": {"jax": "1.2.3"}, "manifest": "cafe0123", "template": "beef4567", "commit": "0a1b2c",
-              "device": "8 x cpu (cpu)"}
-
-
-def write_tokenizer(folder):
-    """A tokenizer of 60 words."""
-    import tokenizers
-
-    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(57))]
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="w0"))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="</s>",
-                                         pad_token="<pad>").save_pretrained(folder)
-
-
-def make_run(folder, family="llama3.1", lora=None, **model):
-    """A run with one checkpoint of a base model whose trained weights all moved; returns its configuration."""
-    base = folder / "base"
-    if family:
-        quiet(torch_model(tiny_config(family)).save_pretrained, base)
-        write_tokenizer(base)
-        (base / "generation_config.json").write_text('{"eos_token_id": 2, "max_new_tokens": 7}')
-        model = Model(path=str(base), frozen_dtype="float32", compute_dtype="float32", **model)
-    else:
-        write_tokenizer(folder / "run/tokenizer")
-        model = Model(compute_dtype="float32", architecture=Architecture(
-            width=32, ff_width=48, num_layers=2, num_heads=4, num_kv_heads=2, max_length=64, vocab_size=300))
-    config = Config(name="tiny", output_dir=str(folder / "run"), model=model, lora=lora)
-    config.data.sources, config.data.components = (Source(name="world"),), (Component(source="world", kind="x2x"),)
-    mesh, rng = make_mesh(settings.Mesh(), jax.devices()[:1]), np.random.default_rng(3)
-    abstract = abstract_model(config, model_spec(config), mesh)
-    trainable = load_base(config, abstract.trainable)[0] if family else abstract.trainable
-
-    def train(path, leaf):
-        noise = 0.1 * rng.standard_normal(leaf.shape).astype(leaf.dtype)
-        start = 1.0 if "norm" in str(path) or "magnitude" in str(path) else 0.0
-        return jax.device_put(noise + (start if isinstance(leaf, jax.ShapeDtypeStruct) else np.asarray(leaf)))
-
-    trainable = jax.tree_util.tree_map_with_path(train, trainable)
-    state = TrainState(jax.numpy.int32(0), jax.numpy.bool_(True), trainable, abstract.frozen, {})
-    with Store(config.output_dir, config=config) as store:
-        store.save(state, {}, PROVENANCE)
-    return config
 
 
 def our_logits(run, **model):
@@ -84,6 +47,20 @@ def load_torch(folder):
                  attn_implementation="eager").eval()
 
 
+def assert_same_weights(folder, run):
+    """What `load_model` reads from an export is the run's model, bit by bit.
+
+    Their logits are not compared: the two programs take their products in another order, and with
+    equal weights they differ by up to 1.3e-5 at logits of 7.5, as XLA's flags and the CPU will.
+    """
+    loaded, restored = load_model(folder, progress=False), restore_params(run, progress=False)
+    assert loaded.spec == restored.spec
+    ours, theirs = state_leaves(loaded.state), state_leaves(restored.state)
+    assert ours.keys() == theirs.keys()
+    for path, leaf in ours.items():
+        assert np.asarray(leaf).tobytes() == np.asarray(theirs[path]).tobytes(), path
+
+
 LORA = Lora(rank=3, alpha=5.0, dropout=0.1)
 
 
@@ -93,7 +70,7 @@ def test_a_full_model(tmp_path, family):
     out = export(tmp_path / "run", "hf", tmp_path / "out")
     wanted = our_logits(tmp_path / "run")
     np.testing.assert_allclose(logits_of(load_torch(out), TOKENS), wanted, atol=2e-4)
-    np.testing.assert_allclose(np.asarray(load_model(out, progress=False)(TOKENS)), wanted, atol=1e-5)
+    assert_same_weights(out, tmp_path / "run")
     tokenizer = quiet(transformers.AutoTokenizer.from_pretrained, out)
     assert tokenizer("w3 w4").input_ids == [6, 7]
     generation = json.loads((out / "generation_config.json").read_text())
@@ -119,7 +96,7 @@ def test_an_adapter(tmp_path, family):
     wanted = our_logits(tmp_path / "run")
     np.testing.assert_allclose(logits_of(load_peft(tmp_path / "base", out), TOKENS), wanted, atol=2e-4)
     assert peft.PeftConfig.from_pretrained(out).base_model_name_or_path == str(tmp_path / "base")
-    np.testing.assert_allclose(np.asarray(load_model(out, progress=False)(TOKENS)), wanted, atol=1e-5)
+    assert_same_weights(out, tmp_path / "run")
     card = (out / "README.md").read_text()
     assert card.count("cross_mmlu") == 1
     estimate = "0.412 (0.300 to 0.500)"
@@ -138,10 +115,7 @@ def test_a_merged_model(tmp_path, family, lora):
 def test_a_sum_is_rounded_once(tmp_path):
     """In float32 the merged weights are exact sums whatever the frozen precision; bfloat16 is their rounding."""
     make_run(tmp_path, "llama3.1", LORA)
-    stored = tmp_path / "run/checkpoints/0/config/metadata"
-    config = json.loads(stored.read_text())
-    config["model"]["frozen_dtype"] = "nf4"
-    stored.write_text(json.dumps(config))
+    edit_config(tmp_path / "run", 0, "model", frozen_dtype="nf4")
     export(tmp_path / "run", "merged", tmp_path / "wide", "float32")
     export(tmp_path / "run", "merged", tmp_path / "narrow")
     peft_merged = quiet(load_peft(tmp_path / "base", export(tmp_path / "run", "peft", tmp_path / "a")).merge_and_unload)
@@ -156,6 +130,176 @@ def test_a_sum_is_rounded_once(tmp_path):
             torch.testing.assert_close(narrow[name], tensor.bfloat16(), rtol=0, atol=0)
         else:  # the base was read as bfloat16 here: two roundings of half a step each
             torch.testing.assert_close(narrow[name].float(), tensor, rtol=2 ** -7, atol=2e-3)
+
+
+# ---- what an export says of itself
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """A run that trained every weight, with checkpoints of steps 3 and 10."""
+    folder = tmp_path_factory.mktemp("full")
+    make_run(folder, steps=(3, 10), frozen_dtype="bfloat16")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def low_rank(tmp_path_factory):
+    """A LoRA run with a fractional alpha, a revision, a tokenizer of its own and steps 3 and 10."""
+    folder = tmp_path_factory.mktemp("lora")
+    tokenizer = write_tokenizer(folder / "tokenizer", first="x")
+    make_run(folder, lora=Lora(rank=3, alpha=2.5, dropout=0.25, targets=("q_proj", "up_proj"),
+                               modules_to_save=("lm_head",)),
+             steps=(3, 10), revision="v1.2", tokenizer=str(tokenizer))
+    return folder / "run"
+
+
+@pytest.mark.parametrize("format, frozen, dtype, wanted", [
+    ("hf", "bfloat16", None, "float32"), ("hf", "bfloat16", "float32", "float32"),
+    ("hf", "bfloat16", "bfloat16", "bfloat16"), ("hf", "bfloat16", "float16", "float16"),
+    ("merged", "float32", None, "float32"), ("merged", "bfloat16", None, "bfloat16"),
+    ("merged", "nf4", None, "bfloat16"), ("merged", "float32", "bfloat16", "bfloat16"),
+    ("merged", "bfloat16", "float16", "float16"), ("merged", "int8", "float32", "float32")])
+def test_config_json_names_the_precision_of_the_weights(
+        format, frozen, dtype, wanted, full, low_rank, tmp_path):
+    """Every tensor has the precision that was asked for, or the one that was trained or frozen."""
+    source = full if format == "hf" else low_rank
+    run = shutil.copytree(source, tmp_path / "run")
+    edit_config(run, 10, "model", frozen_dtype=frozen)
+    out = export(run, format, tmp_path / "out", dtype)
+    codes = {tensor.code for tensor in read_tensors(out).values()}
+    assert codes == {{"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[wanted]}
+    assert json.loads((out / "config.json").read_text())["torch_dtype"] == wanted
+    assert transformers.AutoConfig.from_pretrained(out).dtype == getattr(torch, wanted)
+
+
+@pytest.mark.parametrize("format", ["hf", "merged", "peft"])
+@pytest.mark.parametrize("own", [True, False], ids=["own_tokenizer", "tokenizer_of_the_base"])
+def test_an_export_carries_the_tokenizer_that_was_used(format, own, full, low_rank, tmp_path):
+    run = shutil.copytree(full if format == "hf" else low_rank, tmp_path / "run")
+    used = low_rank.parent / "tokenizer"
+    edit_config(run, 10, "model", tokenizer=str(used) if own else None)
+    out = export(run, format, tmp_path / "out")
+    base = (full if format == "hf" else low_rank).parent / "base"
+    assert (used / "tokenizer.json").read_bytes() != (base / "tokenizer.json").read_bytes()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (out / name).read_bytes() == ((used if own else base) / name).read_bytes()
+    loaded = quiet(transformers.AutoTokenizer.from_pretrained, out)
+    assert loaded("x3" if own else "w3").input_ids == [6]
+
+
+def test_an_exported_adapter_says_everything_that_peft_needs(low_rank, tmp_path):
+    """Every field of peft's configuration: ours where the run sets it, peft's default elsewhere."""
+    out = export(low_rank, "peft", tmp_path / "out")
+    wanted = peft.LoraConfig(
+        r=3, lora_alpha=2.5, lora_dropout=0.25, target_modules=["q_proj", "up_proj"],
+        modules_to_save=["lm_head"], base_model_name_or_path=str(low_rank.parent / "base"),
+        revision="v1.2", task_type="CAUSAL_LM", inference_mode=True)
+    assert asdict(peft.PeftConfig.from_pretrained(out)) == asdict(wanted)
+    assert json.loads((out / "adapter_config.json").read_text())["lora_alpha"] == 2.5
+    wanted = our_logits(low_rank)
+    theirs = logits_of(load_peft(low_rank.parent / "base", out), TOKENS)
+    np.testing.assert_allclose(theirs, wanted, atol=2e-4)
+    assert_same_weights(out, low_rank)
+    card = (out / "README.md").read_text()
+    assert f"| base model | {low_rank.parent / 'base'} at v1.2 |" in card
+    for line in ("lora.rank | 3", "lora.alpha | 2.5", "lora.targets | q_proj, up_proj",
+                 "train.length | 1024", "optim.b2 | 0.999", "train.seed | 42", "train.epochs | 1.0"):
+        assert f"| {line} |" in card, line
+
+
+@pytest.mark.parametrize("format", ["hf", "merged", "peft"])
+@pytest.mark.parametrize("step", [3, 10, None])
+def test_a_step_that_is_asked_for_is_the_one_that_is_written(format, step, full, low_rank, tmp_path):
+    """None: a run folder, which means its newest step."""
+    run = full if format == "hf" else low_rank
+    out = export(run / f"checkpoints/{step}" if step else run, format, tmp_path / "out")
+    trained = read_trained(run, step or 10)
+    tensor = ("base_model.model." if format == "peft" else "") + "lm_head.weight"
+    file = "adapter_model.safetensors" if format == "peft" else "model.safetensors"
+    np.testing.assert_array_equal(load_file(out / file)[tensor], trained["lm_head/weight"])
+    other = read_trained(run, 3 if step != 3 else 10)
+    assert not np.array_equal(trained["lm_head/weight"], other["lm_head/weight"])
+    card = (out / "README.md").read_text()
+    assert f"| step | {step or 10} |" in card and f"| data manifest | data-of-{step or 10} |" in card
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_moved_run_of_a_new_model(tied, tmp_path):
+    """It takes the tokenizer that moved with it; the head is written where it is one of its own."""
+    architecture = dataclasses.replace(NEW, tie_embeddings=tied)
+    make_run(tmp_path / "old", None, architecture=architecture)
+    run = shutil.move(tmp_path / "old/run", tmp_path / "new")
+    shutil.rmtree(tmp_path / "old")
+    out = export(run, "hf", tmp_path / "out")
+    assert not (tmp_path / "old").exists()
+    assert (out / "tokenizer.json").read_bytes() == (
+        tmp_path / "new/tokenizer/tokenizer.json").read_bytes()
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is tied
+    trained, written = read_trained(tmp_path / "new", 0), load_file(out / "model.safetensors")
+    assert ("lm_head.weight" in written) is ("lm_head/weight" in trained) is not tied
+    for tensor, path in (("model.embed_tokens.weight", "embed_tokens/weight"),
+                         ("lm_head.weight", "lm_head/weight"), ("model.norm.weight", "norm/weight")):
+        if tensor in written:
+            np.testing.assert_array_equal(written[tensor], trained[path])
+    theirs = load_torch(out)
+    np.testing.assert_allclose(logits_of(theirs, TOKENS), our_logits(run), atol=2e-4)
+    assert theirs.generation_config.eos_token_id == 2 and theirs.config.pad_token_id == 0
+
+
+def test_settings_of_generation_come_from_the_base_or_else_from_its_config(full, tmp_path):
+    """A base without generation_config.json is exported with the token ids of its config.json."""
+    base = shutil.copytree(full.parent / "base", tmp_path / "base")
+    values = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(values | {
+        "bos_token_id": 1, "eos_token_id": [2, 5], "pad_token_id": None, "initializer_range": 0.5}))
+    run = shutil.copytree(full, tmp_path / "run")
+    edit_config(run, 10, "model", path=str(base))
+    with_settings = export(run, "hf", tmp_path / "with")
+    (base / "generation_config.json").unlink()
+    without = export(run, "hf", tmp_path / "without")
+    for out in (with_settings, without):
+        config = json.loads((out / "config.json").read_text())
+        assert (config["bos_token_id"], config["eos_token_id"]) == (1, [2, 5])
+        assert config["initializer_range"] == 0.5 and config.get("pad_token_id") is None
+    read = [json.loads((out / "generation_config.json").read_text()) for out in (with_settings, without)]
+    assert read == [{"eos_token_id": 2, "max_new_tokens": 7},
+                    {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": [2, 5]}]
+
+
+def test_a_base_from_the_hub_is_asked_for_at_its_revision_and_named_by_its_id(
+        low_rank, tmp_path, monkeypatch):
+    """Another revision has other weights; both reach the adapter's configuration and the card."""
+    asked = []
+    folders = {"v1.2": low_rank.parent / "base", "main": write_base(tmp_path / "main", "llama3.1")}
+
+    def download(repo_id, *, revision, **_):
+        asked.append((repo_id, revision))
+        return str(folders[revision])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    run = shutil.copytree(low_rank, tmp_path / "run")
+    edit_config(run, 10, "model", path="org/model")
+    wanted = restore_params(low_rank, progress=False).state
+    found = restore_params(run, progress=False)
+    assert set(asked) == {("org/model", "v1.2")} and found.base == folders["v1.2"]
+    for path, leaf in state_leaves(wanted).items():
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(state_leaves(found.state)[path]))
+    out = export(run, "peft", tmp_path / "out")
+    written = json.loads((out / "adapter_config.json").read_text())
+    assert (written["base_model_name_or_path"], written["revision"]) == ("org/model", "v1.2")
+    card = (out / "README.md").read_text()
+    assert 'base_model: "org/model"' in card and "| base model | org/model at v1.2 |" in card
+
+
+def test_a_relative_base_is_named_by_its_full_path(low_rank, tmp_path, monkeypatch):
+    run = shutil.copytree(low_rank, tmp_path / "run")
+    edit_config(run, 10, "model", path="base")
+    monkeypatch.chdir(low_rank.parent)
+    out = export(run, "peft", tmp_path / "out")
+    written = json.loads((out / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == str((low_rank.parent / "base").resolve())
+    assert "base_model:" not in (out / "README.md").read_text()  # which is of ids on the Hub
 
 
 def test_requests_that_do_not_suit_the_run(tmp_path):
@@ -175,8 +319,21 @@ def test_requests_that_do_not_suit_the_run(tmp_path):
         export(full / "run", "peft", tmp_path / "out")
 
 
-def test_the_program_prints_one_line_for_a_fault():
-    command = [sys.executable, "-m", "crossin_jax.export", "--checkpoint", "nowhere", "--format", "hf", "--out", "x"]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
-    assert run.returncode == 2
-    assert run.stderr.startswith("error: nowhere holds no checkpoint") and len(run.stderr.splitlines()) == 1
+@pytest.mark.parametrize("damaged", [False, True], ids=["nowhere", "damaged"])
+def test_the_program_prints_one_line_for_a_fault(damaged, full, tmp_path):
+    """Also for a checkpoint that lost arrays before their sizes were noted."""
+    run, words = tmp_path / "nowhere", f"{tmp_path / 'nowhere'} holds no checkpoint"
+    if damaged:
+        run = shutil.copytree(full, tmp_path / "run")
+        (run / "checkpoints/files.json").unlink()
+        for file in (run / "checkpoints/10/state").glob("*/d/*"):
+            file.unlink()
+        words = f"{run / 'checkpoints/10/state'}: unreadable checkpoint"
+    command = [sys.executable, "-m", "crossin_jax.export", "--checkpoint", str(run), "--format", "hf",
+               "--out", str(tmp_path / "out")]
+    program = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert program.returncode == 2 and not (tmp_path / "out").exists()
+    errors = [line for line in program.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and errors[0].startswith(f"error: {words}")
+    assert "Traceback" not in program.stderr
+    assert damaged or len(program.stderr.splitlines()) == 1

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from crossin_jax import config as settings
 from crossin_jax.checkpoint.hf import load_weights, resolve_folder
-from crossin_jax.checkpoint.store import find_checkpoint, flatten, read_config
+from crossin_jax.checkpoint.store import find_checkpoint, find_lost, flatten, read_config
 from crossin_jax.config import Config, UserError
 from crossin_jax.data.pipeline import open_tokenizer
 from crossin_jax.models.spec import ModelSpec
@@ -47,6 +47,9 @@ def restore_params(path: str | Path, *, mesh: Mesh | None = None, progress: bool
     config.output_dir = str(run)  # the run may have moved; its tokenizer lies beside its checkpoints
     config.model = dataclasses.replace(config.model, **model)
     folder = run / "checkpoints" / str(step)
+    if lost := [name for name in find_lost(folder) if name.startswith("state/")]:
+        raise UserError(f"{folder}: {len(lost)} files are missing or cut, e.g. {lost[0]}; use another step, or bring "
+                        "the folder back from a copy")
     if mesh is None:
         try:
             mesh = make_mesh(config.mesh)
@@ -76,8 +79,11 @@ def _read_arrays(folder: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[
                  for name, leaf in wanted.items() if name not in stored or tuple(stored[name].shape) != leaf.shape]
         if wrong:
             raise UserError(f"{folder} does not fit its own configuration: {wrong[0]} ({len(wrong)} in all)")
-        return checkpointer.restore(folder, args=ocp.args.PyTreeRestore(
-            item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True))
+        try:
+            return checkpointer.restore(folder, args=ocp.args.PyTreeRestore(
+                item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True))
+        except Exception as error:  # Orbax wraps what it met in errors of many kinds, `Exception` among them
+            raise UserError(f"{folder}: unreadable checkpoint ({str(error)[:200]}); use another step") from error
 
 
 def _read_provenance(folder: Path) -> dict[str, Any]:

@@ -88,16 +88,10 @@ class Store:
         except Exception as error:  # Orbax wraps what the file system said in errors of many kinds
             self._raise_unwritten(error)
         if jax.process_index() == 0 and self._config:
-            known = self._read_sizes()
+            known = read_sizes(self.folder)
             sizes = {str(step): known.get(str(step)) or measure_files(self.folder / str(step)) for step in self.steps()}
             if sizes != known:
                 write_whole(self.folder / "files.json", json.dumps(sizes))
-
-    def _read_sizes(self) -> dict[str, dict[str, int]]:
-        try:
-            return json.loads((self.folder / "files.json").read_text())
-        except (OSError, ValueError):
-            return {}
 
     def _raise_unwritten(self, error: Exception) -> None:
         whole = max((int(p.name) for p in self.folder.glob("*") if p.name.isdigit()), default=None)
@@ -136,9 +130,7 @@ class Store:
         damaged = []
         for step in reversed(self.steps()):
             try:
-                sizes = self._read_sizes().get(str(step), {})
-                found = measure_files(self.folder / str(step))
-                lost = sorted(name for name, size in sizes.items() if found.get(name) != size)
+                lost = find_lost(self.folder / str(step))
                 if hosts.agree(bool(lost)):
                     raise OSError(f"{len(lost)} files are missing or cut, e.g. {lost[0]}" if lost else "see process 0")
                 restored, fault = self.restore(step, abstract, config), None
@@ -160,6 +152,23 @@ class Store:
                             "changed\nbring the folder back from a copy, or start anew with another output_dir")
         return None
 
+    def set_aside(self) -> None:
+        """Moves all checkpoints to `output_dir/earlier-N/checkpoints`: a run that starts anew writes its own."""
+        steps = self.steps()
+        if steps and jax.process_index() == 0:
+            run, number = self.folder.parent, 1
+            while (run / f"earlier-{number}").exists():
+                number += 1
+            place = run / f"earlier-{number}" / "checkpoints"
+            place.mkdir(parents=True)
+            for name in (*map(str, steps), "files.json"):
+                if (self.folder / name).exists():
+                    shutil.move(self.folder / name, place / name)
+            logging.warning("%s: starts anew; the checkpoints so far (%s) lie in %s", run, ", ".join(map(str, steps)),
+                            place.parent)
+        hosts.meet("earlier checkpoints are set aside")
+        self._manager.reload()
+
     def read_json(self, step: int, item: str) -> dict[str, Any]:
         """The stored configuration, data position or provenance of a step."""
         return self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.JsonRestore()}))[item]
@@ -175,6 +184,21 @@ class Store:
         if wrong:
             raise UserError(f"{self.folder / str(step)} belongs to another model or adapter: {wrong[0]}"
                             + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""))
+
+
+def read_sizes(checkpoints: Path) -> dict[str, dict[str, int]]:
+    """{step: {path below its folder: bytes}} as noted when they were written; empty where nothing was noted."""
+    try:
+        return json.loads((checkpoints / "files.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def find_lost(folder: Path) -> list[str]:
+    """The files of a checkpoint, a folder checkpoints/STEP, that are missing or have another size than was noted."""
+    found = measure_files(folder)
+    return sorted(name for name, size in read_sizes(folder.parent).get(folder.name, {}).items()
+                  if found.get(name) != size)
 
 
 def measure_files(folder: Path) -> dict[str, int]:
