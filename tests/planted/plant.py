@@ -23,13 +23,14 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from tests.planted.faults import FAULTS, Fault
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NOTICED = ("noticed", "time is up")  # the other outcomes are "unnoticed", "stale" and "broken"
+LONGEST = 1800  # seconds for tests without a fault
 
 
 class Stale(Exception):
@@ -57,15 +58,16 @@ def find_place(root: Path, fault: Fault) -> Place:
         if not (root / test.partition("::")[0]).is_file():
             raise Stale(f"{test} does not exist")
     name, _, function = fault.where.partition(":")
-    named, others = root / name, sorted((root / Path(name).parts[0]).rglob("*.py"))
-    for files in ([named] if named.is_file() else [], [file for file in others if file != named]):
-        scopes = [
-            (file, scope)
-            for file in files
-            for scope in find_scopes(file.read_text("utf-8"), function)
-        ]
-        if scopes:
-            places = [place for file, scope in scopes for place in find_places(file, scope, fault)]
+    named, package = root / name, (root / Path(name).parts[0]).rglob("*.py")
+    for files in ([named] if named.is_file() else [], sorted(set(package) - {named})):
+        found = {file: find_scopes(file.read_text("utf-8"), function) for file in files}
+        if any(found.values()):
+            places = [
+                place
+                for file, scopes in found.items()
+                for scope in scopes
+                for place in find_places(file, scope, fault)
+            ]
             if len(places) == 1:
                 return places[0]
             raise Stale(f"{fault.where} holds this {len(places)} times: {fault.old.strip()}")
@@ -81,21 +83,20 @@ def find_scopes(source: str, name: str) -> list[ast.AST]:
             if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 names, inner = [child.name], f"{prefix}{child.name}."
             else:
-                targets = (
-                    child.targets
-                    if isinstance(child, ast.Assign)
-                    else [getattr(child, "target", None)]
-                )
-                inner, names = (
-                    prefix,
-                    [n.id for t in targets if t for n in ast.walk(t) if isinstance(n, ast.Name)],
-                )
-            if name in [prefix + one for one in names] and isinstance(child, ast.stmt):
+                names, inner = list(assigned_names(child)), prefix
+            if name in [prefix + one for one in names]:
                 found.append(child)
             visit(child, inner)
 
     visit(ast.parse(source), "")
     return found
+
+
+def assigned_names(node: ast.AST) -> Iterator[str]:
+    """The names that a statement such as `SMALL, MANY = 1, 8` or `step: int = 0` gives values."""
+    if isinstance(node, ast.Assign | ast.AnnAssign):
+        for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+            yield from (part.id for part in ast.walk(target) if isinstance(part, ast.Name))
 
 
 def find_places(file: Path, scope: ast.AST, fault: Fault) -> Iterator[Place]:
@@ -110,19 +111,9 @@ def find_places(file: Path, scope: ast.AST, fault: Fault) -> Iterator[Place]:
     if is_expression:
         found = [[node] for node in iterate_expressions(scope) if same_code(node, old[0].value)]
     else:
-        bodies = [
-            [scope],
-            *(
-                body
-                for node in ast.walk(scope)
-                for _, body in ast.iter_fields(node)
-                if isinstance(body, list) and body and isinstance(body[0], ast.stmt)
-            ),
+        found = [
+            part for part in iterate_stretches(scope, len(old)) if all(map(same_code, part, old))
         ]
-        stretches = (
-            body[i : i + len(old)] for body in bodies for i in range(len(body) - len(old) + 1)
-        )
-        found = [part for part in stretches if all(map(same_code, part, old))]
     lines = [0]  # where each begins, in bytes: so the columns of a syntax tree are counted
     for line in file.read_bytes().splitlines(keepends=True):
         lines.append(lines[-1] + len(line))
@@ -150,6 +141,16 @@ def iterate_expressions(node: ast.AST) -> Iterator[ast.expr]:
             yield from iterate_expressions(child)
 
 
+def iterate_stretches(scope: ast.AST, length: int) -> Iterator[list[ast.stmt]]:
+    """Every so many statements of a definition that follow each other, and the definition itself."""
+    if length == 1:
+        yield [scope]
+    for node in ast.walk(scope):
+        for _, body in ast.iter_fields(node):
+            if isinstance(body, list) and body and isinstance(body[0], ast.stmt):
+                yield from (body[i : i + length] for i in range(len(body) - length + 1))
+
+
 def same_code(one: ast.AST, other: ast.AST) -> bool:
     """Whether two pieces of code differ in nothing but their looks."""
     return type(one) is type(other) and ast.unparse(one) == ast.unparse(other)
@@ -158,11 +159,10 @@ def same_code(one: ast.AST, other: ast.AST) -> bool:
 def plant(place: Place, fault: Fault) -> bytes:
     """The text of the file with the fault in it; everything else stays as it is."""
     new = textwrap.dedent(fault.new).strip()
-    new = (
-        f"({new})"
-        if place.is_expression
-        else textwrap.indent(new or "pass", " " * place.column).lstrip()
-    )
+    if place.is_expression:
+        new = f"({new})"
+    else:
+        new = textwrap.indent(new or "pass", " " * place.column).lstrip()
     text = place.file.read_bytes()
     text = text[: place.start] + new.encode() + text[place.stop :]
     try:
@@ -237,7 +237,7 @@ class Workplaces:
             self._free.put(copy)
 
     def _run(self, copy: Path, tests: Sequence[str], limit: float) -> Run:
-        # no compiled files: Python compares the size and the second of their source, which may agree
+        # no compiled files: Python goes by size and second of the source, which may agree
         ours = {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(copy)}
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | ours
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", *tests]
@@ -273,7 +273,7 @@ def stop(process: subprocess.Popen) -> None:
 
 
 def judge(
-    repository: Path, faults: Sequence[Fault], *, jobs: int = 1, least: float = 120, say=print
+    repository: Path, faults: Sequence[Fault], *, jobs: int = 1, least: float = 120
 ) -> dict[Fault, str]:
     """Plants each fault and tells its outcome.
 
@@ -283,31 +283,36 @@ def judge(
 
     def tell(fault: Fault, outcome: str, words: str) -> None:
         outcomes[fault] = outcome
-        say(
-            f"{outcome if outcome in NOTICED else outcome.upper():10}  {fault.room}/{fault.name}: {words}"
-        )
+        shown = outcome if outcome in NOTICED else outcome.upper()
+        print(f"{shown:10}  {fault.room}/{fault.name}: {words}", flush=True)
 
+    by_tests: dict[tuple[str, ...], list[Fault]] = {}
+    for fault in faults:
+        if is_there(repository, fault, tell):
+            by_tests.setdefault(fault.tests, []).append(fault)
     with Workplaces(repository, jobs) as places, ThreadPoolExecutor(jobs) as pool:
         try:
-            sets = dict.fromkeys(
-                fault.tests for fault in faults if is_there(repository, fault, tell)
-            )
-            sound = dict(
-                zip(sets, pool.map(lambda tests: places.run(tests, 1800), sets), strict=True)
-            )
-            waiting = {}
-            for fault in faults:
-                if fault in outcomes:
-                    continue
-                without = sound[fault.tests]
-                if without.code != 0:
-                    seen = without.failed or without.output[-500:]
-                    tell(fault, "broken", f"its tests do not pass without it: {seen}")
-                else:
-                    limit = max(least, 5 * without.seconds)
-                    waiting[pool.submit(places.run, fault.tests, limit, fault)] = fault
-            for done in as_completed(waiting):
-                tell(waiting[done], *read_outcome(done.result()))
+            sound = {pool.submit(places.run, tests, LONGEST): tests for tests in by_tests}
+            judged: dict[Future, Fault] = {}
+            waiting = set(sound)
+            while waiting:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in done:
+                    run = future.result()
+                    if future in judged:
+                        tell(judged[future], *read_outcome(run))
+                    elif run.code == 0:
+                        limit = max(least, 5 * run.seconds)
+                        more = {
+                            pool.submit(places.run, fault.tests, limit, fault): fault
+                            for fault in by_tests[sound[future]]
+                        }
+                        judged |= more
+                        waiting |= set(more)
+                    else:
+                        seen = run.failed or run.output[-500:]
+                        for fault in by_tests[sound[future]]:
+                            tell(fault, "broken", f"its tests do not pass without it: {seen}")
         finally:  # also where the program itself is told to stop
             pool.shutdown(wait=False, cancel_futures=True)
             places.stop()
@@ -386,9 +391,8 @@ def main(
         for fault in chosen:
             if is_there(repository, fault, lambda fault, *words: stale.append(": ".join(words))):
                 place = find_place(repository, fault)
-                print(
-                    f"{fault.room}/{fault.name}  {place.file.relative_to(repository)}:{place.line}  {fault.what}"
-                )
+                where = f"{place.file.relative_to(repository)}:{place.line}"
+                print(f"{fault.room}/{fault.name}  {where}  {fault.what}")
             else:
                 print(f"{fault.room}/{fault.name}  {stale[-1]}")
         return bool(stale)
