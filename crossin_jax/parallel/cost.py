@@ -177,7 +177,9 @@ class _Counter:
             self.walk(name, times, None)
             options.append(self.cost)
         best = max(options, key=lambda cost: (cost.cycles, cost.flops, cost.bytes))
-        self.cost = Cost(*(getattr(before, f.name) + getattr(best, f.name) for f in dataclasses.fields(Cost)))
+        self.cost = before  # the same object: those who walk around this one go on adding to it
+        for field in dataclasses.fields(Cost):
+            setattr(before, field.name, getattr(before, field.name) + getattr(best, field.name))
 
     # ---- loops: their counters are followed by hand
 
