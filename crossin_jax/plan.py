@@ -209,8 +209,10 @@ def _read_bytes(config: Config, model: AbstractModel) -> int:
     if config.model.path is None:
         return 0
     by_host: dict[int, int] = {}
-    for leaf in jax.tree.leaves((model.trainable, model.frozen)):
-        slices: dict[int, set] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path((model.trainable, model.frozen))[0]:
+        name, slices = leaf_path(path), {}
+        if is_adapter(name) or name.endswith("/scale"):
+            continue  # made here: the files hold neither
         for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
             box = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
             slices.setdefault(device.process_index, set()).add(box)

@@ -11,10 +11,11 @@ import jax
 import pytest
 
 from crossin_jax import plan as plan_program
-from crossin_jax.config import Config, Data, Evaluation, Lora, Mesh, Model, Train
+from crossin_jax.checkpoint import stream, tensors
+from crossin_jax.config import Architecture, Config, Data, Evaluation, Lora, Mesh, Model, Train
 from crossin_jax.models.spec import spec_from_hf, spec_to_hf
 from crossin_jax.parallel.topology import open_topology
-from crossin_jax.plan import changes, describe_change, find_change, make_plan, render
+from crossin_jax.plan import Phase, Plan, changes, describe_change, find_change, make_plan, render
 from tests.conftest import REPOSITORY
 from tests.models.published import CHECKPOINTS
 from tests.parallel.tpu import topology
@@ -103,6 +104,145 @@ def test_prefill_and_decoding_are_the_engines(planned):
     assert decode.argument_bytes > 8 * 2 * 3 * slots * 256 * 2  # the cache of eight rows per chip
 
 
+def test_every_host_reads_and_writes_its_part(tmp_path):
+    """Two hosts of four chips: a host reads what its chips hold, and writes their trained state."""
+    topology("v5e:2x2")
+    config = config_of(tmp_path, mesh=Mesh(fsdp=8), train=Train(batch_size=ROWS))
+    plan = make_plan(config, "v4:2x2x2", ())
+    norms = (2 * 3 + 1) * 256
+    sharded = SPEC.num_parameters - norms
+    assert (plan.chips, plan.hosts, plan.mesh) == (8, 2, {"data": 1, "fsdp": 8, "tensor": 1})
+    assert plan.read_bytes == 2 * (sharded // 2 + norms)  # bfloat16
+    assert plan.saved_bytes == pytest.approx(4 * 3 * 4 * (sharded // 8 + norms), abs=64)
+    largest = 2 * 1024 * 256  # the embedding
+    assert plan.host_peak_bytes == pytest.approx(
+        stream.resident_bytes() + largest + stream.WORKERS * tensors.CHUNK, rel=0.05
+    )
+    assert plan.tokens_per_step == ROWS * T and (plan.steps, plan.hours_floor) == (None, None)
+    assert plan.phases == {} and plan.fits and plan.change == {}
+    config.lora, config.model.frozen_dtype = Lora(rank=8, modules_to_save=()), "int8"
+    adapted = make_plan(config, "v4:2x2x2", ())
+    # pairs of every projection: their inputs and outputs times the rank, a part on each chip
+    pairs = 3 * 8 * (4 * (256 + 256) + 2 * (256 + 512) + (512 + 256))
+    assert adapted.saved_bytes == pytest.approx(4 * 3 * 4 * pairs // 8, abs=256)
+    assert adapted.read_bytes == plan.read_bytes  # neither adapters nor scales lie in the files
+    fresh = dataclasses.replace(config, lora=None, model=Model(architecture=Architecture()))
+    assert make_plan(fresh, "v4:2x2x2", ()).read_bytes == 0  # there is no file
+
+
+def test_micro_batches_attend_to_their_own_rows(planned):
+    """As many rows pass the kernels as without micro-batches, in two parts."""
+    config, plan = planned
+    train = dataclasses.replace(config.train, accumulation=2)
+    halves = make_plan(dataclasses.replace(config, train=train), "v5e:2x2", ("train",)).phases[
+        "train"
+    ]
+    assert halves.kernel_flops == plan.phases["train"].kernel_flops
+    assert halves.flops == plan.phases["train"].flops
+
+
+def test_a_benchmark_in_training_finds_the_moments_in_memory(planned):
+    """Without one the run would fit: moments are two thirds of the state."""
+    config, plan = planned
+    peak = max(plan.phases[name].peak_bytes for name in ("prefill", "decode"))
+    slice_ = dataclasses.replace(
+        topology("v5e:2x2"), hbm_limit=peak + plan.phases["train"].argument_bytes // 2
+    )
+    train = dataclasses.replace(config.train, benchmark_every=100)
+    assert not make_plan(dataclasses.replace(config, train=train), slice_, ("decode",)).fits
+
+
+def test_prompts_leave_room_for_answers(tmp_path):
+    """Of the 1,024 positions that the model has, 512 are for answers."""
+    slice_ = topology("v5e:2x2")
+    asked = Evaluation(benchmarks=("cross_mmlu",), batch_size=4, max_new_tokens=512)
+    plan = make_plan(
+        config_of(tmp_path, data=Data(length=1024), evaluation=asked), slice_, ("prefill",)
+    )
+    prefill = plan.phases["prefill"]
+    assert prefill.flops - prefill.kernel_flops == 2 * 512 * 3 * LAYER
+
+
+GIB = 2**30
+MADE_UP = Plan(
+    topology="v5e:4x4",
+    chips=16,
+    hosts=4,
+    hbm_limit=16 * GIB,
+    mesh={"data": 1, "fsdp": 8, "tensor": 2},
+    fits=True,
+    phases={
+        "train": Phase(
+            3 * GIB,
+            5 * GIB,
+            9 * GIB,
+            GIB // 2,
+            61.4,
+            7e12,
+            2e12,
+            11e9,
+            300e6,
+            75e6,
+            {"all-gather": 4e9, "all-reduce": 6e9},
+            {"all-gather": 20, "all-reduce": 3},
+            0.25,
+        ),
+        "decode": Phase(2 * GIB, GIB, 4 * GIB, 0, 8.0),
+    },
+    read_bytes=6 * GIB,
+    host_peak_bytes=7 * GIB,
+    saved_bytes=12 * GIB,
+    tokens_per_step=4096,
+    steps=7200,
+    hours_floor=0.5,
+    change={},
+)
+SHOWN = {
+    "HBM, arguments, GiB": ("3.00", "2.00"),
+    "HBM, temporaries, GiB": ("5.00", "1.00"),
+    "HBM, peak of 16.00 GiB": ("9.00", "4.00"),
+    "memory of its host, GiB": ("0.50", "0.00"),
+    "matrix TFLOP executed": ("7.000", "-"),
+    "of it in attention kernels (formula)": ("2.000", "-"),
+    "HBM traffic, GB": ("11.00", "-"),
+    "compiler's Mcycles": ("300.0", "-"),
+    "of it matrix work": ("25%", "-"),
+    "sent by all-gather, GB": ("4.00", "0.00"),
+    "sent by all-reduce, GB": ("6.00", "0.00"),
+    "compiled here in seconds": ("61", "8"),
+    "seconds at least (ceiling of the chip)": ("0.2500", "-"),
+}
+
+
+def test_every_number_is_printed_in_its_unit():
+    """One line per number, one column per program; a dash where a program does not fit."""
+    lines = render(MADE_UP).splitlines()
+    assert lines[0] == (
+        "v5e:4x4: 16 chips on 4 hosts, mesh data 1 x fsdp 8 x tensor 2, 4,096 tokens per step"
+    )
+    found = {}
+    for line in lines[2:]:
+        label, _, cells = line.strip().partition("  ")
+        found[label] = tuple(cells.split())
+    assert {label: found.get(label) for label in SHOWN} == SHOWN
+    assert [tuple(line.split()) for line in lines if line.startswith("    times")] == [
+        ("times", "20", "0"),
+        ("times", "3", "0"),
+    ]
+    assert lines[-4:] == [
+        "loading: a host reads 6.00 GiB of weights; its memory peaks at about 7.00 GiB",
+        "checkpoints: a host copies and writes 12.00 GiB",
+        "training: at most 16,384 tokens/s; 7,200 steps take at least 0.50 hours",
+        "fits",
+    ]
+    other = dataclasses.replace(MADE_UP, fits=False, steps=None, hours_floor=None, read_bytes=0)
+    assert render(other).splitlines()[-2:] == [
+        "training: at most 16,384 tokens/s; set train.steps for the hours of the run",
+        "does not fit",
+    ]
+    assert "loading" not in render(other)
+
+
 def test_floors_follow_from_the_data_sheet(planned):
     config, plan = planned
     train = plan.phases["train"]
@@ -131,6 +271,11 @@ def test_the_program_prints_its_plan_and_says_whether_it_fits(planned, capsys, m
     assert code == 0 and f"the smallest change that fits: --config.model.remat=dots\n{render(better)}" in text
     code, text = run(False, json=False)
     assert code == 1 and "does not fit\n" in text and "take more chips" in text
+    monkeypatch.setattr(plan_program, "find_change", None)
+    monkeypatch.setattr(plan_program, "make_plan", lambda *_: dataclasses.replace(plan, fits=False))
+    code = plan_program.main(config, SimpleNamespace(**options | {"search": False}, json=False))
+    text = capsys.readouterr().out
+    assert code == 1 and text.endswith("does not fit\n")  # nothing was looked for
 
 
 def test_the_smallest_change_that_fits_is_found_by_compiling(planned):
@@ -164,15 +309,78 @@ def test_decoding_reads_the_cache_as_it_lies(planned):
     assert decode.hbm_bytes < 1.5 * decode.argument_bytes
 
 
-def test_changes_go_from_cheap_to_dear(tmp_path):
-    slice_ = topology("v5e:2x2")
-    asked = dataclasses.replace(config_of(tmp_path), mesh=Mesh(), train=Train(batch_size=16, accumulation=4))
-    tried = list(changes(asked, slice_))
-    assert tried[:3] == [{"model.remat": "dots"}, {"model.remat": "full"},
-                         {"model.remat": "full", "train.accumulation": 8}]
-    meshes = [change for change in tried if "mesh.fsdp" in change]
-    assert meshes[0] == {"mesh.data": None, "mesh.fsdp": 4, "mesh.tensor": 1} and meshes[-1]["mesh.tensor"] == 4
-    assert tried.index(meshes[0]) > tried.index({"model.remat": "full", "train.accumulation": 16})
+def moved(fsdp: int, tensor: int) -> dict[str, int | None]:
+    """Another mesh over four chips."""
+    return {"mesh.data": None, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
+
+
+FULL, DOTS = {"model.remat": "full"}, {"model.remat": "dots"}
+PARTS = {parts: {"train.accumulation": parts} for parts in (2, 4, 8, 16, 32)}
+CHANGES = [  # (remat, batch size, micro-batches, mesh, what is tried, in this order)
+    (
+        "none",
+        16,
+        4,
+        Mesh(),
+        [
+            DOTS,
+            FULL,
+            FULL | PARTS[8],
+            FULL | PARTS[16],
+            *(
+                step
+                for mesh in (moved(4, 1), moved(2, 2), moved(1, 4))
+                for step in (mesh, mesh | FULL, mesh | FULL | PARTS[16])
+            ),
+        ],
+    ),
+    (
+        "dots",
+        6,
+        1,
+        Mesh(fsdp=4),
+        [
+            FULL,
+            FULL | PARTS[2],
+            *(
+                step
+                for mesh in (moved(2, 2), moved(1, 4))
+                for step in (mesh, mesh | FULL, mesh | FULL | PARTS[2])
+            ),
+        ],
+    ),
+    (
+        "full",
+        8,
+        2,
+        Mesh(fsdp=1, tensor=2),
+        [
+            PARTS[4],
+            PARTS[8],
+            *(step for mesh in (moved(2, 2), moved(1, 4)) for step in (mesh, mesh | PARTS[8])),
+        ],
+    ),
+    (
+        "offload",
+        5,
+        1,
+        Mesh(fsdp=2, tensor=2),
+        [FULL, moved(1, 4), moved(1, 4) | FULL, moved(1, 4) | FULL],
+    ),
+    ("q+k", 3, 1, Mesh(fsdp=1, tensor=4), [FULL]),
+    ("full", 3, 1, Mesh(fsdp=1, tensor=4), []),
+]
+
+
+@pytest.mark.parametrize(("remat", "rows", "parts", "mesh", "expected"), CHANGES)
+def test_changes_go_from_cheap_to_dear(remat, rows, parts, mesh, expected):
+    """First what costs only speed, then meshes with as much or more tensor parallelism."""
+    asked = Config(
+        model=Model(path="m", remat=remat),
+        mesh=mesh,
+        train=Train(batch_size=rows, accumulation=parts),
+    )
+    assert list(changes(asked, SimpleNamespace(devices=(None,) * 4))) == expected
 
 
 def test_lora_pairs_are_sharded_on_both_sides(tmp_path):

@@ -9,7 +9,7 @@ from absl import flags
 
 from crossin_jax.checks import check
 from crossin_jax.config import UserError
-from crossin_jax.program import define_config, load_config_file
+from crossin_jax.program import call_config_file, define_config, load_config_file, run
 
 QUICKSTART = "configs/quickstart.py:x2x"
 
@@ -66,6 +66,123 @@ def test_a_configuration_that_fails_says_where(tmp_path):
     file.write_text("x = 1\n")
     with pytest.raises(UserError, match="defines no get_config"):
         load_config_file(str(file))
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [("none", None), ("None", None), ("NONE", None), ("0.5", 0.5), ("1e-3", 1e-3), ("2", 2.0)],
+)
+def test_a_setting_can_be_switched_off(parse, written, value):
+    """none, however it is spelt, is no value; a later flag does not lose the others."""
+    config = parse(
+        f"--config={QUICKSTART}",
+        f"--config.optim.clip_norm={written}",
+        "--config.optim.weight_decay=0.25",
+        "-config.seed=7",
+    )
+    assert (config.optim.clip_norm, config.optim.weight_decay, config.seed) == (value, 0.25, 7)
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("en,zh", ("en", "zh")),
+        ("('en','zh')", ("en", "zh")),
+        ("en, zh", ("en", "zh")),
+        ("('en',)", ("en",)),
+    ],
+)
+def test_lists_are_written_with_commas(parse, written, value):
+    """Words need no quotes."""
+    config = parse(f"--config={QUICKSTART}", f"--config.evaluation.languages={written}")
+    assert config.evaluation.languages == value
+
+
+def test_the_file_can_be_named_in_two_ways_and_gets_the_variant(parse, tmp_path):
+    """--config FILE and --config=FILE; what stands after the colon goes to get_config."""
+    file = tmp_path / "c.py"
+    file.write_text(
+        "from crossin_jax.config import *\ndef get_config(name='plain'):\n"
+        "    return Config(name=name, model=Model(path='m'))\n"
+    )
+    for words in ((f"--config={file}",), ("--config", str(file)), ("-config", str(file))):
+        assert parse(*words).name == "plain"
+    for words in ((f"--config={file}:other",), ("--config", f"{file}:other", "--config.seed=3")):
+        assert parse(*words).name == "other"
+    assert parse(f"--config={file}:").name == ""
+
+
+def test_a_function_of_a_file_gets_its_options(tmp_path):
+    """The text after the colon first, then the options by name; faults of ours pass as they are."""
+    file = tmp_path / "c.py"
+    file.write_text(
+        "def get_study(part='all', seeds=()):\n    return part, seeds\n"
+        "def broken():\n    from crossin_jax.config import UserError\n"
+        "    raise UserError('set it')\n"
+    )
+    assert call_config_file(str(file), "get_study") == ("all", ())
+    assert call_config_file(f"{file}:half", "get_study", seeds=(1, 2)) == ("half", (1, 2))
+    with pytest.raises(UserError, match="^set it$"):
+        call_config_file(str(file), "broken")
+    with pytest.raises(UserError, match="not a Python file; it must end in .py"):
+        (tmp_path / "c.txt").write_text("")
+        call_config_file(str(tmp_path / "c.txt"), "get_study")
+
+
+def end(fault: BaseException | int | None):
+    """A program that ends so."""
+
+    def main(_):
+        if isinstance(fault, BaseException):
+            raise fault
+        return fault
+
+    return main
+
+
+ENDS = [  # (how main ends, exit code, what is said)
+    (None, 0, ""),
+    (0, 0, ""),
+    (1, 1, ""),
+    (75, 75, ""),
+    (SystemExit(75), 75, ""),
+    (UserError("a.b=1: too low; use 2"), 2, "error: a.b=1: too low; use 2\n"),
+    (KeyboardInterrupt(), 130, "stopped by the keyboard\n"),
+    (
+        OSError(28, "No space left on device", "/data/x"),
+        2,
+        "error: /data/x: No space left on device\n",
+    ),
+    (OSError(28, "No space left on device"), 2, "error: output: No space left on device\n"),
+]
+
+
+@pytest.mark.parametrize(("fault", "code", "words"), ENDS)
+def test_a_program_ends_with_a_code_that_scripts_can_go_by(fault, code, words, monkeypatch, capsys):
+    """0 for success, 2 for what the user can mend, 130 where the keyboard stopped it."""
+    monkeypatch.setattr(sys, "argv", ["program"])
+    with pytest.raises(SystemExit) as stop:
+        run(end(fault), takes_config=False)
+    assert stop.value.code == code and capsys.readouterr().err == words
+
+
+@pytest.mark.parametrize(
+    "fault", [RuntimeError("ours"), OSError("no errno: ours"), AssertionError()]
+)
+def test_a_fault_of_ours_keeps_its_traceback(fault, monkeypatch):
+    """It is not told as if the user could mend it."""
+    monkeypatch.setattr(sys, "argv", ["program"])
+    with pytest.raises(type(fault)):
+        run(end(fault), takes_config=False)
+
+
+@pytest.mark.parametrize("word", ["left", "-x", "--unknown=1"])
+def test_what_no_flag_takes_is_refused(word, monkeypatch, capsys):
+    """Before anything runs."""
+    monkeypatch.setattr(sys, "argv", ["program", word])
+    with pytest.raises(SystemExit) as stop:
+        run(end(RuntimeError("it ran")), takes_config=False)
+    assert stop.value.code == 2 and word.lstrip("-").split("=")[0] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("arguments", "words"), [

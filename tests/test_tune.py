@@ -10,7 +10,7 @@ import pytest
 
 from crossin_jax import tune as tuning
 from crossin_jax.config import Data, Lora, Mesh, Model, Train, UserError, replace_settings
-from crossin_jax.plan import Phase
+from crossin_jax.plan import PROGRAMS, Phase, Plan
 from crossin_jax.training.proposal import apply_proposal, write_proposal
 from tests.conftest import REPOSITORY
 from tests.parallel.tpu import topology
@@ -84,6 +84,179 @@ def test_mesh_loss_chunk_and_tile_are_tried(made_up, monkeypatch):
     found = replace_settings(config, best.change)
     assert (found.mesh.fsdp, found.mesh.tensor, found.train.loss_chunk, found.model.attention) == (
         2, 2, 1024, "splash:1024")
+
+
+@pytest.mark.parametrize("limit", [20, 30, 47, 50, 60, 80])
+def test_a_share_of_the_memory_stays_free(made_up, limit):
+    """Every trial: it fits where it leaves 8 % of the memory, and only then has cycles."""
+    config, slice_, _ = made_up
+    slice_.hbm_limit = limit
+    best, trials = tuning.tune(config, slice_, lambda _: None)
+    for trial in trials:
+        assert trial.fits == (trial.phase.peak_bytes <= 0.92 * limit), trial
+        assert trial.fits == (trial.cycles < float("inf"))
+    assert any(trial.phase.peak_bytes > 0.92 * limit for trial in trials)
+    fitting = [trial.cycles for trial in trials if trial.fits]
+    assert best.cycles == min(fitting)
+
+
+def test_no_batch_is_cut_into_parts_that_do_not_divide_over_the_mesh(made_up):
+    """16 rows over four shards make four micro-batches at most."""
+    config, slice_, tried = made_up
+    slice_.hbm_limit = 10  # eight micro-batches would need 5 + 10 // 8
+    best, _ = tuning.tune(config, slice_, lambda _: None)
+    assert {parts for _, parts in tried} == {1, 2, 4} and best.change["train.accumulation"] == 4
+
+
+def phase_with(**changes) -> Phase:
+    """A made-up step that fits, with some numbers changed."""
+    sound = Phase(5, 5, 10, 0, 2.0, 1.0, 0.0, 1.0, 1000.0, 500.0, {"all-gather": 0.0}, {}, 1.0)
+    return dataclasses.replace(sound, **changes)
+
+
+def test_cycles_are_those_of_compiler_kernels_and_links(made_up, monkeypatch):
+    """The kernels' FLOPs at the chip's peak and a start for every tile; all bytes that are sent."""
+    config, slice_, _ = made_up
+    config.data.length = 2048
+    slice_.chip = types.SimpleNamespace(clock=2e9, links=4e9)
+    sent = {"all-gather": 3e6, "all-reduce": 5e6}
+    phase = phase_with(cycles=7e6, kernel_flops=6e9, sent_bytes=sent)
+    monkeypatch.setattr(
+        tuning, "make_plan", lambda *_: types.SimpleNamespace(phases={"train": phase})
+    )
+    _, trials = tuning.tune(config, slice_, lambda _: None)
+    tiles = set()
+    for trial in trials:
+        changed = replace_settings(config, trial.change).model.attention
+        tile = int(changed.partition(":")[2] or 512)
+        tiles.add(tile)
+        # one start of .35 microseconds for every 3 products of tile x tile x 128
+        seconds = 6e9 / 1e12 + 6e9 / (3 * 2 * tile**2 * 128) * 0.35e-6
+        assert (trial.compiler, trial.links) == (7e6, pytest.approx(8e6 / 4e9 * 2e9))
+        assert trial.kernels == pytest.approx(seconds * 2e9)
+        assert trial.cycles == trial.compiler + trial.kernels + trial.links
+    assert tiles == {512, 1024, 2048}
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("cycles", 900.0), ("kernel_flops", 0.0), ("sent_bytes", {"all-gather": 0.0})],
+)
+def test_each_part_of_the_cycles_can_decide(made_up, monkeypatch, part, value):
+    """The mesh 2 x 2 wins where one part of its cycles is lower and the others are alike."""
+    config, slice_, _ = made_up
+    alike = {"cycles": 1000.0, "kernel_flops": 1e14, "sent_bytes": {"all-gather": 100.0}}
+
+    def make_plan(config, *_):
+        wins = (config.mesh.fsdp, config.mesh.tensor) == (2, 2)
+        phase = phase_with(**alike | ({part: value} if wins else {}))
+        return types.SimpleNamespace(phases={"train": phase})
+
+    monkeypatch.setattr(tuning, "make_plan", make_plan)
+    best, _ = tuning.tune(config, slice_, lambda _: None)
+    found = replace_settings(config, best.change).mesh
+    assert (found.fsdp, found.tensor) == (2, 2)
+
+
+def test_policies_are_tried_again_on_a_better_mesh(made_up, monkeypatch):
+    """What keeps everything fits on the mesh 2 x 2 alone, which wins with what keeps nothing."""
+    config, slice_, _ = made_up
+
+    def make_plan(config, *_):
+        is_better = (config.mesh.fsdp, config.mesh.tensor) == (2, 2)
+        kept = tuning.REMATS.index(config.model.remat)
+        room = 1 if is_better else 100
+        cycles = 1000.0 - 100 * is_better - 10 * kept
+        return types.SimpleNamespace(
+            phases={
+                "train": phase_with(
+                    temporary_bytes=kept * room, peak_bytes=5 + kept * room, cycles=cycles
+                )
+            }
+        )
+
+    monkeypatch.setattr(tuning, "make_plan", make_plan)
+    best, _ = tuning.tune(config, slice_, lambda _: None)
+    found = replace_settings(config, best.change)
+    assert (found.mesh.fsdp, found.mesh.tensor, found.model.remat) == (2, 2, "none")
+
+
+@pytest.mark.parametrize(
+    ("chips", "expected"),
+    [
+        (1, {(1, 1, 1)}),
+        (4, {(1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 2, 2), (1, 1, 4)}),
+        (8, {(1, 8, 1), (2, 4, 1), (4, 2, 1), (1, 4, 2), (1, 2, 4), (1, 1, 8)}),
+        (6, {(1, 6, 1), (2, 3, 1), (1, 3, 2)}),
+    ],
+)
+def test_meshes_cover_all_chips(chips, expected):
+    """Replicas, shards and tensor parallelism by powers of two; those without tensor go first."""
+    found = [
+        tuple(mesh.values())
+        for mesh in tuning.meshes(types.SimpleNamespace(devices=(None,) * chips))
+    ]
+    assert set(found) == expected and len(found) == len(expected)
+    assert [tensor for *_, tensor in found] == sorted(tensor for *_, tensor in found)
+
+
+@pytest.mark.parametrize(
+    ("length", "attention", "chunks", "tiles"),
+    [
+        (2048, "auto", {256, 512, 1024, 2048}, {512, 1024, 2048}),
+        (1024, "auto", {256, 512, 1024}, {512, 1024}),
+        (1536, "splash", {256, 512, 1024}, {512}),
+        (2048, "reference", {256, 512, 1024, 2048}, set()),
+        (200, "auto", set(), set()),
+    ],
+)
+def test_chunks_and_tiles_are_those_that_fit_the_row(
+    made_up, monkeypatch, length, attention, chunks, tiles
+):
+    """No chunk is longer than a row; a tile divides it, and only the kernel that has tiles."""
+    config, slice_, _ = made_up
+    config.data.length, config.model.attention = length, attention
+    asked = []
+
+    def make_plan(config, *_):
+        asked.append((config.train.loss_chunk, config.model.attention))
+        return types.SimpleNamespace(phases={"train": phase_with()})
+
+    monkeypatch.setattr(tuning, "make_plan", make_plan)
+    monkeypatch.setattr(tuning, "_try_remats", lambda _: None)
+    config.train.loss_chunk = 7
+    tuning.tune(config, slice_, lambda _: None)
+    assert {chunk for chunk, _ in asked} == chunks | {7}
+    named = {int(name.partition(":")[2]) for _, name in asked if ":" in name}
+    assert named | ({512} & tiles) == tiles  # 512 is the kernel's own: it was tried at first
+
+
+def test_a_proposal_is_what_won_and_the_plan_is_made_with_it(made_up, monkeypatch, tmp_path):
+    """The file holds settings and trials; training takes the settings; the plan is the run's."""
+    config, slice_, _ = made_up
+    slice_.name = "v5e:2x2"
+    planned, tried = [], tuning.make_plan
+
+    def make_plan(config, topology, programs):
+        if programs == ("train",):
+            return tried(config)
+        planned.append((config, programs))
+        return Plan("v5e:2x2", 4, 1, 50, {}, True, {}, 0, 0, 0, 0, None, None, {})
+
+    monkeypatch.setattr(tuning, "make_plan", make_plan)
+    best, trials = tuning.tune(config, slice_, lambda _: None)
+    plan = tuning.propose(config, slice_, str(tmp_path / "p.json"), lambda _: None)
+    written = json.loads((tmp_path / "p.json").read_text())
+    assert plan.change == written["settings"] == best.change and written["topology"] == "v5e:2x2"
+    assert planned == [(replace_settings(config, best.change), PROGRAMS)]
+    assert [
+        (trial["settings"], trial["fits"], trial["cycles"], trial["peak_bytes"])
+        for trial in written["trials"]
+    ] == [
+        (trial.change, trial.fits, trial.cycles if trial.fits else None, trial.phase.peak_bytes)
+        for trial in trials
+    ]
+    assert apply_proposal(tmp_path / "p.json", config) == replace_settings(config, best.change)
 
 
 def test_nothing_is_proposed_where_nothing_fits(made_up):

@@ -27,8 +27,9 @@ _INSTRUCTION = re.compile(r"\s+(ROOT )?%([\w.\-]+) = (.*)")
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
 _ARITHMETIC = {
     "add": operator.add, "subtract": operator.sub, "multiply": operator.mul, "and": operator.and_, "or": operator.or_,
-    "maximum": max, "minimum": min, "divide": lambda a, b: a // b if b else None,
-    "remainder": lambda a, b: a % b if b else None}
+    "maximum": max, "minimum": min,  # the quotient of integers goes towards zero, the remainder takes its sign from a
+    "divide": lambda a, b: math.trunc(a / b) if b else None,
+    "remainder": lambda a, b: int(math.fmod(a, b)) if b else None}
 
 
 @dataclasses.dataclass
@@ -177,7 +178,9 @@ class _Counter:
             self.walk(name, times, None)
             options.append(self.cost)
         best = max(options, key=lambda cost: (cost.cycles, cost.flops, cost.bytes))
-        self.cost = Cost(*(getattr(before, f.name) + getattr(best, f.name) for f in dataclasses.fields(Cost)))
+        self.cost = before  # the same object: those who walk around this one go on adding to it
+        for field in dataclasses.fields(Cost):
+            setattr(before, field.name, getattr(before, field.name) + getattr(best, field.name))
 
     # ---- loops: their counters are followed by hand
 

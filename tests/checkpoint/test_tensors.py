@@ -1,5 +1,6 @@
 """The safetensors reader: exact bytes, casts, NaN, and files that are not what they claim."""
 
+import json
 import os
 import struct
 
@@ -9,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from crossin_jax.checkpoint import tensors
-from crossin_jax.checkpoint.tensors import Reader, has_nan, read_header, write_tensors
+from crossin_jax.checkpoint.tensors import Reader, has_nan, read_header, same_bytes, write_tensors
 from crossin_jax.config import UserError
 from tests.checkpoint.checkpoints import edit_header
 
@@ -110,6 +111,104 @@ def test_written_files_are_read_by_safetensors(tmp_path):
     loaded = load_torch(tmp_path / "x")
     np.testing.assert_array_equal(loaded["a"].numpy(), a)
     assert loaded["b"].dtype == torch.bfloat16 and float(loaded["b"]) == 2.5 and loaded["b"].shape == ()
+
+
+@pytest.mark.parametrize("name", ["a", "ab", "a much longer name of a tensor"])
+def test_data_begin_where_readers_may_map_them(tmp_path, name):
+    """The header is padded to a multiple of eight bytes; the data follow at once."""
+    path = tmp_path / "x"
+    write_tensors(str(path), [(name, "F32", (2,), lambda: np.ones(2, np.float32))])
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + length])
+    assert length % 8 == 0 and len(raw) == 8 + length + 8
+    assert header["__metadata__"] == {"format": "pt"}
+    assert header[name] == {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+def test_tensors_are_written_one_after_the_other_and_told(tmp_path):
+    """Each array is asked for once, in the order given; a wrong one is a fault of ours."""
+    asked, told = [], []
+
+    def fetch(i):
+        asked.append(i)
+        return np.full((i, 2), i, np.float16)
+
+    entries = [(f"t{i}", "F16", (i, 2), lambda i=i: fetch(i)) for i in (3, 1, 2)]
+    write_tensors(str(tmp_path / "x"), iter(entries), told.append)
+    assert asked == [3, 1, 2] and told == [12, 4, 8]
+    loaded = load_file(tmp_path / "x")
+    assert {name: array.tolist() for name, array in loaded.items()} == {
+        f"t{i}": [[i, i]] * i for i in (1, 2, 3)
+    }
+    with pytest.raises(AssertionError, match="t: float64"):
+        write_tensors(str(tmp_path / "y"), [("t", "F32", (2,), lambda: np.ones(2))])
+
+
+@pytest.mark.parametrize("size", [5, 8, 12, 16])
+@pytest.mark.parametrize("chunk", [4, 8, 1 << 20])
+def test_tensors_are_equal_where_every_byte_is(tmp_path, monkeypatch, size, chunk):
+    """One other byte at any place, in whatever part of the file, makes the difference."""
+    monkeypatch.setattr(tensors, "CHUNK", chunk)
+    first = np.arange(2 * size, dtype=np.uint8).view(np.float16)
+    others = [first]
+    for place in range(2 * size):
+        raw = first.view(np.uint8).copy()
+        raw[place] ^= 1
+        others.append(raw.view(np.float16))
+    entries = [
+        (f"t{i:03d}", "F16", (size,), lambda array=array: array)
+        for i, array in enumerate([first, *others])
+    ]
+    write_tensors(str(tmp_path / "x"), entries)
+    found = read_header(str(tmp_path / "x"))
+    assert [same_bytes(found["t000"], found[f"t{i:03d}"]) for i in range(1, len(entries))] == [
+        True,
+        *[False] * (2 * size),
+    ]
+    write_tensors(
+        str(tmp_path / "y"),
+        [
+            ("t", "BF16", (size,), lambda: first.view(ml_dtypes.bfloat16)),
+            ("u", "F16", (1, size), lambda: first[None]),
+        ],
+    )
+    other = read_header(str(tmp_path / "y"))
+    assert not same_bytes(found["t000"], other["t"]) and not same_bytes(found["t000"], other["u"])
+
+
+@pytest.mark.parametrize("boxes", BOXES.values(), ids=BOXES)
+@pytest.mark.parametrize("chunk", [64, 1 << 20])
+def test_a_nan_is_told_where_it_is_read(tmp_path, boxes, chunk, monkeypatch):
+    """A tensor with a NaN among the numbers read is named once, others and other places are not."""
+    monkeypatch.setattr(tensors, "CHUNK", chunk)
+    array = np.zeros(SHAPE, np.float32)
+    array[2, 2, 3] = np.nan
+    entries = [
+        ("a", "F32", SHAPE, lambda: array),
+        ("b", "F32", SHAPE, lambda: np.zeros(SHAPE, np.float32)),
+    ]
+    write_tensors(str(tmp_path / "x"), entries)
+    found = read_header(str(tmp_path / "x"))
+    with Reader() as reader:
+        for name in ("a", "b"):
+            parts = [(box, np.empty([b - a for a, b in box], np.float32)) for box in boxes]
+            for job in reader.plan(found[name], parts):
+                job()
+    is_read = any(
+        all(low <= at < high for (low, high), at in zip(box, (2, 2, 3), strict=True))
+        for box in boxes
+    )
+    assert reader.with_nan == ({"a"} if is_read else set())
+
+
+def test_many_faults_are_summed_up(file):
+    """The first five are named, and how many more there are."""
+    save_file({f"t{i}": np.zeros(2, np.float32) for i in range(8)}, file)
+    edit_header(file, lambda header: {n: entry | {"dtype": "I8"} for n, entry in header.items()})
+    with pytest.raises(UserError) as told:
+        read_header(str(file))
+    assert str(told.value).count("dtype I8") == 5 and str(told.value).endswith("; and 3 more")
 
 
 def cut(file):

@@ -151,6 +151,33 @@ def test_steps_per_epoch_counts_the_batches(parts):
         assert abs(batches - steps) <= 1
 
 
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("rows", [1000, 150, 100])
+def test_epochs_are_counted_by_what_lies_in_their_windows(parts, monkeypatch, packs, rows):
+    """Batches and real tokens of an epoch in one, three or four windows, without making it."""
+    monkeypatch.setattr(packing, "WINDOW_ROWS", rows)
+    monkeypatch.setattr(packing, "WINDOW_TOKENS", 0)
+    loader = loader_of(parts, packing=packs, num_epochs=1)
+    batches = list(loader)
+    assert loader.position[0] == (1 if packs or rows == 1000 else 450 // rows)  # windows
+    tokens = sum(int((batch["segment_ids_BT"] > 0).sum()) for batch in batches)
+    fresh = loader_of(parts, packing=packs)
+    assert fresh.tokens_per_epoch == pytest.approx(tokens)
+    assert len(batches) - 1 < fresh.steps_per_epoch - 1e-9 <= len(batches)
+
+
+def test_what_is_dropped_is_counted_in_every_window(tokenizer, tmp_path, small_windows):
+    """Over all windows and epochs, as often as it comes; a loader that goes on counts its own."""
+    parts = long_row_parts(tokenizer, tmp_path, "drop")
+    zh = sum(e.prompt_language == "zh" and "河 河" in e.input for e in parts[0])
+    assert zh > 0
+    for epochs in (1, 3):
+        loader = loader_of(parts, num_epochs=epochs, batch_size=2)
+        segments = [segment for batch in loader for segment in segments_of(batch)]
+        assert sum(loader.dropped.values()) == 40 * epochs - len(segments)
+    assert loader.position[0] > 1  # there were several windows
+
+
 def test_other_seeds_shuffle_rows_otherwise(parts):
     assert digest(next(loader_of(parts))) != digest(next(loader_of(parts, seed=1)))
 

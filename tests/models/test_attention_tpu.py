@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from crossin_jax import config as settings
 from crossin_jax.models.attention import Kernel, attend, choose_kernel, kernel_flops
 from crossin_jax.models.spec import spec_from_hf
+from crossin_jax.models.transformer import with_remat
 from crossin_jax.parallel.mesh import BATCH, make_mesh
 from crossin_jax.parallel.topology import compile_program
 from tests.models.published import CHECKPOINTS
@@ -58,6 +59,38 @@ def test_compiles_with_what_the_family_asks(name, N, K, H):
     heads = N // 2 if N % 2 == 0 else N
     flops = kernel_flops(spec, kernel, kernels, B // 2, T, 2)
     assert flops == pytest.approx((2 + 4 + 3) * 2 * 128 * 128 * mean * H * (B // 2) * heads)
+
+
+@pytest.mark.parametrize(("remat", "times"), [("attention", 1), ("dots", 1), ("full", 2)])
+def test_a_policy_that_keeps_attention_runs_the_kernel_once(remat, times):
+    """Where the context is not kept, the backward pass runs the kernel of a layer forward again."""
+    mesh = make_mesh(settings.Mesh(), list(topology("v5e:1x1").devices))
+    whole = NamedSharding(mesh, PartitionSpec())
+    x = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16, sharding=whole)
+    ids = jax.ShapeDtypeStruct((1, 256), jnp.int32, sharding=whole)
+
+    def loss(x, ids):
+        def body(x, _):
+            return jnp.sin(
+                attend(
+                    x,
+                    x,
+                    x,
+                    ids,
+                    ids,
+                    kernel=Kernel("splash", block=128),
+                    window=None,
+                    is_local=None,
+                    soft_cap=None,
+                )
+            ), None
+
+        return jax.lax.scan(with_remat(body, remat), x, None, length=3)[0].astype(jnp.float32).sum()
+
+    with jax.set_mesh(mesh):
+        kernels = compile_program(jax.jit(jax.grad(loss)), x, ids).cost.kernels
+    found = {name.split("_segmented")[0]: number for name, number in kernels.items()}
+    assert found == {"splash_mha_fwd": 3 * times, "splash_mha_dkv": 3, "splash_mha_dq": 3}
 
 
 def test_what_runs_in_the_kernel_is_counted_by_layer_share():

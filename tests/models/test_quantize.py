@@ -57,6 +57,55 @@ def test_each_code_is_the_nearest():
     np.testing.assert_array_equal(np.asarray(codes).astype(int), nearest)
 
 
+@pytest.mark.parametrize("scale_shape", [(5,), (5, 3), (2, 5)])
+def test_int8_is_the_nearest_of_255_steps_of_each_output(scale_shape):
+    """A scale per kept dimension; the largest number of each has the code 127 or -127."""
+    rng = np.random.default_rng(0)
+    shape = (*scale_shape, 40)
+    weight = rng.standard_normal(shape).astype(np.float32) * rng.uniform(
+        1e-3, 1e3, (*scale_shape, 1)
+    )
+    weight = weight.astype(np.float32)
+    codes, scale = quantize(jnp.asarray(weight), scale_shape, "int8")
+    codes, scale = np.asarray(codes), np.asarray(scale)
+    largest = np.abs(weight).max(-1)
+    np.testing.assert_allclose(scale, largest / 127, rtol=1e-6)
+    assert (np.abs(codes).max(-1) == 127).all() and codes.min() >= -127
+    assert (
+        np.abs(codes * scale[..., None] - weight) <= largest[..., None] / 254 * (1 + 1e-4)
+    ).all()
+    assert (np.sign(codes) * np.sign(weight) >= 0).all()
+
+
+def test_int8_of_several_contracted_dimensions_has_one_scale_for_all():
+    """o_proj's inputs are heads and their width: one scale for each output."""
+    weight = np.random.default_rng(0).standard_normal((4, 3, 6, 8)).astype(np.float32)
+    codes, scale = quantize(jnp.asarray(weight), (4, 3), "int8")
+    np.testing.assert_allclose(scale, np.abs(weight).max((2, 3)) / 127, rtol=1e-6)
+    np.testing.assert_allclose(
+        dequantize(codes, scale, jnp.float32), weight, atol=np.abs(weight).max() / 254 * 1.001
+    )
+
+
+@pytest.mark.parametrize("width", [64, 128, 24])
+def test_nf4_takes_the_nearest_value_times_the_scale_that_is_stored(width):
+    """The scale is the block's largest number in bfloat16; codes go by that, as does reading."""
+    weight = np.random.default_rng(1).standard_normal((50, width)).astype(np.float32)
+    blocks = width // block_size(width)
+    codes, scale = quantize(jnp.asarray(weight), (50, blocks), "nf4")
+    parts = weight.reshape(50, blocks, -1)
+    stored = np.asarray(jnp.asarray(np.abs(parts).max(-1)).astype(jnp.bfloat16)).astype(np.float32)
+    np.testing.assert_array_equal(np.asarray(scale).astype(np.float32), stored)
+    values = nf4_values()[None, None, None] * stored[..., None, None]
+    nearest = np.abs(parts[..., None] - values).argmin(-1).reshape(50, width)
+    np.testing.assert_array_equal(np.asarray(codes).astype(int), nearest)
+    back = np.asarray(dequantize(codes, scale, jnp.float32)).reshape(parts.shape)
+    expected = np.take_along_axis(
+        np.broadcast_to(values, (*parts.shape, 16)), nearest.reshape(parts.shape)[..., None], -1
+    )[..., 0]
+    np.testing.assert_allclose(back, expected, rtol=1e-6)
+
+
 def test_blocks_divide_the_width():
     assert [block_size(n) for n in (4096, 64, 128, 24, 8, 96, 67)] == [64, 64, 64, 24, 8, 48, 1]
 

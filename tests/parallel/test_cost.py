@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 
@@ -14,7 +15,8 @@ from crossin_jax import config as settings
 from crossin_jax.config import UserError
 from crossin_jax.parallel.cost import _window_products, count
 from crossin_jax.parallel.mesh import make_mesh
-from crossin_jax.parallel.topology import compile_program, open_topology, shard_bytes
+from crossin_jax.parallel.topology import CHIPS, compile_program, open_topology, shard_bytes
+from crossin_jax.training.telemetry import PEAK_FLOPS
 from tests.parallel.tpu import topology
 
 L, M, D = 5, 256, 384
@@ -163,6 +165,43 @@ def test_what_does_not_fit_has_the_peak_that_it_would_need():
     program, _ = compiled(lambda x, y: jnp.sin(x @ y) @ x, (size, 1024), (1024, size))
     slice_ = topology("v5e:1x1")
     assert program.cost is None and program.peak_bytes > 2 * size * size > slice_.hbm_limit
+
+
+@pytest.mark.parametrize(("specs", "share"), [
+    ((), 1), (("fsdp",), 4), ((None, "tensor"), 2), (("fsdp", "tensor"), 8), ((("fsdp", "tensor"),), 8)])
+def test_a_chip_holds_its_shard_and_a_whole_copy_of_what_is_not_sharded(specs, share):
+    """Bytes by hand; an axis that does not appear repeats the array, and what has no place counts nothing."""
+    mesh = make_mesh(settings.Mesh(fsdp=4, tensor=2))
+    tree = {"array": jax.ShapeDtypeStruct((16, 8), jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec(*specs))),
+            "small": jax.ShapeDtypeStruct((3,), jnp.int8, sharding=NamedSharding(mesh, PartitionSpec())),
+            "nowhere": jax.ShapeDtypeStruct((100,), jnp.float32)}
+    assert shard_bytes(tree) == 16 * 8 * 2 // share + 3
+
+
+@pytest.mark.parametrize(("kind", "units", "hbm", "links"), [
+    ("v4", 8, 1228, 2400), ("v5e", 4, 819, 1600), ("v5p", 8, 2765, 4800), ("v6e", 16, 1640, 3200)])
+def test_chips_are_those_of_the_data_sheets(kind, units, hbm, links):
+    """Gigabytes per second of HBM, gigabits per second of all links, and a clock that makes up the peak."""
+    chip, peak = CHIPS[kind], PEAK_FLOPS[f"TPU {kind}"]
+    assert (chip.hbm, chip.links) == pytest.approx((hbm * 1e9, links * 1e9 / 8), rel=1e-3)
+    assert chip.clock * 2 * 128 * 128 * units == pytest.approx(peak, rel=5e-3)
+    assert set(CHIPS) == {"v4", "v5e", "v5p", "v6e"}
+
+
+@pytest.mark.parametrize("name", ["v5e:1x1", "v5e:3x3"])
+def test_flags_and_the_cache_are_as_before(name, monkeypatch):
+    """Neither a slice nor a refused one takes XLA_FLAGS away, and jax's cache stays switched on."""
+    topology("v5e:1x1")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+    before = jax.config.jax_enable_compilation_cache
+    try:
+        found = open_topology(name)
+        device = jax.sharding.SingleDeviceSharding(found.devices[0])
+        compile_program(jax.jit(jnp.sin), jax.ShapeDtypeStruct((8,), jnp.float32, sharding=device))
+    except UserError:
+        assert name == "v5e:3x3"
+    assert os.environ["XLA_FLAGS"] == "--xla_cpu_use_fusion_emitters=false"
+    assert jax.config.jax_enable_compilation_cache == before
 
 
 def test_limits_are_the_compilers():

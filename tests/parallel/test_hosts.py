@@ -1,9 +1,13 @@
 """Several hosts as one run: found by flags or by the cluster, missing ones named, told to stop by signal or notice."""
 
+import contextlib
 import http.server
+import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -13,7 +17,7 @@ import pytest
 from crossin_jax.config import UserError
 from crossin_jax.parallel import hosts
 from crossin_jax.parallel.roll_call import Place, call_roll
-from tests.processes import free_port
+from tests.processes import REPOSITORY, free_port
 
 
 def roll(*processes: int, number: int = 3, names: tuple[str, ...] = (), seconds: float = 20,
@@ -64,6 +68,63 @@ def test_a_number_given_twice_is_refused(monkeypatch):
     assert any("two processes call themselves 1: on " in answer for answer in answers)
 
 
+def hang_up_after(place: Place, process: int, words: bytes) -> None:
+    """A process that says who it is, and is gone before it hears the outcome."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        with (
+            contextlib.suppress(ConnectionRefusedError),
+            socket.create_connection(
+                ("localhost", int(place.coordinator.rpartition(":")[2]))
+            ) as link,
+        ):
+            link.sendall(words)
+            return
+        time.sleep(0.02)
+
+
+def test_a_process_that_was_started_again_hears_the_outcome():
+    """The roll goes by the last connection of each number: the former self does not hear."""
+    place = Place(f"localhost:{free_port()}", 3, 0)
+    answers = {}
+
+    def come(process):
+        try:
+            call_roll(Place(place.coordinator, 3, process), 6)
+            answers[process] = "passed"
+        except UserError as error:
+            answers[process] = str(error)
+
+    zero = threading.Thread(target=come, args=(0,))
+    zero.start()
+    hello = {"process": 1, "of": 3, "host": socket.gethostname()}
+    hang_up_after(place, 1, json.dumps(hello).encode() + b"\n")
+    time.sleep(0.1)
+    one = threading.Thread(target=come, args=(1,))
+    one.start()
+    time.sleep(0.3)
+    assert not answers  # process 2 is still to come
+    come(2)
+    for thread in (zero, one):
+        thread.join()
+    assert answers == {0: "passed", 1: "passed", 2: "passed"}
+
+
+@pytest.mark.parametrize(
+    ("process", "host", "shown"),
+    [
+        (0, None, "0 (a)"),
+        (1, None, "1 (b)"),
+        (2, None, "2"),
+        (1, "other", "1 (other)"),
+        (2, "c", "2 (c)"),
+    ],
+)
+def test_a_process_is_named_with_its_host_where_it_is_known(process, host, shown):
+    """What it says of itself goes before what the cluster says."""
+    assert Place("host:1", 3, 0, ("a", "b")).name(process, host) == shown
+
+
 def test_strangers_on_the_port_change_nothing():
     place = Place(f"localhost:{free_port()}", 2, 0)
     zero = threading.Thread(target=call_roll, args=(place, 20))
@@ -105,8 +166,37 @@ def test_slurm_tells_the_place_and_the_names(monkeypatch, tmp_path):
         monkeypatch.setenv(f"SLURM_{name}", value)
     place = hosts.find_place(None, None, None)
     assert place == Place(f"gpu01:{65535 - 2**12 + 1 + 7}", 4, 3, ("gpu01", "gpu01", "gpu02", "gpu02"))
+    monkeypatch.setenv("JAX_COORDINATOR_PORT", "1234")
+    assert hosts.find_place(None, None, None).coordinator == "gpu01:1234"
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "10.0.0.7:99")
+    assert hosts.find_place(None, None, None) == Place("10.0.0.7:99", 4, 3, place.names)
+    assert hosts.find_place("host:99", 2, 0) == Place(
+        "host:99", 2, 0
+    )  # flags go before the cluster
+    monkeypatch.setenv("PATH", "")  # no scontrol: names are only shown
+    assert hosts.find_place(None, None, None).names == ()
     monkeypatch.setenv("SLURM_NTASKS", "1")
     assert hosts.find_place(None, None, None) is None
+
+
+@pytest.mark.parametrize(
+    ("more", "is_cluster"), [({}, False), ({"JOB_COMPLETION_INDEX": "1"}, True)]
+)
+def test_a_pod_of_kubernetes_is_one_of_several_only_in_a_job(monkeypatch, more, is_cluster):
+    """Any pod tells that it runs under Kubernetes; an indexed job tells its number as well."""
+    from jax._src.clusters import k8s_cluster
+
+    asked = []
+
+    def count(_):
+        asked.append(True)
+        return 1  # so that nothing else is asked of a cluster that is not there
+
+    monkeypatch.setattr(k8s_cluster.K8sCluster, "is_env_present", classmethod(lambda _: True))
+    monkeypatch.setattr(k8s_cluster.K8sCluster, "get_process_count", classmethod(count))
+    for name, value in more.items():
+        monkeypatch.setenv(name, value)
+    assert hosts.find_place(None, None, None) is None and bool(asked) == is_cluster
 
 
 def test_tpu_pods_tell_the_place_and_the_names(monkeypatch):
@@ -214,6 +304,32 @@ def test_a_notice_that_stands_already_stops_nothing(metadata, told):
     over.set()
 
 
+def test_a_notice_stands_while_the_server_is_silent(metadata, told):
+    """A server that fails for a while does not make an old notice a new one."""
+    metadata.entries["maintenance-event"] = "TERMINATE_ON_HOST_MAINTENANCE"
+    over = hosts.watch_notices(seconds=0.02)
+    time.sleep(0.2)
+    standing = metadata.entries.pop("maintenance-event")
+    time.sleep(0.2)
+    metadata.entries["maintenance-event"] = standing
+    time.sleep(0.2)
+    assert not told.is_set()
+    metadata.entries["preempted"] = "TRUE"  # the other kind is still looked at
+    assert wait_until(told.is_set)
+    over.set()
+
+
+def test_a_watch_that_is_over_stops_nothing(metadata, told):
+    """Leaving the training loop ends it."""
+    over = hosts.watch_notices(seconds=0.02)
+    time.sleep(0.1)
+    over.set()
+    time.sleep(0.1)
+    metadata.entries["preempted"] = "TRUE"
+    time.sleep(0.2)
+    assert not told.is_set()
+
+
 def test_hosts_without_a_metadata_server_are_left_alone(told, monkeypatch):
     monkeypatch.setenv("GCE_METADATA_IP", f"localhost:{free_port()}")
     over = hosts.watch_notices(seconds=0.01)
@@ -242,6 +358,66 @@ def test_the_first_ctrl_c_is_a_question_and_the_second_leaves_at_once(capfd):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_loop_that_nobody_stopped_gives_the_signal_back(told):
+    """Afterwards a signal does what it did before."""
+    with hosts.Preemption() as preemption:
+        assert not preemption.reached(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert wait_until(told.is_set)
+
+
+TOGETHER = """
+import sys
+from pathlib import Path
+from crossin_jax.config import UserError
+from crossin_jax.parallel import hosts
+coordinator, process, root = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+hosts.start(coordinator, 2, process)
+print("agree", [hosts.agree(value) for value in (process == 1, process == 0, False, True)])
+for folders in (("one", "one"), ("one", "two")):
+    try:
+        hosts.check_shared(root / folders[process])
+        print("shared")
+    except UserError as error:
+        print("private", str(error).splitlines()[0])
+hosts.meet("the end")
+"""
+
+
+def test_two_processes_agree_and_see_one_folder(tmp_path):
+    """What is true on one is true for both; a folder that is not the same for both is refused."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    coordinator = f"localhost:{free_port()}"
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", TOGETHER, coordinator, str(i), str(tmp_path)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    outputs = [process.communicate(timeout=120)[0].splitlines() for process in pair]
+    assert [process.returncode for process in pair] == [0, 0]
+    for lines, name in zip(outputs, ("one", "two"), strict=True):
+        assert lines[-3:] == [  # after what the library says of its links
+            "agree [True, True, False, True]",
+            "shared",
+            f"private output_dir={tmp_path / name} is not shared: process 1 cannot see "
+            "what 0 writes",
+        ]
+    assert not list(tmp_path.rglob(".seen*"))
+
+
+def test_one_process_agrees_with_itself(tmp_path):
+    """Nothing is asked of others, and no folder is touched."""
+    assert [hosts.agree(value) for value in (True, False)] == [True, False]
+    hosts.check_shared(tmp_path / "absent")
+    hosts.meet("nobody")
 
 
 def test_before_the_first_step_a_signal_leaves_at_once():

@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import sys
 
 import jax
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from crossin_jax.checkpoint.store import Store
@@ -78,6 +81,145 @@ def test_a_broken_restore_fails(broken, words, start, tmp_path, monkeypatch, cap
     assert code == (0 if broken is None else 1)
     assert words in output
     assert (tmp_path / "run.selftest").exists() == (broken is not None)
+
+
+CODES = [  # (what the whole run, the killed one and its continuation end with; exit code; runs)
+    ((1,), 1, 1),
+    ((2,), 2, 1),
+    ((-9,), -9, 1),
+    ((0, 0), 1, 2),
+    ((0, 1), 1, 2),
+    ((0, 2), 2, 2),
+    ((0, 75), 75, 2),
+    ((0, -9, 1), 1, 3),
+    ((0, -9, 2), 2, 3),
+    ((0, -9, 75), 75, 3),
+]
+
+
+@pytest.mark.parametrize(("codes", "expected", "runs"), CODES)
+def test_a_run_that_ends_otherwise_than_it_should_fails(codes, expected, runs, tmp_path, capsys):
+    """The first and the last end with 0; the one between is killed and must not end by itself."""
+    calls = []
+
+    def start(more, log):
+        calls.append(more)
+        return codes[len(calls) - 1]
+
+    assert selftest.run_selftest(str(tmp_path / "run"), process=0, start=start) == expected
+    words = capsys.readouterr().out.splitlines()[-1]
+    assert words.startswith(f"selftest_resume: FAILED: a run ended with {codes[-1]}")
+    assert len(calls) == runs
+    assert [more[1:] for more in calls] == [[], ["--kill_after=4"], []][:runs]
+
+
+def test_other_processes_start_their_children_and_say_nothing(tmp_path, capsys):
+    """Process 0 compares and clears away; the folder is its own to remove."""
+    (tmp_path / "run.selftest").mkdir()
+    codes = iter((0, -9, 0))
+    logs = []
+    code = selftest.run_selftest(
+        str(tmp_path / "run"),
+        process=3,
+        start=lambda more, log: logs.append(log.name) or next(codes),
+    )
+    assert code == 0 and not capsys.readouterr().out
+    assert logs == ["run.selftest.3.log"] * 3 and (tmp_path / "run.selftest").is_dir()
+
+
+CHILD = """
+import json, os, sys
+out = next(word for word in sys.argv if word.startswith("--config.name="))
+flags = os.environ.get("XLA_FLAGS", "")
+open(out.partition("=")[2], "w").write(json.dumps([sys.argv[1:], flags]))
+print("the child's words")
+code = int(sys.argv[1])
+os.kill(os.getpid(), -code) if code < 0 else sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 75, -9])
+def test_children_run_the_same_command_with_a_short_run(code, tmp_path, monkeypatch, capsys):
+    """Length, saving and output are the self-test's; every other setting is the user's."""
+    (tmp_path / "child.py").write_text(CHILD)
+    mine = [
+        str(code),
+        f"--config.name={tmp_path}/told.json",
+        "--config.optim.learning_rate=0.1",
+        "--config.mesh.fsdp=2",
+        "--coordinator=host:1",
+    ]
+    theirs = [
+        "--selftest_resume",
+        "--config.train.steps=999",
+        "--config.train.checkpoint_every=1",
+        "--config.output_dir=runs/x",
+        "--noresume",
+        "--profile_steps=1,2",
+        "--wandb",
+        "--config.train.log_every=50",
+        "--config.train.keep=1",
+        "--config.train.keep_every=2",
+        "--config.train.eval_every=3",
+        "--config.train.benchmark_every=3",
+        "--config.train.tensorboard=true",
+    ]
+    monkeypatch.setattr(
+        sys, "orig_argv", [sys.executable, str(tmp_path / "child.py"), *mine, *theirs]
+    )
+    monkeypatch.setenv("XLA_FLAGS", "--xla_of_the_user=1")
+    log = tmp_path / "child.log"
+    assert selftest.start_child(["--config.output_dir=here", "--kill_after=4"], log) == code
+    arguments, flags = json.loads((tmp_path / "told.json").read_text())
+    assert arguments == [
+        *mine,
+        "--config.train.steps=6",
+        "--config.train.checkpoint_every=3",
+        "--config.train.log_every=1",
+        "--config.train.keep=9",
+        "--config.train.keep_every=none",
+        "--config.train.eval_every=none",
+        "--config.train.benchmark_every=none",
+        "--config.train.tensorboard=false",
+        "--config.output_dir=here",
+        "--kill_after=4",
+    ]
+    assert flags.split() == ["--xla_of_the_user=1", "--xla_gpu_deterministic_ops=true"]
+    assert not log.exists() and ("the child's words" in capsys.readouterr().err) == (code > 0)
+
+
+def write_state(folder, arrays):
+    """A checkpoint's arrays."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+        writer.save(folder, arrays)
+    return folder
+
+
+ARRAY = np.array([0.0, 1.0, 3.5], np.float32)
+CHANGED = [  # (array of the other run, what is said)
+    (ARRAY, None),
+    (np.nextafter(ARRAY, np.float32(9)), "b differs by up to"),
+    (np.array([-0.0, 1.0, 3.5], np.float32), "b differs by up to 0"),
+    (ARRAY.astype(np.float64), "b differs by up to 0"),
+    (np.array([0.0, 1.0, 7.5], np.float32), "b differs by up to 4"),
+]
+
+
+@pytest.mark.parametrize(("other", "words"), CHANGED)
+def test_one_bit_of_one_array_is_a_difference(other, words, tmp_path):
+    """Rounding, the sign of zero and the precision count; what is alike is not named."""
+    one = write_state(tmp_path / "one", {"a": np.arange(4), "b": ARRAY})
+    two = write_state(tmp_path / "two", {"a": np.arange(4), "b": other})
+    faults = selftest.compare_arrays(one, two)
+    assert [fault.startswith(words) for fault in faults] == ([True] if words else [])
+
+
+def test_an_array_of_one_run_only_is_a_difference(tmp_path):
+    """Whichever of the two has it."""
+    one = write_state(tmp_path / "one", {"a": ARRAY, "b": ARRAY})
+    two = write_state(tmp_path / "two", {"a": ARRAY})
+    for pair in ((one, two), (two, one)):
+        assert selftest.compare_arrays(*pair) == ["arrays: {'b'} are in one run only"]
 
 
 def test_a_machine_that_does_not_repeat_itself_is_told_apart(pretrained, tmp_path):
