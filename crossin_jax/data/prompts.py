@@ -124,7 +124,7 @@ class Renderer:
             raise UserError(f"data.system is set, but template {template!r} has no place for it; "
                             f"use llama, chatml or chat")
         parts = [self._tokenizer.to_str(), asdict(self.template) if self.template else tokenizer.chat_template, system,
-                 tokenization, self.bos_id, *self.eos_ids, *((name, r.hash) for name, r in self.others.items())]
+                 tokenization, self.bos_id, self.end_id, *((name, r.hash) for name, r in self.others.items())]
         self.hash = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def _find_end(self, tokenizer: Any) -> int:
