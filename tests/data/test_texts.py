@@ -186,6 +186,12 @@ def test_chats_are_read_in_each_of_their_forms(read, column, keys, as_text):
                 ("system", "S"), ("user", "one"), ("assistant", "Seine"), ("user", "two"), ("assistant", "Sena")))
 
 
+@pytest.mark.parametrize("nothing", [[], None, {"count": 2}, 2])
+def test_a_column_of_messages_without_turns_is_no_chat(read, nothing):
+    (record,) = read([{"id": 1, "messages": nothing, "instruction": "q", "output": "a"}])
+    assert record.texts["en"] == Text("q", "", "a")
+
+
 @pytest.mark.parametrize(("roles", "is_kept"), [
     ("ua", True), ("sua", True), ("uaua", True), ("suasua", True), ("suaua", True), ("au", False), ("u", False),
     ("a", False), ("uua", False), ("uaa", False), ("uau", False), ("s", False), ("auau", False), ("uaau", False)])
