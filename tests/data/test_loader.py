@@ -144,6 +144,20 @@ def test_unpacked_batches_resume_and_hold_like_lengths(parts, small_windows):
     assert np.mean(spreads) < 20  # of lengths between 15 and 110
 
 
+def test_unpacked_batches_come_in_any_order(parts, small_windows):
+    """In windows of three whole batches, that of the longest examples is first, second and last."""
+    loader, places = loader_of(parts, packing=False), Counter()
+    for _ in range(30):
+        window = loader.position[0]
+        longest = []
+        while loader.position[0] == window:
+            lengths = (next(loader)["segment_ids_BT"] > 0).sum(1)
+            longest.append((lengths.max(), lengths.min() > 0))
+        if len(longest) == 3 and all(whole for _, whole in longest):
+            places[int(np.argmax([length for length, _ in longest]))] += 1
+    assert len(places) == 3, places
+
+
 def test_steps_per_epoch_counts_the_batches(parts):
     for packs in (True, False):
         steps = loader_of(parts, packing=packs).steps_per_epoch
@@ -214,6 +228,13 @@ def test_packing_fills_rows_as_best_fit_does(case):
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
 
 
+def test_examples_of_one_length_are_packed_in_their_order():
+    """So that every machine packs alike, whichever way it sorts."""
+    assert pack_rows([1] * 400, 4) == [[*range(i, i + 4)] for i in range(0, 400, 4)]
+    alone = [[i] for i in range(0, 200, 2)] + [[i] for i in range(1, 200, 2)]
+    assert pack_rows([7, 6] * 100, 10) == alone
+
+
 def sized_parts(tokenizer, length, **changes):
     """Mixture, renderer and settings of three rows, of one position less than a row, as many, and one more."""
     renderer = Renderer(tokenizer, "gemma")
@@ -265,6 +286,32 @@ def test_every_reason_is_counted_by_component_and_language(tokenizer, tmp_path, 
         assert len(segments) == epochs * (60 - sum(expected.values()))
     warnings = [record.message for record in caplog.records if "some examples cannot be used" in record.message]
     assert len(warnings) == 2 and "19 double BOS en2x/es" in warnings[0]  # one per loader
+
+
+def test_windows_without_a_usable_example_are_passed_over(tokenizer, tmp_path, monkeypatch):
+    """Where they come in a row too; the names of a batch's examples leave out those that are dropped."""
+    monkeypatch.setattr(packing, "WINDOW_ROWS", 1)
+    monkeypatch.setattr(packing, "WINDOW_TOKENS", 0)
+    rows = parallel_rows(60)
+    for row in rows[:45]:
+        row["en"]["instruction"] += " <|im_end|>"
+    data = Data(sources=(Source(name="s", path=write_lines(tmp_path / "rows.jsonl", rows)),), length=64,
+                components=(Component(source="s"),), template="chatml")
+    mixture, renderer = Mixture(data, load_corpora(data, 0), 0), Renderer(tokenizer, "chatml")
+    usable = [e for e in mixture if int(e.id[1:]) >= 45]
+    ids = {tuple(renderer.render(e).ids.tolist()): f"{e.id} base en>en" for e in usable}
+    for packs in (True, False):
+        loader = loader_of((mixture, renderer, data), num_epochs=1, packing=packs)
+        found = []
+        while (batch := next(loader, None)) is not None:
+            rows = [[ids[segment[0]] for segment in segments_of({k: v[i:i + 1] for k, v in batch.items()})]
+                    for i in range(4)]
+            found += [(rows, loader.position)]
+        assert sorted(name for rows, _ in found for row in rows for name in row) == sorted(ids.values())
+        assert loader.dropped == {"special token in the text base/en": 45}
+        begins = [(0, 0), *(position for _, position in found[:-1])]
+        for begin, (rows, _) in zip(begins, found, strict=True):
+            assert [row for row in loader.name_rows(begin) if row] == [row for row in rows if row]
 
 
 @settings(max_examples=30, deadline=None)

@@ -373,3 +373,11 @@ def test_command_line(tmp_path, tokenizer):
 def test_unknown_commands_name_the_known(words, message):
     done = run(*words)
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_help_names_every_flag_with_its_default():
+    done = run("preview", "--help")
+    told = dict(re.findall(r"^  --(\w+)  .*\(default: (.*)\)$", done.stdout, re.M))
+    assert done.returncode == 0 and told == {
+        "out": "None", "format": "parquet", "n": "5", "html": "None", "source": "None", "command": "None",
+        "max_new_tokens": "512"}

@@ -241,9 +241,11 @@ def test_a_template_that_brings_its_own_bos_gets_no_second(tokenizer, tmp_path):
     path.write_text(json.dumps({"prompt_input": "<s>{instruction} {input}\n", "prompt_no_input": "<s>{instruction}\n"}))
     rendered = Renderer(tokenizer, str(path)).render(example())
     assert (rendered.ids == 1).sum() == 1
-    path.write_text(path.read_text().replace("<s>", "<s><s>"))
-    with pytest.raises(RowFault, match="double BOS"):
-        Renderer(tokenizer, str(path)).render(example())
+    for twice in ("<s><s>", "Q: <s>"):  # of its own, or one beside that which comes first
+        path.write_text(json.dumps({"prompt_input": f"{twice}{{instruction}} {{input}}\n",
+                                    "prompt_no_input": f"{twice}{{instruction}}\n"}))
+        with pytest.raises(RowFault, match="double BOS"):
+            Renderer(tokenizer, str(path)).render(example())
 
 
 def test_a_token_may_be_both_bos_and_eos(tokenizer):
@@ -385,9 +387,10 @@ def test_renderers_travel_to_workers_unchanged(tokenizer):
 def test_settings_of_the_tokenizer_do_not_leak(tokenizer):
     clipped = copy.deepcopy(tokenizer)
     clipped.backend_tokenizer.enable_truncation(4)
-    clipped.backend_tokenizer.enable_padding(length=9)
-    assert np.array_equal(Renderer(clipped, "alpaca").render(example()).ids,
-                          Renderer(tokenizer, "alpaca").render(example()).ids)
+    clipped.backend_tokenizer.enable_padding(length=500)
+    for one, other in zip(*(Renderer(t, "alpaca").render_many([example(), example(output="Seine")])
+                            for t in (clipped, tokenizer)), strict=True):
+        assert np.array_equal(one.ids, other.ids) and len(one.ids) < 400
 
 
 @pytest.mark.parametrize(("make", "message"), [

@@ -98,6 +98,19 @@ def test_a_large_json_list_is_read_in_pieces(tmp_path, monkeypatch):
         [*read_rows(file)]
 
 
+@pytest.mark.parametrize(("name", "content"), [("a.json", "[]"), ("a.json", '{"data": []}'), ("a.jsonl", ""),
+                                                ("a.jsonl", "\n"), ("a.csv", "id,output\n"), ("a.tsv", "")])
+def test_a_file_may_hold_no_rows(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    corpus = load_corpus(Source(name="x", path=str(tmp_path / name)), ("en",))
+    assert len(corpus) == 0 and corpus.languages == () and [*corpus] == []
+
+
+def test_a_file_in_an_absent_folder_is_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere/a.jsonl does not exist; paths start at"):
+        find_files(Source(path=str(tmp_path / "nowhere" / "a.jsonl")), ("en",))
+
+
 def test_squad_files_are_questions_with_the_first_answer(tmp_path):
     def qa(i, *answers):
         return {"id": i, "question": f"q{i}", "answers": [{"text": text, "answer_start": 0} for text in answers]}
@@ -108,9 +121,9 @@ def test_squad_files_are_questions_with_the_first_answer(tmp_path):
     for kind in ("auto", "squad"):
         assert [tuple(row.values()) for row in read(tmp_path / "x.json", kind=kind)] == [
             ("1", "q1", "c1", "a"), ("2", "q2", "c1", "d"), ("3", "q3", "c2", ""), ("4", "q4", "c3", "e")]
-    corpus = load_corpus(Source(name="x", path=str(tmp_path / "x.json")), ("en",))
-    assert [*corpus.ids()] == ["1", "2", "4"] and corpus.dropped == {"empty output": 1}
-    assert corpus[0].texts["en"].input == "c1"
+        corpus = load_corpus(Source(name="x", path=str(tmp_path / "x.json"), kind=kind), ("en",))
+        assert [*corpus.ids()] == ["1", "2", "4"] and corpus.dropped == {"empty output": 1}
+        assert corpus[0].texts["en"].input == "c1"
 
 
 def test_hub_rows_in_squad_s_layout_give_their_first_answer(tmp_path, monkeypatch):

@@ -117,6 +117,15 @@ def test_rows_without_an_id_are_named_by_their_content(read, nothing):
     assert [ids[0], *ids[2:]] == [name, f"{name}-2", f"{name}-3"] and len({*ids}) == 4
 
 
+def test_a_column_id_with_indonesian_names_no_row(read):
+    """Rows are then named by their content, in all languages."""
+    row = {code: {"instruction": f"q {code}", "output": "a"} for code in ("en", "id")}
+    expected = hashlib.blake2b(json.dumps([[code, f"q {code}", "", "a", None] for code in ("en", "id")]).encode(),
+                               digest_size=8).digest()
+    corpus = read([row], ("en", "id"))
+    assert [*corpus.ids()] == [f"{int.from_bytes(expected, 'little'):016x}"] and corpus.languages == ("en", "id")
+
+
 def test_every_row_has_an_id_or_none_has(read):
     with pytest.raises(UserError, match="row 2: no id, unlike the rows before it"):
         read([{"id": "a", "output": "a"}, {"output": "b"}])
@@ -170,9 +179,17 @@ def test_chats_are_read_in_each_of_their_forms(read, column, keys, as_text):
     for user, assistant in (("user", "assistant"), ("human", "gpt"), ("human", "assistant")):
         turns = [dict(zip(keys, pair, strict=True)) for pair in (
             ("system", "S"), (user, "one"), (assistant, "Seine"), (user, "two"), (assistant, "Sena"))]
-        (record,) = read([{"id": 1, column: json.dumps(turns) if as_text else turns, "output": "not this"}])
-        assert record.texts["en"] == Text("two", "", "Sena", (
-            ("system", "S"), ("user", "one"), ("assistant", "Seine"), ("user", "two"), ("assistant", "Sena")))
+        for kind in ("auto", "messages"):
+            (record,) = read([{"id": 1, column: json.dumps(turns) if as_text else turns, "output": "not this"}],
+                             kind=kind)
+            assert record.texts["en"] == Text("two", "", "Sena", (
+                ("system", "S"), ("user", "one"), ("assistant", "Seine"), ("user", "two"), ("assistant", "Sena")))
+
+
+@pytest.mark.parametrize("nothing", [[], None, {"count": 2}, 2])
+def test_a_column_of_messages_without_turns_is_no_chat(read, nothing):
+    (record,) = read([{"id": 1, "messages": nothing, "instruction": "q", "output": "a"}])
+    assert record.texts["en"] == Text("q", "", "a")
 
 
 @pytest.mark.parametrize(("roles", "is_kept"), [
