@@ -206,14 +206,15 @@ def test_every_field_of_a_record_is_what_it_is_said_to_be(start, tmp_path, monke
     """Steps that differ in everything, reported at the first, at every third and at the last."""
     device = types.SimpleNamespace(device_kind="TPU v4", memory_stats=lambda: None)
     for name in ("devices", "local_devices"):
-        monkeypatch.setattr(jax, name, lambda: [device] * 8)
+        monkeypatch.setattr(jax, name, lambda: [device] * 4)
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')  # a run that continues keeps it
     telemetry = start(log_every=3, num_steps=7, flops_per_token=2e9)
     for step, (loss, count, tokens, norm, group_loss, group_count) in STEPS.items():
         telemetry.add(step, {name: np.float32(value) for name, value in {
             "loss": loss, "count": count, "tokens": tokens, "grad_norm": norm,
             "group_loss": group_loss, "group_count": group_count}.items()}, step / 100)
-    mfu = 2e9 / (8 * 275e12)  # of one token a second
+    mfu = 2e9 / (4 * 275e12)  # of one token a second
     expected = [
         {"step": 1, "loss": 9.0, "grad_norm": 8.0, "learning_rate": 0.01, "loss/base/en": 10.0,
          "loss/x2x/zh": 7.5, "share/base/en": 0.6, "share/x2x/zh": 0.4},
