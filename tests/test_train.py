@@ -109,7 +109,7 @@ def recorded(pretrained, tmp_path_factory) -> Config:
     folder = tmp_path_factory.mktemp("recorded") / "run"
     config = config_in(folder, str(pretrained / "model"), seed=5)
     config.lora.dropout = 0.5
-    config.data.sources[0].limit, config.data.eval_sources[0].limit = 60, 40
+    config.data.sources[0].limit, config.data.eval_sources[0].limit = 60, 25
     config.optim = Optim(learning_rate=2e-2, warmup_share=0.3, schedule="linear",
                          final_share=0.5)
     config.train = dataclasses.replace(config.train, steps=None, epochs=2.7, batch_size=16,
@@ -176,8 +176,8 @@ def test_the_held_out_loss_is_the_mean_over_all_held_out_tokens(recorded):
     """By language and in all, of the last weights, whichever batch an answer is in."""
     data, restored = open_pipeline(recorded), restore_params(recorded.output_dir, progress=False)
     examples = list(data.held_out)
-    assert len(examples) == 80  # forty facts in two languages
-    tokens, learned = np.zeros((80, 128), np.int32), np.zeros((80, 128), bool)
+    assert len(examples) == 50  # facts in two languages; the last batch has few of them
+    tokens, learned = np.zeros((50, 128), np.int32), np.zeros((50, 128), bool)
     for i, example in enumerate(examples):
         rendered = data.renderer.render(example)
         size = len(rendered.ids)
@@ -191,7 +191,7 @@ def test_the_held_out_loss_is_the_mean_over_all_held_out_tokens(recorded):
     parts = {"": languages != "", "/dev/en": languages == "en", "/dev/es": languages == "es"}
     for name, chosen in parts.items():
         assert record[f"held_out/loss{name}"] == pytest.approx(
-            losses[chosen].sum() / learned[chosen].sum(), rel=1e-4), name
+            losses[chosen].sum() / learned[chosen].sum(), rel=1e-5), name
     assert before.keys() == record.keys() and before["held_out/loss"] != record["held_out/loss"]
 
 
