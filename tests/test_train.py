@@ -4,26 +4,39 @@ import dataclasses
 import gc
 import json
 import logging
+import math
 import multiprocessing
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from crossin_jax import train as train_program
+from crossin_jax.checkpoint.restore import restore_params
 from crossin_jax.checkpoint.store import Store, _saved_part, flatten
-from crossin_jax.config import Lora, Mesh, UserError
+from crossin_jax.config import Config, Lora, Mesh, Optim, UserError
+from crossin_jax.data.loader import make_loader
+from crossin_jax.data.pipeline import open_pipeline
 from crossin_jax.evaluate import evaluate as evaluate_run
 from crossin_jax.evaluation import metrics
 from crossin_jax.parallel.mesh import make_mesh
 from crossin_jax.train import train
 from crossin_jax.training import faults
 from crossin_jax.training.optim import make_optimizer
-from crossin_jax.training.state import abstract_model, abstract_state, model_spec
+from crossin_jax.training.state import (
+    abstract_model,
+    abstract_state,
+    model_spec,
+    start_state,
+    to_mesh,
+)
+from crossin_jax.training.step import StepSettings, make_train_step
 from tests.configs import tiny
 from tests.helpers import config_in
 
@@ -86,6 +99,100 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_by_bit(kind, pretrained,
     assert {s: read_losses(run)[s] for s in (4, 5, 6)} == read_losses(folder)
     positions = [json.loads((f / "checkpoints/6/data/metadata").read_text()) for f in (run, folder)]
     assert positions[0] == positions[1]
+
+
+# ---- What a run records, beside what is computed from its weights and batches
+
+@pytest.fixture(scope="module")
+def recorded(pretrained, tmp_path_factory) -> Config:
+    """A run with adapters and dropout in micro-batches; it reports seldom and saves between."""
+    folder = tmp_path_factory.mktemp("recorded") / "run"
+    config = config_in(folder, str(pretrained / "model"), seed=5)
+    config.lora.dropout = 0.5
+    config.data.sources[0].limit, config.data.eval_sources[0].limit = 60, 25
+    config.optim = Optim(learning_rate=2e-2, warmup_share=0.3, schedule="linear",
+                         final_share=0.5)
+    config.train = dataclasses.replace(config.train, steps=None, epochs=2.7, batch_size=16,
+                                       accumulation=2, log_every=4, eval_every=5)
+    train(config)
+    return config
+
+
+def read_records(config: Config, name: str) -> list[dict]:
+    """The records of a run that have a field."""
+    lines = (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if name in record]
+
+
+def test_epochs_and_periods_give_the_steps_of_a_run(recorded):
+    """As many steps as hold the epochs; reports, checkpoints and losses in time and at the end."""
+    data = open_pipeline(recorded)
+    epoch = make_loader(data.mixture, data.renderer, recorded.data, batch_size=16, seed=5,
+                        num_epochs=1)
+    rows = sum(int((batch["segment_ids_BT"][:, 0] > 0).sum()) for batch in epoch)
+    assert math.ceil(2.7 * rows / 16) == 7 != round(2.7 * rows / 16)
+    # a checkpoint reports what has gathered
+    assert [record["step"] for record in read_records(recorded, "losses")] == [1, 3, 4, 6, 7]
+    assert [len(record["losses"]) for record in read_records(recorded, "losses")] == [1, 2, 1, 2, 1]
+    assert [record["step"] for record in read_records(recorded, "held_out/loss")] == [5, 7]
+    assert Store(recorded.output_dir).steps() == [3, 6, 7]
+
+
+def test_a_run_takes_the_steps_that_its_configuration_says(recorded):
+    """Every number is that of the step on these batches, on one device, with this seed and rate."""
+    data = open_pipeline(recorded)
+    mesh = make_mesh(recorded.mesh, jax.devices()[:1])
+    loader = make_loader(data.mixture, data.renderer, recorded.data, batch_size=16, seed=5)
+    model = abstract_model(recorded, model_spec(recorded), mesh)
+    rule = make_optimizer(recorded.optim, 7)
+    state = start_state(recorded, model, abstract_state(model, rule, mesh), rule)
+    step = jax.jit(make_train_step(model.graphdef, rule, StepSettings(
+        accumulation=2, loss_chunk=16, remat="none", attention="auto", seed=5,
+        num_groups=len(loader.groups))))
+    expected = {}
+    for i in range(1, 8):
+        state, expected[i] = step(state, to_mesh(next(loader), mesh))
+    loader.close()
+    same = partial(pytest.approx, rel=1e-3)
+    rates = {1: 0.01, 3: 0.02, 4: 0.018, 6: 0.014, 7: 0.012}  # warm-up of two steps
+    for record in read_records(recorded, "losses"):
+        steps = [expected[record["step"] - i] for i in reversed(range(len(record["losses"])))]
+        assert record["losses"] == same([float(one["loss"]) for one in steps])
+        assert record["grad_norm"] == same(float(steps[-1]["grad_norm"]))
+        assert record["learning_rate"] == same(rates[record["step"]])
+        losses, counts = (np.sum([one[name] for one in steps], 0)
+                          for name in ("group_loss", "group_count"))
+        assert record["loss"] == same(losses.sum() / counts.sum())
+        for (component, language), loss, count in zip(loader.groups, losses, counts, strict=True):
+            name = f"{component}/{language}"
+            assert record.get(f"loss/{name}", 0) == same(loss / max(count, 1))
+            assert record.get(f"share/{name}", 0) == same(count / counts.sum())
+    ended = read_arrays(Path(recorded.output_dir), 7)
+    for name, value in flatten({"trainable": state.trainable}).items():
+        np.testing.assert_allclose(ended[name], value, atol=1e-3, err_msg=name)
+
+
+def test_the_held_out_loss_is_the_mean_over_all_held_out_tokens(recorded):
+    """By language and in all, of the last weights, whichever batch an answer is in."""
+    data, restored = open_pipeline(recorded), restore_params(recorded.output_dir, progress=False)
+    examples = list(data.held_out)
+    assert len(examples) == 50  # facts in two languages; the last batch has few of them
+    tokens, learned = np.zeros((50, 128), np.int32), np.zeros((50, 128), bool)
+    for i, example in enumerate(examples):
+        rendered = data.renderer.render(example)
+        size = len(rendered.ids)
+        tokens[i, :size], learned[i, :size] = rendered.ids, rendered.learned
+    model = nnx.merge(restored.graphdef, restored.state)
+    logits = jax.jit(lambda ids: model(ids))(tokens)[:, :-1]
+    scores = np.asarray(jax.nn.log_softmax(logits), np.float64)
+    losses = -np.take_along_axis(scores, tokens[:, 1:, None], 2)[..., 0] * learned[:, 1:]
+    before, record = read_records(recorded, "held_out/loss")
+    languages = np.array([example.answer_language for example in examples])
+    parts = {"": languages != "", "/dev/en": languages == "en", "/dev/es": languages == "es"}
+    for name, chosen in parts.items():
+        assert record[f"held_out/loss{name}"] == pytest.approx(
+            losses[chosen].sum() / learned[chosen].sum(), rel=1e-5), name
+    assert before.keys() == record.keys() and before["held_out/loss"] != record["held_out/loss"]
 
 
 def test_signals_while_compiling_and_while_saving(pretrained, tmp_path, monkeypatch):
@@ -208,6 +315,19 @@ def test_an_adapter_in_micro_batches_on_a_mesh_compiles_once(pretrained, tmp_pat
     assert count_compiled(caplog) == 1 and len(read_losses(tmp_path / "run")) == 6
 
 
+@pytest.mark.parametrize(("words", "steps"), [
+    ([], ()), (["10", "12"], (10, 12)), (["0", "1"], (0, 1))])
+def test_two_steps_make_a_window_of_the_profiler(words, steps):
+    assert train_program.read_window(words) == steps
+
+
+@pytest.mark.parametrize("words", [
+    ["10"], ["12", "10"], ["10", "10"], ["1", "2", "3"], ["a", "2"], ["1", "b", "2"], ["-1", "3"]])
+def test_anything_else_is_no_window(words):
+    with pytest.raises(UserError, match="give two steps, the first below the second"):
+        train_program.read_window(words)
+
+
 def test_compiled_programs_are_kept_where_nobody_said_where(tmp_path, monkeypatch):
     before = jax.config.jax_compilation_cache_dir
     train_program.keep_compiled(str(tmp_path / "other"))
@@ -253,7 +373,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 
 def test_a_fault_names_its_rows_and_leaves_the_last_good_state(pretrained, tmp_path, monkeypatch):
-    """Two rows of the fifth batch have a token outside the vocabulary, whose embedding is not a number."""
+    """Two rows of the fifth batch have a token outside the vocabulary: its embedding is NaN.
+
+    The next report, which finds it, is that of the sixth step.
+    """
     place, batches = train_program.to_mesh, []
 
     def poison(batch, mesh):
@@ -265,7 +388,8 @@ def test_a_fault_names_its_rows_and_leaves_the_last_good_state(pretrained, tmp_p
     for module in (train_program, faults):
         monkeypatch.setattr(module, "to_mesh", poison)
     with pytest.raises(UserError) as told:
-        train(config_in(tmp_path / "run"))
+        train(config_in(tmp_path / "run",
+                        train=dataclasses.replace(tiny.get_config().train, log_every=4)))
     first, second, third = str(told.value).splitlines()
     assert first.endswith("run: the loss or gradient of step 5 is not finite; checkpoint 3 is the last good state")
     assert all(np.array_equal(batches[4][name], rows) for name, rows in batches[-1].items())  # of that very step

@@ -1,4 +1,4 @@
-"""What is told of a batch whose loss is not finite."""
+"""What is told of a step that is not finite: its rows and their examples."""
 
 import json
 
@@ -6,33 +6,17 @@ import pytest
 
 from crossin_jax.training.faults import describe_fault
 
-EXAMPLES = [
-    ["a x2x en>zh", "b base en>en"],
-    ["ü x2x zh>es"],
-    [],
-    ["d", "e", "f", "g"],
-    ["h"],
-    ["i"],
-]
-ROWS = [  # (bad rows, the line that names them; FILE is where all are listed)
-    ([0], "rows 0 of the batch: a x2x en>zh; b base en>en; all in FILE"),
-    ([1, 4], "rows 1, 4 of the batch: ü x2x zh>es; h; all in FILE"),
-    ([3], "rows 3 of the batch: d; e; f …; all in FILE"),
-    (
-        [0, 1, 3, 4, 5],
-        "rows 0, 1, 3, 4 … of the batch: a x2x en>zh; b base en>en; ü x2x zh>es …; all in FILE",
-    ),
-    ([], "every row's loss is finite, the gradient is not; the batch is listed in FILE"),
-]
+EXAMPLES = [[f"facts/{row}a", f"facts/{row}b"] for row in range(8)]
 
 
-@pytest.mark.parametrize(("bad", "words"), ROWS)
-def test_the_bad_rows_and_their_examples_are_named(bad, words, tmp_path):
-    """Four rows and three examples in the line; every row of the batch in the file."""
-    line = describe_fault(tmp_path, 17, bad, EXAMPLES)
-    assert line == words.replace("FILE", str(tmp_path / "fault.json"))
-    told = json.loads((tmp_path / "fault.json").read_text(encoding="utf-8"))
-    assert told["step"] == 17
-    assert told["rows"] == [
-        {"row": i, "finite": i not in bad, "examples": names} for i, names in enumerate(EXAMPLES)
-    ]
+@pytest.mark.parametrize(("bad", "words"), [
+    ([3], "rows 3 of the batch: facts/3a; facts/3b; all in "),
+    ([0, 7], "rows 0, 7 of the batch: facts/0a; facts/0b; facts/7a …; all in "),
+    ([1, 2, 3, 4], "rows 1, 2, 3, 4 of the batch: facts/1a; facts/1b; facts/2a …; all in "),
+    ([1, 2, 3, 4, 5], "rows 1, 2, 3, 4 … of the batch: facts/1a; facts/1b; facts/2a …; all in "),
+    ([], "every row's loss is finite, the gradient is not; the batch is listed in ")])
+def test_a_fault_names_its_rows_and_lists_the_batch(bad, words, tmp_path):
+    """One line names the first rows and examples; the file has every row with its examples."""
+    assert describe_fault(tmp_path, 5, bad, EXAMPLES) == f"{words}{tmp_path / 'fault.json'}"
+    assert json.loads((tmp_path / "fault.json").read_text()) == {"step": 5, "rows": [
+        {"row": i, "finite": i not in bad, "examples": names} for i, names in enumerate(EXAMPLES)]}

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from crossin_jax.config import Lora
 from crossin_jax.models.spec import spec_from_architecture
 from crossin_jax.parallel.mesh import make_mesh
 from crossin_jax.training import telemetry as module
@@ -182,6 +183,110 @@ def test_what_is_recorded_is_found(start, tmp_path):
     assert not is_recorded(tmp_path, 2, "cross_mmlu")
 
 
+def test_records_are_exact_to_the_step(start, tmp_path):
+    """Step 2 is neither step 12 nor 20; a line that was cut by a kill counts as none."""
+    telemetry = start(num_steps=30)
+    for step in (12, 20):
+        telemetry.write({"step": step, "held_out/loss": 1.0})
+    assert not any(is_recorded(tmp_path, step, "held_out/") for step in (1, 2, 0, 120))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 25, "held_out/loss": 1.')
+    assert not is_recorded(tmp_path, 25, "held_out/")
+
+
+# step: loss, learned tokens, tokens, gradient norm, sums of losses and learned tokens by group
+STEPS = {
+    1: (9.0, 10, 90, 8.0, (60, 30), (6, 4)), 2: (8.0, 20, 70, 7.0, (100, 60), (15, 5)),
+    3: (7.0, 30, 80, 6.0, (10, 200), (5, 25)), 4: (6.0, 10, 20, 5.0, (60, 0), (10, 0)),
+    5: (2.0, 30, 60, 4.0, (60, 0), (30, 0)), 6: (1.0, 60, 100, 3.0, (60, 0), (60, 0)),
+    7: (0.0, 0, 10, 0.0, (0, 0), (0, 0))}
+
+
+def test_every_field_of_a_record_is_what_it_is_said_to_be(start, tmp_path, monkeypatch):
+    """Steps that differ in everything, reported at the first, at every third and at the last."""
+    device = types.SimpleNamespace(device_kind="TPU v4", memory_stats=lambda: None)
+    for name in ("devices", "local_devices"):
+        monkeypatch.setattr(jax, name, lambda: [device] * 4)
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')  # a run that continues keeps it
+    telemetry = start(log_every=3, num_steps=7, flops_per_token=2e9)
+    for step, (loss, count, tokens, norm, group_loss, group_count) in STEPS.items():
+        telemetry.add(step, {name: np.float32(value) for name, value in {
+            "loss": loss, "count": count, "tokens": tokens, "grad_norm": norm,
+            "group_loss": group_loss, "group_count": group_count}.items()}, step / 100)
+    mfu = 2e9 / (4 * 275e12)  # of one token a second
+    expected = [
+        {"step": 1, "loss": 9.0, "grad_norm": 8.0, "learning_rate": 0.01, "loss/base/en": 10.0,
+         "loss/x2x/zh": 7.5, "share/base/en": 0.6, "share/x2x/zh": 0.4},
+        # two steps in two seconds: 160 and 210 are the sums of losses of 20 and 30 tokens
+        {"step": 3, "loss": (160 + 210) / 50, "grad_norm": 6.0, "learning_rate": 0.03,
+         "loss/base/en": 110 / 20, "loss/x2x/zh": 260 / 30, "share/base/en": 0.4,
+         "share/x2x/zh": 0.6, "tokens_per_second": 75.0, "learned_tokens_per_second": 25.0,
+         "seconds_left": 4.0, "mfu": 75 * mfu},
+        # a group of which nothing was learned is not named
+        {"step": 6, "loss": 180 / 100, "grad_norm": 3.0, "learning_rate": 0.06,
+         "loss/base/en": 1.8, "share/base/en": 1.0, "tokens_per_second": 90.0,
+         "learned_tokens_per_second": 50.0, "seconds_left": 2 / 3, "mfu": 90 * mfu},
+        {"step": 7, "loss": 0.0, "grad_norm": 0.0, "learning_rate": 0.07, "tokens_per_second": 5.0,
+         "learned_tokens_per_second": 0.0, "seconds_left": 0.0, "mfu": 5 * mfu}]
+    before, *records = read_records(tmp_path)
+    assert before == {"step": 0}
+    assert [record.pop("losses") for record in records] == [
+        [9.0], [8.0, 7.0], [6.0, 2.0, 1.0], [0.0]]
+    for record in records:
+        assert record.pop("peak_host_memory_gib") > 0
+    assert records == [pytest.approx(record) for record in expected]
+
+
+def test_a_report_between_takes_what_has_gathered_and_no_step_twice(start, tmp_path):
+    """As before a checkpoint: the steps since the last report, and nothing where there are none."""
+    telemetry = start(log_every=100)
+    take_steps(telemetry, 3)
+    telemetry.report(1e-4)
+    telemetry.report(1e-4)
+    telemetry.add(4, metrics(), 1e-4)
+    telemetry.report(1e-4)
+    records = read_records(tmp_path)
+    assert [(one["step"], len(one["losses"])) for one in records] == [(1, 1), (3, 2), (4, 1)]
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_told_and_not_written(name, value, start, tmp_path):
+    telemetry = start()
+    take_steps(telemetry, 2)
+    telemetry.add(3, metrics() | {name: np.float32(value)}, 1e-4)
+    with pytest.raises(FloatingPointError) as fault:
+        telemetry.report(1e-4)
+    assert fault.value.args == (3,)
+    assert [record["step"] for record in read_records(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("lora", [
+    None, Lora(rank=3, modules_to_save=()),
+    Lora(rank=3, targets=("o_proj", "up_proj"), use_dora=True, modules_to_save=("lm_head",))],
+    ids=["full", "adapters", "dora_and_head"])
+def test_flops_are_counted_by_what_trains_and_what_is_frozen(tied, lora):
+    """A token costs 6 for a number that trains and 4 for a frozen one; a look-up costs nothing."""
+    D, F, L, N, K, H, V, T = 32, 48, 2, 8, 2, 4, 300, 16
+    spec = spec_from_architecture(small_architecture(tie_embeddings=tied), V)
+    config = config_in("x", lora=lora)
+    sizes = {"q_proj": (D, N * H), "k_proj": (D, K * H), "v_proj": (D, K * H), "o_proj": (N * H, D),
+             "gate_proj": (D, F), "up_proj": (D, F), "down_proj": (F, D)}
+    layers = L * (sum(a * b for a, b in sizes.values()) + 2 * D)
+    head = V * D  # also where it is the embedding too
+    if lora is None:
+        expected = 6 * (layers + head + D)
+    else:
+        pairs = sum(3 * sum(sizes[name]) for name in lora.targets)
+        magnitudes = sum(sizes[name][1] for name in lora.targets if lora.use_dora)
+        expected = 6 * L * (pairs + magnitudes) + 4 * (layers + D)
+        expected += (6 if lora.modules_to_save else 4) * head
+    model = abstract_model(config, spec, make_mesh(config.mesh))
+    assert flops_per_token(spec, model, T) == expected + 12 * L * N * H * T
+
+
 def test_flops_and_peaks():
     """The count of a small model by hand: the embedding is tied, so it is a matrix that tokens pass through."""
     spec = spec_from_architecture(small_architecture(), 300)
@@ -190,6 +295,9 @@ def test_flops_and_peaks():
     matrices = layers * (width * head * (2 * heads + 2 * kv) + 3 * width * ff) + 300 * width
     norms = (2 * layers + 1) * width
     assert flops_per_token(spec, model, 16) == 6 * (matrices + norms) + 12 * layers * heads * head * 16
-    for kind, peak in (("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("TPU v6e", 918e12), ("cpu", None),
-                       ("NVIDIA H100 80GB HBM3", 989e12)):
+    for kind, peak in (("TPU v4", 275e12), ("TPU v5 lite", 197e12), ("TPU v5e", 197e12),
+                       ("TPU v5p", 459e12), ("TPU v5", 459e12), ("TPU v6 lite", 918e12),
+                       ("TPU v6e", 918e12), ("cpu", None), ("NVIDIA A100-SXM4-80GB", 312e12),
+                       ("NVIDIA H100 80GB HBM3", 989e12),
+                       ("NVIDIA H200", 989e12), ("NVIDIA B200", 2250e12), ("NVIDIA GeForce", None)):
         assert peak_flops(types.SimpleNamespace(device_kind=kind)) == peak
