@@ -61,7 +61,8 @@ def alike(config: Config) -> str:
     values = settings.to_dict(config)
     train = {name: values["train"][name] for name in ("batch_size", "accumulation", "loss_chunk", "keep",
                                                       "checkpoint_every")}
-    return provenance.content_hash([values["model"], values["lora"], values["mesh"], train, values["optim"]["name"],
+    optim = {name: values["optim"][name] for name in ("name", "moments_dtype")}
+    return provenance.content_hash([values["model"], values["lora"], values["mesh"], train, optim,
                                     values["data"]["length"], values["data"]["packing"]])
 
 

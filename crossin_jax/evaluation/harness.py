@@ -1,8 +1,11 @@
 """The engine as a model of EleutherAI's lm-evaluation-harness: its tasks run on JAX weights."""
 
+import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
@@ -34,7 +37,8 @@ class EngineLM(TemplateLM):
     def create_from_arg_obj(cls, arg_dict: dict[str, Any],
                             additional_config: dict[str, Any] | None = None) -> "EngineLM":
         """Opens `pretrained` (a folder, a Hub id, an adapter or a run); takes model_args and flags of the harness."""
-        settings = {key: value for key, value in (arg_dict | (additional_config or {})).items() if value is not None}
+        given = (additional_config or {}, arg_dict)  # model_args win: the harness has a batch size of its own accord
+        settings = {key: value for some in given for key, value in some.items() if value is not None}
         for name in ("device", "max_batch_size"):  # the harness names cuda:0 unasked; JAX finds its devices
             settings.pop(name, None)
         if unknown := sorted(set(settings) - set(OURS)):
@@ -128,7 +132,7 @@ class EngineLM(TemplateLM):
             given = normalize_gen_kwargs(requests[members[0]].args[1], self.max_gen_toks)
             until = handle_stop_sequences(given.pop("until"), self.tokenizer.decode([self.eot_token_id]))
             room, sampled = given.pop("max_gen_toks"), given.pop("do_sample")
-            sampling = {key: given.pop(key) for key in SAMPLING if key in given}
+            sampling = {"temperature": 1.0} | {key: given.pop(key) for key in SAMPLING if key in given}
             if given:
                 raise UserError(f"generation_kwargs {', '.join(sorted(given))}: the engine knows do_sample, "
                                 f"max_gen_toks, until, {', '.join(SAMPLING)}")
@@ -136,7 +140,8 @@ class EngineLM(TemplateLM):
                 raise UserError(f"max_gen_toks={room} leaves no room for a prompt in max_length={self.max_length}")
             prompts = [self.tok_encode(requests[i].args[0])[-(self.max_length - room):] for i in members]
             found = self.engine.generate(prompts, max_new_tokens=room, stop=until, detokenize=self._decode,
-                                         progress=not disable_tqdm, **(sampling if sampled else {}))
+                                         seeds=_number_repeats(prompts), progress=not disable_tqdm,
+                                         **(sampling if sampled else {}))
             for i, ids in zip(members, found, strict=True):
                 answers[i] = postprocess_generated_text(self._decode(ids), until, None)
                 self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
@@ -144,3 +149,13 @@ class EngineLM(TemplateLM):
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _number_repeats(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """A seed for each prompt; a task that asks a prompt several times gets other draws each time."""
+    times: Counter[tuple[int, ...]] = Counter()
+    seeds = []
+    for prompt in map(tuple, prompts):
+        seeds.append(zlib.crc32(np.array(prompt, np.int32).tobytes(), times[prompt]))
+        times[prompt] += 1
+    return seeds

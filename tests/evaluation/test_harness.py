@@ -3,16 +3,20 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 
 pytest.importorskip("lm_eval", reason="lm_eval is not installed (pip install lm_eval)")
 
 import lm_eval
+from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from crossin_jax.config import UserError
+from crossin_jax.data.prompts import load_tokenizer
 from crossin_jax.evaluation.harness import EngineLM
 from tests.conftest import REPOSITORY
 
@@ -73,6 +77,150 @@ def test_a_real_task_gives_the_numbers_of_the_harness_own_backend(pretrained, ta
     for name in TASKS:
         for metric, value in expected[name].items():
             assert results[name][metric] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value)
+
+
+class Recorder:
+    """Stands in for an engine: repeats one text as every answer, scores a continuation by its length."""
+
+    def __init__(self, tokenizer, text="", max_length=40):
+        self.ids, self.max_length = tokenizer.encode(text, add_special_tokens=False), max_length
+        self.calls = []
+
+    def generate(self, prompts, **options):
+        self.calls.append((prompts, options))
+        return [list(self.ids) for _ in prompts]
+
+    def judge(self, prompts, continuations, **options):
+        self.calls.append((prompts, continuations))
+        return [(np.array([-len(prompt) - len(choice) / 64 for choice in entry]),
+                 np.array([len(choice) % 2 == 0 for choice in entry]))
+                for prompt, entry in zip(prompts, continuations, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(pretrained):
+    return load_tokenizer(str(pretrained / "model"))
+
+
+def ask(model, *requests):
+    """The answers to (context, generation settings)."""
+    return model.generate_until([Instance("generate_until", {}, request, i) for i, request in
+                                 enumerate(requests)], disable_tqdm=True)
+
+
+SAMPLED = {"temperature": 0.7, "top_k": 3, "top_p": 0.9}
+REACHES = [  # settings of a task, and what the engine gets of them
+    ({}, {}), ({"until": ["\n", "Q:"]}, {"stop": ["\n", "Q:", "</s>"]}), ({"until": "x"}, {"stop": ["x", "</s>"]}),
+    *(({name: 9}, {"max_new_tokens": 9}) for name in ("max_gen_toks", "max_new_tokens", "max_tokens")),
+    ({"do_sample": True, **SAMPLED}, SAMPLED), ({"temperature": 0.3}, {"temperature": 0.3}),
+    ({"do_sample": True}, {"temperature": 1.0}),
+    ({"do_sample": True, "top_p": 0.5}, {"temperature": 1.0, "top_p": 0.5}),
+    ({"do_sample": False}, {}), ({"do_sample": False, **SAMPLED}, {}), ({"temperature": 0.0}, {}),
+]
+
+
+@pytest.mark.parametrize(("given", "expected"), REACHES, ids=str)
+def test_every_setting_of_generation_reaches_the_engine(tokenizer, given, expected):
+    """Stops, length and sampling are those of the task; greedy where it does not sample."""
+    engine = Recorder(tokenizer)
+    ask(EngineLM(engine, tokenizer, max_gen_toks=7), ("France:", given))
+    ((prompts, options),) = engine.calls
+    assert prompts == [tokenizer.encode("France:")] and options.pop("progress") is False
+    assert options.pop("detokenize")(prompts[0]) == "France:" and len(options.pop("seeds")) == 1
+    assert options == {"max_new_tokens": 7, "stop": ["</s>"]} | expected
+
+
+@pytest.mark.parametrize("given", [{"repetition_penalty": 1.2}, {"num_beams": 2}, {"min_p": 0.1}, {"seed": 3}],
+                         ids=str)
+def test_settings_that_the_engine_does_not_know_are_refused(tokenizer, given):
+    engine = Recorder(tokenizer)
+    with pytest.raises(UserError, match=f"generation_kwargs {next(iter(given))}: the engine knows do_sample"):
+        ask(EngineLM(engine, tokenizer), ("France:", {"max_gen_toks": 5} | given))
+    with pytest.raises(UserError, match="max_gen_toks=40 leaves no room for a prompt in max_length=40"):
+        ask(EngineLM(engine, tokenizer), ("France:", {"max_gen_toks": 40}))
+    assert not engine.calls
+
+
+def test_requests_keep_their_own_settings_and_places(tokenizer):
+    """Answers end before their own stop; requests of equal settings are asked together."""
+    engine = Recorder(tokenizer, "one two three")
+    answers = ask(EngineLM(engine, tokenizer, max_gen_toks=5), ("a", {"until": ["two"]}), ("b", {"until": ["three"]}),
+                  ("c", {"until": ["two"]}), ("d", {"until": ["two"], "temperature": 0.5}), ("e", {}))
+    assert answers == ["one ", "one two ", "one ", "one ", "one two three"]
+    told = [([tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts], options.get("temperature"))
+            for prompts, options in engine.calls]
+    assert told == [(["a", "c"], None), (["b"], None), (["d"], 0.5), (["e"], None)]
+
+
+def test_a_prompt_that_is_asked_several_times_is_drawn_several_times(tokenizer):
+    """Tasks with repeats sample one prompt anew each time, and alike in every run."""
+    seeds = []
+    for _ in range(2):
+        engine = Recorder(tokenizer)
+        ask(EngineLM(engine, tokenizer, max_gen_toks=5), *[(text, SAMPLED) for text in "abaca"])
+        seeds.append(engine.calls[0][1]["seeds"])
+    assert seeds[0] == seeds[1] and len(set(seeds[0])) == 5
+
+
+def test_long_contexts_lose_their_first_tokens(tokenizer):
+    """What is kept fits with the answer, or with the continuation but its last token."""
+    engine, text = Recorder(tokenizer), " ".join(["city"] * 60)
+    ids = tokenizer.encode(text)
+    model = EngineLM(engine, tokenizer, max_gen_toks=6)
+    ask(model, (text, {}), (text, {"max_gen_toks": 9}))
+    assert [prompts for prompts, _ in engine.calls] == [[ids[-34:]], [ids[-31:]]]
+    engine.calls.clear()
+    requests = [(("", ""), ids, [5]), (("", ""), ids, [5, 6, 7]), (("", ""), ids[:3], [5, 6]), (("", ""), ids, [8])]
+    found = model._loglikelihood_tokens(requests, disable_tqdm=True)
+    ((prompts, continuations),) = engine.calls
+    assert list(map(list, prompts)) == [ids[-40:], ids[-38:], ids[:3]]
+    assert continuations == [[[5], [8]], [[5, 6, 7]], [[5, 6]]]
+    assert found == [(-40 - 1 / 64, False), (-38 - 3 / 64, False), (-3 - 2 / 64, True), (-40 - 1 / 64, False)]
+    with pytest.raises(UserError, match="request 1: a continuation of 41 tokens is longer than max_length=40"):
+        model._loglikelihood_tokens([requests[0], (("", ""), ids, [5] * 41)], disable_tqdm=True)
+    assert EngineLM(engine, tokenizer, max_length=30).max_length == 30
+    assert EngineLM(engine, tokenizer, max_length=50).max_length == 40
+
+
+ARGUMENTS = [  # model_args, the harness's flags, what the model is opened with, limits
+    ("pretrained=m", {}, {"batch_size": 16}, {}),
+    ("pretrained=m,adapter=a,tokenizer=t,dtype=bfloat16", {"device": "cuda:0", "max_batch_size": 8},
+     {"adapter": "a", "tokenizer": "t", "dtype": "bfloat16", "batch_size": 16}, {}),
+    ("pretrained=m,max_length=30,max_gen_toks=5", {"batch_size": 4}, {"batch_size": 4},
+     {"max_length": 30, "max_gen_toks": 5}),
+    ("pretrained=m", {"batch_size": "auto:2"}, {"batch_size": 16}, {}),
+    *(("pretrained=m,batch_size=32", {"batch_size": size}, {"batch_size": 32}, {}) for size in (None, 1)),
+]
+
+
+@pytest.mark.parametrize(("arguments", "flags", "opened", "limits"), ARGUMENTS)
+def test_every_argument_of_the_model_reaches_it(tokenizer, monkeypatch, arguments, flags, opened, limits):
+    """Folder, adapter, tokenizer, precision, rows and limits; devices are JAX's affair."""
+    asked = []
+
+    def open_speaker(path, **options):
+        asked.append((path, options))
+        return SimpleNamespace(engine=Recorder(tokenizer), tokenizer=tokenizer)
+    monkeypatch.setattr("crossin_jax.evaluation.harness.open_speaker", open_speaker)
+    model = EngineLM.create_from_arg_string(arguments, flags)
+    usual = {"adapter": None, "tokenizer": None, "dtype": None, "template": "plain"}
+    assert asked == [("m", usual | opened)]
+    assert (model.max_length, model.max_gen_toks) == (limits.get("max_length", 40), limits.get("max_gen_toks", 256))
+    assert model.tokenizer is tokenizer
+
+
+def test_texts_are_tokenized_with_one_bos(tokenizer):
+    """BOS comes first unless the text brings it or the harness says otherwise; it starts a text without context."""
+    model = EngineLM(Recorder(tokenizer), tokenizer)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    plain = tokenizer.encode("Lima", add_special_tokens=False)
+    assert model.tok_encode("Lima") == model.tok_encode("Lima", add_special_tokens=True) == [bos, *plain]
+    assert model.tok_encode("Lima", add_special_tokens=False) == plain
+    assert model.tok_encode("<s>Lima").count(bos) == 1
+    assert (model.prefix_token_id, model.eot_token_id) == (bos, eos)
+    without = SimpleNamespace(bos_token_id=None, eos_token_id=7, name_or_path="a/b")
+    model = EngineLM(Recorder(tokenizer), without)
+    assert (model.prefix_token_id, model.eot_token_id, model.tokenizer_name) == (7, 7, "a__b")
 
 
 def test_arguments_that_cannot_be_meant_are_refused(pretrained):
