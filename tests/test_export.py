@@ -204,13 +204,15 @@ def test_an_exported_adapter_says_everything_that_peft_needs(low_rank, tmp_path)
     card = (out / "README.md").read_text()
     assert f"| base model | {low_rank.parent / 'base'} at v1.2 |" in card
     for line in ("lora.rank | 3", "lora.alpha | 2.5", "lora.targets | q_proj, up_proj",
-                 "train.length | 1024", "optim.b2 | 0.999", "train.seed | 42", "train.epochs | 1.0"):
+                 "train.length | 1024", "optim.b2 | 0.999", "train.seed | 42",
+                 "train.epochs | 1.0"):
         assert f"| {line} |" in card, line
 
 
 @pytest.mark.parametrize("format", ["hf", "merged", "peft"])
 @pytest.mark.parametrize("step", [3, 10, None])
-def test_a_step_that_is_asked_for_is_the_one_that_is_written(format, step, full, low_rank, tmp_path):
+def test_a_step_that_is_asked_for_is_the_one_that_is_written(
+        format, step, full, low_rank, tmp_path):
     """None: a run folder, which means its newest step."""
     run = full if format == "hf" else low_rank
     out = export(run / f"checkpoints/{step}" if step else run, format, tmp_path / "out")
@@ -221,7 +223,8 @@ def test_a_step_that_is_asked_for_is_the_one_that_is_written(format, step, full,
     other = read_trained(run, 3 if step != 3 else 10)
     assert not np.array_equal(trained["lm_head/weight"], other["lm_head/weight"])
     card = (out / "README.md").read_text()
-    assert f"| step | {step or 10} |" in card and f"| data manifest | data-of-{step or 10} |" in card
+    assert f"| step | {step or 10} |" in card
+    assert f"| data manifest | data-of-{step or 10} |" in card
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -239,7 +242,8 @@ def test_a_moved_run_of_a_new_model(tied, tmp_path):
     trained, written = read_trained(tmp_path / "new", 0), load_file(out / "model.safetensors")
     assert ("lm_head.weight" in written) is ("lm_head/weight" in trained) is not tied
     for tensor, path in (("model.embed_tokens.weight", "embed_tokens/weight"),
-                         ("lm_head.weight", "lm_head/weight"), ("model.norm.weight", "norm/weight")):
+                         ("lm_head.weight", "lm_head/weight"),
+                         ("model.norm.weight", "norm/weight")):
         if tensor in written:
             np.testing.assert_array_equal(written[tensor], trained[path])
     theirs = load_torch(out)
@@ -262,7 +266,8 @@ def test_settings_of_generation_come_from_the_base_or_else_from_its_config(full,
         config = json.loads((out / "config.json").read_text())
         assert (config["bos_token_id"], config["eos_token_id"]) == (1, [2, 5])
         assert config["initializer_range"] == 0.5 and config.get("pad_token_id") is None
-    read = [json.loads((out / "generation_config.json").read_text()) for out in (with_settings, without)]
+    read = [json.loads((out / "generation_config.json").read_text())
+            for out in (with_settings, without)]
     assert read == [{"eos_token_id": 2, "max_new_tokens": 7},
                     {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": [2, 5]}]
 
@@ -329,8 +334,8 @@ def test_the_program_prints_one_line_for_a_fault(damaged, full, tmp_path):
         for file in (run / "checkpoints/10/state").glob("*/d/*"):
             file.unlink()
         words = f"{run / 'checkpoints/10/state'}: unreadable checkpoint"
-    command = [sys.executable, "-m", "crossin_jax.export", "--checkpoint", str(run), "--format", "hf",
-               "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "crossin_jax.export", "--checkpoint", str(run),
+               "--format", "hf", "--out", str(tmp_path / "out")]
     program = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
     assert program.returncode == 2 and not (tmp_path / "out").exists()
     errors = [line for line in program.stderr.splitlines() if line.startswith("error: ")]

@@ -133,8 +133,8 @@ def _check_same(read: Lora, lora: Lora, spec: ModelSpec, folder: Path) -> None:
             asked = (*asked, "embed_tokens", "lm_head")
             stored = (*stored, "lm_head") if "embed_tokens" in stored else stored
         if (set(stored) != set(asked)) if isinstance(stored, tuple) else stored != asked:
-            value = ",".join(getattr(read, name)) if isinstance(stored, tuple) else stored
-            wrong.append(f"--config.lora.{name}={value or '()'}")
+            value = ",".join(getattr(read, name)) or "()" if isinstance(stored, tuple) else stored
+            wrong.append(f"--config.lora.{name}={value}")
     if wrong:
         raise UserError(f"lora.path={folder}: the adapter has other settings than this configuration; use\n"
                         + " ".join(wrong))

@@ -176,7 +176,11 @@ def _read_rope(config: dict[str, Any], model_type: str, place: str) -> tuple[Rop
         return full, Rope(float(config["rope_local_base_freq"])) if model_type == "gemma3_text" else None
     if "full_attention" in values:
         full = _parse_rope(values["full_attention"], config, place)
-        return full, _parse_rope(_field(values, "sliding_attention", f"{place}, rope_parameters"), config, place)
+        local = _parse_rope(_field(values, "sliding_attention", f"{place}, rope_parameters"), config, place)
+        if local.kind != "default":  # the layout that an export has for both versions has no place for it
+            raise UserError(f"{place}: rope type {local.kind!r} of the local layers is not supported; supported there: "
+                            "default")
+        return full, local
     return _parse_rope(values, config, place), None
 
 

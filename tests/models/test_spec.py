@@ -7,7 +7,14 @@ import pytest
 import transformers
 
 from crossin_jax.config import Architecture, UserError
-from crossin_jax.models.spec import FAMILIES, Rope, spec_from_architecture, spec_from_hf, spec_to_hf
+from crossin_jax.models.spec import (
+    FAMILIES,
+    ModelSpec,
+    Rope,
+    spec_from_architecture,
+    spec_from_hf,
+    spec_to_hf,
+)
 from tests.models.published import CHECKPOINTS, GEMMA3_4B, GEMMA3_27B, LLAMA3, LLAMA31_8B, MISTRAL_V1
 
 published = pytest.mark.parametrize("name", CHECKPOINTS)
@@ -109,3 +116,222 @@ def test_a_model_from_the_configuration_is_a_llama():
         spec_from_architecture(Architecture(width=60, num_heads=7), vocab_size=300)
     with pytest.raises(UserError, match="num_kv_heads=3"):
         spec_from_architecture(Architecture(width=64, num_heads=4, num_kv_heads=3), vocab_size=300)
+
+
+# ---- every field of config.json, family by family
+
+SMALL = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4,
+         "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 12,
+         "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 5e5,
+         "tie_word_embeddings": False}
+SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.5, "high_freq_factor": 5.0,
+          "original_max_position_embeddings": 64}
+GLOBAL, LOCAL = "full_attention", "sliding_attention"
+BASES = {
+    "llama": {}, "mistral": {"sliding_window": 16}, "gemma": {},
+    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 20},
+    "gemma3_text": {"sliding_window": 16, "query_pre_attn_scalar": 20, "rope_local_base_freq": 2e4},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2},
+    "qwen3": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}}
+WITH_SCALAR, WINDOWED = ("gemma2", "gemma3_text"), ("gemma2", "gemma3_text", "qwen2", "qwen3")
+# (families, changes to config.json, what of the spec they change)
+FIELDS = [
+    (tuple(BASES), {"vocab_size": 98}, {"vocab_size": 98}),
+    (tuple(BASES), {"hidden_size": 60}, {"width": 60}),
+    (tuple(BASES), {"intermediate_size": 96}, {"ff_width": 96}),
+    (("llama", "gemma"), {"num_hidden_layers": 5}, {"num_layers": 5}),
+    (("mistral",), {"num_hidden_layers": 5}, {"num_layers": 5, "local_layers": (True,) * 5}),
+    (("gemma2",), {"num_hidden_layers": 3}, {"num_layers": 3, "local_layers": (True, False, True)}),
+    (("gemma3_text",), {"num_hidden_layers": 7},
+     {"num_layers": 7, "local_layers": (True,) * 5 + (False, True)}),
+    (("qwen2", "qwen3"), {"num_hidden_layers": 3},
+     {"num_layers": 3, "local_layers": (False, False, True)}),
+    (tuple(BASES), {"num_attention_heads": 4}, {"num_heads": 4}),
+    (tuple(BASES), {"num_key_value_heads": 3}, {"num_kv_heads": 3}),
+    (tuple(BASES), {"num_key_value_heads": 6}, {"num_kv_heads": 6}),
+    (("llama", "mistral", "gemma", "qwen2", "qwen3"), {"head_dim": 16},
+     {"head_width": 16, "query_scale": 0.25}),
+    (WITH_SCALAR, {"head_dim": 16}, {"head_width": 16}),
+    (WITH_SCALAR, {"query_pre_attn_scalar": 64}, {"query_scale": 0.125}),
+    (tuple(BASES), {"max_position_embeddings": 300}, {"max_length": 300}),
+    (tuple(BASES), {"rms_norm_eps": 1e-6}, {"norm_eps": 1e-6}),
+    (tuple(BASES), {"tie_word_embeddings": True}, {"tie_embeddings": True}),
+    (tuple(BASES), {"rope_theta": 7e3}, {"rope": Rope(7e3)}),
+    (tuple(BASES), {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+     {"rope": Rope(5e5, "linear", 4.0)}),
+    (tuple(BASES), {"rope_scaling": SCALED}, {"rope": Rope(5e5, "llama3", 8.0, 1.5, 5.0, 64)}),
+    (("gemma3_text",), {"rope_local_base_freq": 5000.0}, {"local_rope": Rope(5000.0)}),
+    (("mistral", *WINDOWED), {"sliding_window": 24}, {"window": 24}),
+    (("mistral",), {"sliding_window": None}, {"window": None, "local_layers": ()}),
+    (("gemma2",), {"attn_logit_softcapping": 30.0}, {"attention_soft_cap": 30.0}),
+    (("gemma2",), {"attn_logit_softcapping": None}, {"attention_soft_cap": None}),
+    (("gemma2",), {"final_logit_softcapping": 15.0}, {"final_soft_cap": 15.0}),
+    (("gemma2",), {"final_logit_softcapping": None}, {"final_soft_cap": None}),
+    (("gemma3_text",), {"final_logit_softcapping": 15.0}, {"final_soft_cap": 15.0}),
+    (("gemma3_text",), {"sliding_window_pattern": 3}, {"local_layers": (True, True, False, True)}),
+    (("gemma3_text",), {"layer_types": [GLOBAL] * 4},
+     {"window": None, "local_layers": (), "local_rope": None}),
+    (("gemma2",), {"layer_types": [GLOBAL] * 4}, {"window": None, "local_layers": ()}),
+    (WINDOWED, {"layer_types": [LOCAL, GLOBAL, GLOBAL, LOCAL]},
+     {"local_layers": (True, False, False, True)}),
+    (("qwen2", "qwen3"), {"max_window_layers": 1}, {"local_layers": (False, True, True, True)}),
+    (("qwen2", "qwen3"), {"max_window_layers": 0}, {"local_layers": (True,) * 4}),
+    (("qwen2", "qwen3"), {"max_window_layers": 4}, {"window": None, "local_layers": ()}),
+    (("qwen2", "qwen3"), {"use_sliding_window": False}, {"window": None, "local_layers": ()}),
+]
+CASES = [(family, change, effect) for families, change, effect in FIELDS for family in families]
+
+
+@pytest.mark.parametrize(("family", "change", "effect"), CASES, ids=[
+    f"{family}-{','.join(change)}-{i}" for i, (family, change, _) in enumerate(CASES)])
+def test_a_changed_field_changes_its_part_of_the_spec_and_comes_back(family, change, effect):
+    """Nothing else moves; transformers reads the same of the file, and of the one that we write."""
+    config = SMALL | {"model_type": family} | BASES[family]
+    before, spec = read(config), read(config | change)
+    assert spec == dataclasses.replace(before, **effect) != before
+    assert theirs(config | change) == spec
+    written = spec_to_hf(spec)
+    assert read(written) == spec and theirs(written) == spec
+    for name, value in change.items():
+        if name not in ("sliding_window_pattern", "max_window_layers", "use_sliding_window"):
+            assert written.get(name) == value or spec.window is None, name
+
+
+def theirs(config):
+    """The spec of what transformers makes of a config.json and would write itself."""
+    return read(transformers.AutoConfig.for_model(**copy.deepcopy(config)).to_dict())
+
+
+def test_the_cases_cover_every_number_of_a_spec():
+    """What no case changes is a rule of its family; the two lists hold every field."""
+    changed = {name for _, _, effect in CASES for name in effect}
+    flags = {"activation", "qkv_bias", "qk_norm", "post_norms", "norm_offset", "scale_embedding"}
+    assert changed | flags | {"model_type"} == {f.name for f in dataclasses.fields(ModelSpec)}
+    told = {family: read(SMALL | {"model_type": family} | BASES[family]) for family in BASES}
+    gemma = {"norm_offset", "scale_embedding"}
+    assert {family: {flag for flag in flags if getattr(spec, flag) is True}
+            for family, spec in told.items()} == {
+        "llama": set(), "mistral": set(), "gemma": gemma, "gemma2": gemma | {"post_norms"},
+        "gemma3_text": gemma | {"post_norms", "qk_norm"}, "qwen2": {"qkv_bias"},
+        "qwen3": {"qk_norm"}}
+    assert {family: spec.activation for family, spec in told.items()} == {
+        family: "gelu_tanh" if "gemma" in family else "silu" for family in BASES}
+
+
+# No effect on logits: files and programs, dropout in training, the start of training, and a soft
+# cap that Gemma 3 has in its configuration alone.
+WITHOUT_EFFECT = {
+    "architectures", "dtype", "_name_or_path", "transformers_version", "chunk_size_feed_forward",
+    "id2label", "label2id", "is_encoder_decoder", "output_attentions", "output_hidden_states",
+    "problem_type", "return_dict", "use_cache", "attention_dropout", "initializer_range",
+    "pretraining_tp", "bos_token_id", "eos_token_id", "pad_token_id", "_sliding_window_pattern"}
+REFUSED = {"attention_bias", "mlp_bias", "use_bidirectional_attention"}
+
+
+@pytest.mark.parametrize("family", BASES)
+def test_every_field_of_transformers_has_a_place(family):
+    """A field that a later transformers brings has to be read, refused or shown to do nothing."""
+    fields = transformers.AutoConfig.for_model(family).to_dict().keys()
+    read_here = {name for case, change, _ in CASES for name in change if case == family}
+    read_here |= {"model_type", "rope_parameters", "hidden_act", "hidden_activation"}
+    refused = REFUSED & fields
+    idle = {"attn_logit_softcapping"} if family == "gemma3_text" else set()
+    assert fields <= read_here | refused | WITHOUT_EFFECT | idle
+    assert not read_here & (REFUSED | WITHOUT_EFFECT)
+    config = SMALL | {"model_type": family} | BASES[family]
+    for name in refused:
+        with pytest.raises(UserError, match=f"{name}=true is not supported for {family}"):
+            read(config | {name: True})
+        assert read(config | {name: False}) == read(config | {name: None}) == read(config)
+
+
+@pytest.mark.parametrize("family", BASES)
+@pytest.mark.parametrize("name", [
+    "silu", "swish", "gelu_pytorch_tanh", "gelu_tanh", "gelu", "relu"])
+def test_activations(family, name):
+    """Gemma names its own in `hidden_activation`, and its `hidden_act` is not looked at."""
+    wanted = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh",
+              "gelu_tanh": "gelu_tanh"}.get(name)
+    field, other = "hidden_act", "hidden_activation"
+    if "gemma" in family:
+        field, other = other, field
+    config = SMALL | {"model_type": family, field: name, other: "relu"} | BASES[family]
+    if wanted is None:
+        with pytest.raises(UserError, match=f"activation {name!r} is not supported"):
+            read(config)
+    else:
+        assert read(config).activation == wanted
+        assert read(spec_to_hf(read(config))).activation == wanted
+    usual = "gelu_tanh" if "gemma" in family else "silu"
+    assert read({key: value for key, value in config.items() if key != field}).activation == usual
+
+
+@pytest.mark.parametrize("family", BASES)
+def test_heads_whose_width_is_not_told_share_the_width_of_the_model(family):
+    config = {key: value for key, value in SMALL.items() if key != "head_dim"}
+    spec = read(config | {"model_type": family} | BASES[family])
+    known = {"gemma3_text": 256, "qwen3": 128}.get(family, 48 // 6)  # the default of its class
+    assert spec.head_width == known
+    assert family in WITH_SCALAR or spec.query_scale == known ** -0.5
+    with pytest.raises(UserError, match="heads of width 7 .* their width even"):
+        read(SMALL | {"model_type": family, "head_dim": 7} | BASES[family])
+
+
+def test_what_a_file_leaves_out_means_the_default_of_its_class():
+    """Field by field, transformers is asked what the field would have been."""
+    own = {"gemma3_text": ("rope_local_base_freq", "sliding_window", "query_pre_attn_scalar"),
+           "gemma2": ("sliding_window", "query_pre_attn_scalar"), "mistral": ("sliding_window",)}
+    for family, more in BASES.items():
+        config = SMALL | {"model_type": family} | more
+        for name in ("tie_word_embeddings", "rope_theta", *own.get(family, ())):
+            shorter = {key: value for key, value in config.items() if key != name}
+            assert read(shorter) == theirs(shorter), (family, name)
+    gemma3 = {"model_type": "gemma3_text"}
+    assert read(gemma3) == theirs(gemma3)
+    gemma2 = read(SMALL | {"model_type": "gemma2"} | BASES["gemma2"])
+    assert (gemma2.attention_soft_cap, gemma2.final_soft_cap) == (50.0, 30.0)
+
+
+@pytest.mark.parametrize(("values", "words"), [
+    ({"partial_rotary_factor": 0.5, "rope_type": "default"}, "partial_rotary_factor=0.5"),
+    ({"rope_type": "linear"}, "rope: the field 'factor' is missing"),
+    ({"rope_type": "longrope"}, "rope type 'longrope'"),
+    *(({key: SCALED[key] for key in SCALED.keys() - {name}}, f"the field '{name}' is missing")
+      for name in sorted(SCALED.keys() - {"rope_type"}))])
+def test_a_rope_that_is_not_whole_is_refused_in_either_layout(values, words):
+    config = SMALL | {"model_type": "llama"}
+    for change in ({"rope_scaling": values}, {"rope_parameters": values | {"rope_theta": 5e5}}):
+        with pytest.raises(UserError, match=words):
+            read(config | change)
+
+
+def test_layouts_of_rope():
+    """The older name of the kind, and the theta of transformers 5 before that of transformers 4."""
+    config = SMALL | {"model_type": "llama"}
+    assert read(config | {"rope_scaling": {"type": "linear", "factor": 2}}).rope == Rope(
+        5e5, "linear", 2.0)
+    assert read(config | {"rope_parameters": {"rope_theta": 3e4}}).rope == Rope(3e4)
+    assert read(config | {"rope_parameters": {"rope_type": "linear", "factor": 2}}).rope == Rope(
+        5e5, "linear", 2.0)
+    gemma3, both = SMALL | {"model_type": "gemma3_text"}, {GLOBAL: {"rope_theta": 1e6}}
+    with pytest.raises(UserError, match="rope_parameters: the field 'sliding_attention' is miss"):
+        read(gemma3 | {"rope_parameters": both})
+    both = {GLOBAL: {"rope_theta": 1e6, "rope_type": "linear", "factor": 8},
+            LOCAL: {"rope_theta": 3e3}}
+    spec = read(gemma3 | {"rope_parameters": both})
+    assert (spec.rope, spec.local_rope) == (Rope(1e6, "linear", 8.0), Rope(3e3))
+    both[LOCAL] |= {"rope_type": "linear", "factor": 2}
+    with pytest.raises(UserError, match="rope type 'linear' of the local layers is not supported"):
+        read(gemma3 | {"rope_parameters": both})
+
+
+@pytest.mark.parametrize("family", WITH_SCALAR)
+@pytest.mark.parametrize("scalar", [1, 20, 168, 20.5])
+def test_the_factor_on_scores_survives_a_file(family, scalar):
+    """A whole number is written as one; a fraction comes back up to rounding."""
+    spec = read(SMALL | {"model_type": family} | BASES[family] | {"query_pre_attn_scalar": scalar})
+    assert spec.query_scale == scalar ** -0.5
+    written = spec_to_hf(spec)
+    assert read(written).query_scale == pytest.approx(spec.query_scale, rel=1e-15)
+    assert written["query_pre_attn_scalar"] == pytest.approx(scalar, rel=1e-15)
+    assert isinstance(written["query_pre_attn_scalar"], type(scalar))

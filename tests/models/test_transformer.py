@@ -233,3 +233,23 @@ def test_initial_weights_have_the_published_spread():
     assert (state["norm"]["weight"].get_value() == 1).all()
     first, second = state["layers"]["q_proj"]["weight"].get_value()[:2]
     assert (first != second).mean() > 0.99
+
+
+@pytest.mark.parametrize("spec", [LLAMA, MISTRAL, GEMMA], ids=["tied", "untied", "soft_cap"])
+def test_logits_of_a_bfloat16_model_are_not_rounded_to_bfloat16(spec):
+    """They are float32 sums of exact products: the steps of bfloat16 near 20 are 0.125."""
+    model = make_model(spec, param_dtype="bfloat16", frozen_dtype="bfloat16",
+                       compute_dtype="bfloat16")
+    hidden, _ = model.hidden(make_tokens(2, 9))
+    assert hidden.dtype == jnp.bfloat16
+    head = np.asarray(model.head.weight.get_value(), np.float64)
+    cap = spec.final_soft_cap
+    for weight in (None, jnp.asarray(2 * head, jnp.float32)):  # the second in place of the head
+        logits = np.asarray(model.unembed(hidden, weight))
+        exact = np.asarray(hidden, np.float64) @ (head if weight is None else 2 * head).T
+        exact = cap * np.tanh(exact / cap) if cap else exact
+        assert logits.dtype == np.float32 and logits.shape == (2, 9, spec.vocab_size)
+        np.testing.assert_allclose(logits, exact, atol=1e-5)
+        assert (logits != logits.astype(jnp.bfloat16).astype(np.float32)).mean() > 0.9
+    whole = np.asarray(run(model, make_tokens(2, 9)))
+    assert (whole != whole.astype(jnp.bfloat16).astype(np.float32)).mean() > 0.9

@@ -75,3 +75,44 @@ def test_bfloat16_argmax_agrees_on_99_percent_and_error_is_no_larger(family):
     assert (ours.argmax(-1) == theirs.argmax(-1)).mean() >= 0.99
     assert len(np.unique(exact.argmax(-1))) > 20
     assert np.abs(ours - exact).mean() <= np.abs(theirs - exact).mean()
+
+
+GLOBAL, LOCAL = "full_attention", "sliding_attention"
+# name: (family, changes to its configuration): what no family has as it is published
+VARIANTS = {
+    "gemma3_local_layers_alone": ("gemma3", {"layer_types": [LOCAL] * 3}),
+    "gemma3_global_layers_alone": ("gemma3", {"layer_types": [GLOBAL] * 3}),
+    "gemma3_with_final_soft_cap": ("gemma3", {"layer_types": [GLOBAL, LOCAL, LOCAL],
+                                              "final_logit_softcapping": 2.0}),
+    "gemma2_without_soft_caps": ("gemma2", {"attn_logit_softcapping": None,
+                                            "final_logit_softcapping": None}),
+    "gemma2_global_first": ("gemma2", {"layer_types": [GLOBAL, LOCAL, LOCAL]}),
+    "qwen2_windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 8,
+                                "max_window_layers": 1}),
+    "qwen3_windows": ("qwen3", {"use_sliding_window": True, "sliding_window": 8,
+                                "max_window_layers": 2}),
+    "qwen2_windows_off": ("qwen2", {"use_sliding_window": False, "sliding_window": 8,
+                                    "max_window_layers": 1}),
+    "mistral_window_of_two": ("mistral_v0.1", {"sliding_window": 2}),
+    "llama_with_gelu_and_a_large_epsilon": ("llama2", {"hidden_act": "gelu_pytorch_tanh",
+                                                       "rms_norm_eps": 0.5}),
+    "qwen3_with_a_large_epsilon": ("qwen3", {"rms_norm_eps": 0.5}),
+    "gemma2_with_a_large_epsilon": ("gemma2", {"rms_norm_eps": 0.5}),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_float32_logits_agree_under_rules_that_a_file_may_set(name):
+    """Windows of some, of all and of no layers, soft caps on and off, epsilons that matter."""
+    family, changes = VARIANTS[name]
+    plain = tiny_config(family) | {"num_hidden_layers": 3}
+    if "layer_types" in changes:
+        plain |= {"sliding_window": 8, "sliding_window_pattern": 2}
+    config = plain | changes
+    tokens = np.random.default_rng(2).integers(3, config["vocab_size"], (1, 40), dtype=np.int32)
+    reference = torch_model(config)
+    expected = torch_logits(reference, tokens)
+    if name != "qwen2_windows_off":
+        assert np.abs(expected - torch_logits(torch_model(plain), tokens)).max() > 0.05
+    ours = forward(our_model(config, reference.state_dict()))(tokens)
+    assert np.abs(ours - expected).max() <= LIMIT
