@@ -260,7 +260,7 @@ def test_a_proposal_is_what_won_and_the_plan_is_made_with_it(made_up, monkeypatc
 
 
 def test_a_mesh_that_the_model_does_not_have_is_passed_over(made_up, monkeypatch):
-    """The reason is told and the search goes on; a configuration that is itself wrong is refused."""
+    """The reason is told and the search goes on; a wrong configuration is refused as it is."""
     config, slice_, _ = made_up
     tried, lines = tuning.make_plan, []
 
