@@ -12,7 +12,17 @@ import pytest
 
 from crossin_jax import plan as plan_program
 from crossin_jax.checkpoint import stream, tensors
-from crossin_jax.config import Architecture, Config, Data, Evaluation, Lora, Mesh, Model, Train
+from crossin_jax.config import (
+    Architecture,
+    Config,
+    Data,
+    Evaluation,
+    Lora,
+    Mesh,
+    Model,
+    Train,
+    UserError,
+)
 from crossin_jax.models.spec import spec_from_hf, spec_to_hf
 from crossin_jax.parallel.topology import open_topology
 from crossin_jax.plan import Phase, Plan, changes, describe_change, find_change, make_plan, render
@@ -276,6 +286,39 @@ def test_the_program_prints_its_plan_and_says_whether_it_fits(planned, capsys, m
     code = plan_program.main(config, SimpleNamespace(**options | {"search": False}, json=False))
     text = capsys.readouterr().out
     assert code == 1 and text.endswith("does not fit\n")  # nothing was looked for
+
+
+TUNED = [  # (what is proposed, exit code, words)
+    (MADE_UP, 0, "fits\n\nproposed: the configuration as it is\n"),
+    (
+        dataclasses.replace(MADE_UP, change={"model.remat": "dots"}),
+        0,
+        "proposed: --config.model.remat=dots\nto train with it: python -m crossin_jax.train ",
+    ),
+    (dataclasses.replace(MADE_UP, fits=False), 1, "does not fit\n\nproposed: "),
+    (None, 1, "nothing fits: take more chips, LoRA, or model.param_dtype=bfloat16\n"),
+]
+
+
+@pytest.mark.parametrize(("proposed", "code", "words"), TUNED)
+def test_tuning_says_what_it_proposes_and_whether_it_fits(
+    proposed, code, words, tmp_path, capsys, monkeypatch
+):
+    """Text or JSON; the exit code tells scripts."""
+    topology("v5e:2x2")
+    asked = []
+    monkeypatch.setattr("crossin_jax.tune.propose", lambda *given: asked.append(given) or proposed)
+    out = str(tmp_path / "p.json")
+    options = {"topology": "v5e:2x2", "out": out, "tune": True, "search": True}
+    assert plan_program.main(Config(), SimpleNamespace(**options, json=False)) == code
+    text = capsys.readouterr().out
+    assert words in text and ("--tuned=" + out in text) == (proposed is not None)
+    assert asked[0][0] == Config() and asked[0][1].name == "v5e:2x2" and asked[0][2] == out
+    assert plan_program.main(Config(), SimpleNamespace(**options, json=True)) == code
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"plan": proposed and json.loads(json.dumps(dataclasses.asdict(proposed)))}
+    with pytest.raises(UserError, match="--out is for the proposal of --tune"):
+        plan_program.main(Config(), SimpleNamespace(**options | {"tune": False}, json=False))
 
 
 def test_the_smallest_change_that_fits_is_found_by_compiling(planned):

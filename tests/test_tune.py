@@ -259,6 +259,26 @@ def test_a_proposal_is_what_won_and_the_plan_is_made_with_it(made_up, monkeypatc
     assert apply_proposal(tmp_path / "p.json", config) == replace_settings(config, best.change)
 
 
+def test_a_mesh_that_the_model_does_not_have_is_passed_over(made_up, monkeypatch):
+    """The reason is told and the search goes on; a wrong configuration is refused as it is."""
+    config, slice_, _ = made_up
+    tried, lines = tuning.make_plan, []
+
+    def make_plan(config, *rest):
+        if config.mesh.tensor > 1:
+            raise UserError("heads do not divide\nchoose another mesh")
+        return tried(config, *rest)
+
+    monkeypatch.setattr(tuning, "make_plan", make_plan)
+    best, trials = tuning.tune(config, slice_, lines.append)
+    assert replace_settings(config, best.change).mesh.tensor == 1 and len(trials) > 5
+    refused = [line for line in lines if "heads do not divide" in line]
+    assert len(refused) == 2 and all(line.endswith(": heads do not divide") for line in refused)
+    config.mesh.tensor = 2
+    with pytest.raises(UserError, match="heads do not divide"):
+        tuning.tune(config, slice_, lines.append)
+
+
 def test_nothing_is_proposed_where_nothing_fits(made_up):
     config, slice_, _ = made_up
     slice_.hbm_limit = 6

@@ -180,6 +180,18 @@ def test_epochs_are_counted_by_what_lies_in_their_windows(parts, monkeypatch, pa
     assert len(batches) - 1 < fresh.steps_per_epoch - 1e-9 <= len(batches)
 
 
+@pytest.mark.parametrize(("length", "widths"), [(160, (40, 80, 160)), (150, (38, 75, 150))])
+def test_unpacked_batches_are_as_wide_as_their_longest_row_needs(parts, length, widths):
+    """A quarter, half or all of the length; every batch is the narrowest that holds its rows."""
+    loader, seen = loader_of(parts, packing=False, length=length, num_epochs=1), Counter()
+    for batch in loader:
+        longest = int((batch["segment_ids_BT"] > 0).sum(1).max())
+        seen[batch["tokens_BT"].shape[1]] += 1
+        assert batch["tokens_BT"].shape[1] == min(width for width in widths if width >= longest)
+        assert all(batch[name].shape == batch["tokens_BT"].shape for name in FIELDS)
+    assert len(seen) > 1
+
+
 def test_what_is_dropped_is_counted_in_every_window(tokenizer, tmp_path, small_windows):
     """Over all windows and epochs, as often as it comes; a loader that goes on counts its own."""
     parts = long_row_parts(tokenizer, tmp_path, "drop")

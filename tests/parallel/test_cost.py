@@ -165,6 +165,8 @@ def test_what_does_not_fit_has_the_peak_that_it_would_need():
     program, _ = compiled(lambda x, y: jnp.sin(x @ y) @ x, (size, 1024), (1024, size))
     slice_ = topology("v5e:1x1")
     assert program.cost is None and program.peak_bytes > 2 * size * size > slice_.hbm_limit
+    assert program.argument_bytes == 2 * 2 * size * 1024
+    assert program.temporary_bytes == program.peak_bytes - program.argument_bytes
 
 
 @pytest.mark.parametrize(("specs", "share"), [

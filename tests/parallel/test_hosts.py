@@ -151,8 +151,16 @@ def test_a_port_in_use_is_named():
 
 def test_flags_say_where_this_process_stands():
     assert hosts.find_place("host:99", 4, 3) == Place("host:99", 4, 3)
-    for flags, words in ((("host:99", None, None), "needs --num_processes"), (("host", 4, 3), "give host:port"),
-                         (("host:99", 4, 4), "below the number"), ((None, 4, 3), "need --coordinator")):
+    for flags, words in (
+        (("host:99", None, None), "needs --num_processes"),
+        (("host", 4, 3), "give host:port"),
+        (("host:99", 4, 4), "below the number"),
+        ((None, 4, 3), "need --coordinator"),
+        (("host:99", 4, -1), "below the number"),
+        (("host:99", 4, None), "needs --num_processes"),
+        (("host:99", None, 1), "needs --num_processes"),
+        ((None, None, 0), "need --coordinator"),
+    ):
         with pytest.raises(UserError, match=words):
             hosts.find_place(*flags)
 
@@ -424,6 +432,7 @@ def test_before_the_first_step_a_signal_leaves_at_once():
     before = signal.getsignal(signal.SIGTERM)
     try:
         hosts.start()
+        hosts.start("localhost:1", 1, 0)  # one process: there is nobody to wait for
         with pytest.raises(SystemExit) as stop:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)

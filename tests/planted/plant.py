@@ -260,7 +260,7 @@ class Workplaces:
             output, code = process.communicate()[0], None
         finally:
             self._running.discard(process)
-        failed = re.search(r"^(?:FAILED|ERROR) (.*?)(?: - |$)", output, re.MULTILINE)
+        failed = re.search(r"^(?:FAILED|ERROR) (.*?)(?:\[| - |$)", output, re.MULTILINE)
         return Run(code, time.monotonic() - start, failed.group(1) if failed else "", output)
 
 
