@@ -289,3 +289,27 @@ def test_english_answers_do_not_move_accuracy_outside_english(order):
         assert one.scores[OTHERS] == other.scores[OTHERS]
         assert [told[OTHERS] for told in one.seed_scores.values()] == \
             [told[OTHERS] for told in other.seed_scores.values()]
+
+
+def test_a_tag_makes_a_block_where_some_items_lack_it():
+    """Tags follow the whole benchmark, in the order of the items; one that all items have is no part."""
+    items = make(0, "sum", 1, SKILLS["base"]).items
+    tags = [("all", "late") if i > 4 else ("all", "early") if i == 2 else ("all",) for i in range(len(items))]
+    tagged = tuple(replace(item, tags=tag) for item, tag in zip(items, tags, strict=True))
+    blocks = summarise([Run("base", 1, [Predictions("made", "sum", 1, LANGUAGES, tagged)])])
+    assert [(block.tag, block.num_items) for block in blocks] == [(None, 14), ("early", 1), ("late", 9)]
+
+
+@pytest.mark.parametrize("english", ["en", "English"])
+def test_english_is_known_by_its_code_and_by_its_name(english):
+    """Logs have languages by name: English is left out of the others and has a column of its own."""
+    names = {"en": english, "zh": "Chinese", "es": "es"}
+    p = make(1, "generate", 1, SKILLS["base"])
+    items = tuple(replace(item, gold={names[c]: g for c, g in item.gold.items()},
+                          answers={names[c]: a for c, a in item.answers.items()}) for item in p.items)
+    renamed = replace(p, languages=tuple(names.values()), items=items)
+    block, other = (summarise([Run("base", 1, [one])])[0] for one in (renamed, p))
+    assert block.headline == ("accuracy", f"accuracy/{english}", OTHERS, "consistency_3", "AC3_3")
+    for name in ("accuracy", OTHERS, "consistency_3", "AC3_3"):
+        assert block.rows[0].scores[name] == other.rows[0].scores[name]
+    assert block.rows[0].readings["Chinese"] == other.rows[0].readings["zh"]
