@@ -154,3 +154,49 @@ def test_prompts_and_answers_may_fill_the_longest_length_and_no_more(single, alo
     with pytest.raises(UserError, match="prompt 0 has 122 tokens"):
         single.score([scored], [[[5] * 8]], progress=False)
     assert single.score([scored], [[[5] * 8]], over_long="skip", progress=False) == [None]
+
+
+@pytest.mark.parametrize("size", [1, 2, 9, 12])
+def test_a_stop_ends_an_answer_wherever_it_stands(size, single, alone, prompts):
+    """Also where it begins in one look of the host and ends in the next.
+
+    What was streamed by then is the answer and at most a beginning of the stop.
+    """
+    whole = alone[0]
+    for place in range(0, 30, 1 + size // 4):
+        stop = whole[place:place + size]
+        first = next(i for i in range(place + 1) if whole[i:i + size] == stop)
+        heard = []
+        (answer,) = draw(single, prompts[:1], [0], stop=[stop],
+                         stream=lambda i, new, heard=heard: heard.extend(new))
+        assert answer == whole[:first]
+        assert heard[:first] == answer and heard[first:] == stop[:len(heard) - first]
+
+
+def test_a_stop_that_does_not_come_changes_nothing(single, alone, prompts):
+    heard = []
+    assert draw(single, prompts[:1], [0], stop=[[60] * 5, "never"], detokenize=lambda ids: "x",
+                stream=lambda i, new: heard.extend(new)) == [alone[0]]
+    assert heard == alone[0]
+
+
+def test_logits_that_stop_being_finite_in_the_midst_of_an_answer_are_told():
+    """A token whose embedding is not a number is drawn, and read at the next step.
+
+    An answer that ends with this token never reads it, and a neighbour goes on.
+    """
+    spec = dataclasses.replace(SPEC, num_layers=1, tie_embeddings=False)
+    model = make_model(spec)
+    engine = make_engine(model, batch_size=2, length_buckets=(16,), max_length=64)
+    prompts = [np.array([5, 9, 4], np.int32), np.array([8, 3], np.int32)]
+    limits = [24, 24]
+    one, other = draw(engine, prompts, [1, 2], max_new_tokens=limits)
+    place = next(i for i, token in enumerate(one)
+                 if i > 2 and token not in (*one[:i], *other, *prompts[0], *prompts[1]))
+    weight = model.embed_tokens.weight
+    weight.set_value(weight.get_value().at[one[place]].set(np.nan))
+    engine.params = nnx.state(model)
+    found = draw(engine, prompts, [1, 2], max_new_tokens=[place + 1, 24])
+    assert found == [one[:place + 1], other]
+    with pytest.raises(UserError, match="logits are not finite"):
+        draw(engine, prompts, [1, 2], max_new_tokens=[place + 2, 24])
