@@ -5,6 +5,7 @@ model with soft attention tell a wrong cache sooner than greedy answers do.
 """
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -81,17 +82,28 @@ def four(model):
     return make_engine(model, batch_size=4, eos_ids=EOS)
 
 
-def test_a_cache_that_grows_or_comes_round_changes_no_answer(model, alone, prompts, monkeypatch):
-    """Two rows of a small ring: it comes round, and it is made larger while answers are drawn."""
+@pytest.fixture(scope="module")
+def three(model):
+    """An engine of three rows without EOS."""
+    return make_engine(model, batch_size=3)
+
+
+@pytest.mark.parametrize("limits", [
+    # the first row outgrows a ring of 64 while the fourth has few tokens; that one then fills 128
+    pytest.param((96, 31, 39, 96, 96, 20, 96), id="grows"),
+    # rows fill a ring of 64 to its last slot, and start in the midst of it
+    pytest.param((20, 64, 64, 64, 64, 37, 64, 64), id="comes round")])
+def test_a_ring_that_grows_or_comes_round_changes_no_answer(limits, three, single, monkeypatch):
+    """Prompts fill their room too: a slot too far in any direction is one that is still needed."""
     monkeypatch.setattr("crossin_jax.generation.engine.RING", 16)
-    engine = make_engine(model, batch_size=2)
-    limits = [33, 7, 64, 32, LONGEST, 1, 64, 16, 64, 65, 31, LONGEST]
-    order = [0, 2, 1, 3, 4, 5, 6, 7, 8, 9, 10, 11]
-    found = draw(engine, [prompts[i] for i in order], [100 * i for i in order],
-                 max_new_tokens=[limits[i] for i in order])
-    for i, answer in zip(order, found, strict=True):
-        assert answer == alone[i][:limits[i]], i
-    assert engine.programs.compiled["resize"]
+    rng, seeds = np.random.default_rng(2), range(len(limits))
+    prompts = [rng.integers(3, SPEC.vocab_size, 32, dtype=np.int32) for _ in limits]
+    before = three.programs.compiled["resize"]
+    found = draw(three, prompts, seeds, max_new_tokens=limits)
+    assert three.programs.compiled["resize"] - before == (limits[0] == LONGEST)
+    monkeypatch.undo()  # alone there is room for everything from the start
+    for prompt, seed, limit, answer in zip(prompts, seeds, limits, found, strict=True):
+        assert answer == draw(single, [prompt], [seed])[0][:limit], seed
 
 
 def test_a_shared_prefix_changes_no_draw(model, single, prompts):
@@ -123,11 +135,13 @@ def test_without_seeds_a_prompts_own_tokens_are_its_seed(four, single, prompts):
     assert np.mean([a == b for a, b in zip(one, other, strict=True)]) < 0.3
 
 
-def test_every_position_draws_by_numbers_of_its_own(single, prompts):
-    """Where all tokens are almost equally likely, neighbours in an answer are seldom equal."""
-    answers = [draw(single, prompts[i:i + 1], [i], temperature=1e4)[0] for i in range(4)]
-    repeats = sum(a == b for answer in answers for a, b in zip(answer, answer[1:], strict=False))
-    assert repeats < 20  # of 380, where 6 are expected
+def test_every_position_draws_by_numbers_of_its_own(four, prompts):
+    """Where all tokens are almost equally likely, two places of an answer are seldom equal."""
+    answers = draw(four, prompts[:1] * 40, range(40), temperature=1e4)
+    for first, second in itertools.combinations(range(6), 2):
+        pairs = [(one[first], one[second]) for one in answers if len(one) > second]
+        assert len(pairs) > 20
+        assert np.mean([a == b for a, b in pairs]) < 0.25, (first, second)
 
 
 def test_prompts_and_answers_may_fill_the_longest_length_and_no_more(single, alone, prompts):
@@ -140,3 +154,49 @@ def test_prompts_and_answers_may_fill_the_longest_length_and_no_more(single, alo
     with pytest.raises(UserError, match="prompt 0 has 122 tokens"):
         single.score([scored], [[[5] * 8]], progress=False)
     assert single.score([scored], [[[5] * 8]], over_long="skip", progress=False) == [None]
+
+
+@pytest.mark.parametrize("size", [1, 2, 9, 12])
+def test_a_stop_ends_an_answer_wherever_it_stands(size, single, alone, prompts):
+    """Also where it begins in one look of the host and ends in the next.
+
+    What was streamed by then is the answer and at most a beginning of the stop.
+    """
+    whole = alone[0]
+    for place in range(0, 30, 1 + size // 4):
+        stop = whole[place:place + size]
+        first = next(i for i in range(place + 1) if whole[i:i + size] == stop)
+        heard = []
+        (answer,) = draw(single, prompts[:1], [0], stop=[stop],
+                         stream=lambda i, new, heard=heard: heard.extend(new))
+        assert answer == whole[:first]
+        assert heard[:first] == answer and heard[first:] == stop[:len(heard) - first]
+
+
+def test_a_stop_that_does_not_come_changes_nothing(single, alone, prompts):
+    heard = []
+    assert draw(single, prompts[:1], [0], stop=[[60] * 5, "never"], detokenize=lambda ids: "x",
+                stream=lambda i, new: heard.extend(new)) == [alone[0]]
+    assert heard == alone[0]
+
+
+def test_logits_that_stop_being_finite_in_the_midst_of_an_answer_are_told():
+    """A token whose embedding is not a number is drawn, and read at the next step.
+
+    An answer that ends with this token never reads it, and a neighbour goes on.
+    """
+    spec = dataclasses.replace(SPEC, num_layers=1, tie_embeddings=False)
+    model = make_model(spec)
+    engine = make_engine(model, batch_size=2, length_buckets=(16,), max_length=64)
+    prompts = [np.array([5, 9, 4], np.int32), np.array([8, 3], np.int32)]
+    limits = [24, 24]
+    one, other = draw(engine, prompts, [1, 2], max_new_tokens=limits)
+    place = next(i for i, token in enumerate(one)
+                 if i > 2 and token not in (*one[:i], *other, *prompts[0], *prompts[1]))
+    weight = model.embed_tokens.weight
+    weight.set_value(weight.get_value().at[one[place]].set(np.nan))
+    engine.params = nnx.state(model)
+    found = draw(engine, prompts, [1, 2], max_new_tokens=[place + 1, 24])
+    assert found == [one[:place + 1], other]
+    with pytest.raises(UserError, match="logits are not finite"):
+        draw(engine, prompts, [1, 2], max_new_tokens=[place + 2, 24])

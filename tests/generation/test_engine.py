@@ -210,6 +210,16 @@ def test_scores_are_those_of_the_forward_pass_in_any_company(model, engine, prom
     assert np.abs(letters[2] - forward(prompts[2])[-1, [7, 8, 9, 10]]).max() < 1e-4
 
 
+def test_a_continuation_is_told_to_be_what_greedy_decoding_gives(engine, prompts, greedy, forward):
+    """Where every token of it is the likeliest; its score is that of `score`."""
+    choices = [[answer[:n], answer[:n - 1] + [answer[n - 1] % 300 + 3], answer[:1]]
+               for answer, n in zip(greedy, (1, 2, 3, 4, 5, 6, 7, 8, 8, 8), strict=True)]
+    judged = engine.judge(prompts, choices, progress=False)
+    for (scores, best), prompt, entry in zip(judged, prompts, choices, strict=True):
+        assert best.tolist() == [True, False, True]
+        assert np.abs(scores - reference_scores(forward, prompt, entry)).max() < 1e-4
+
+
 def test_logits_of_few_positions_at_a_time_give_the_same_scores(model, prompts, forward, monkeypatch):
     monkeypatch.setattr("crossin_jax.generation.steps.LOGITS_AT_ONCE", 5 * 2 * VOCAB)
     choices = [[list(range(20, 34)), [5]], [[8] * 9, [3, 4]]]

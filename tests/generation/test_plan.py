@@ -16,6 +16,7 @@ from crossin_jax.generation.plan import (
     coarsen,
     common_length,
     find_stop,
+    leave_out_beginnings,
     pad,
     power_of_two,
     share_prefixes,
@@ -108,3 +109,55 @@ def test_stops_by_ids_and_by_text():
     assert find_stop([1, 4, 5], 3, ("\nQ: n",), text) == 2
     assert find_stop([1, 4, 5], 3, ("\n", [1]), text) == 0
     assert find_stop([1, 2], 2, ("\n",), text) is None
+
+
+WORDS = ("a", "ab", "bc", "")  # a token may be no text at all
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=5), max_size=5),
+       st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4), max_size=2),
+       st.lists(st.text("abc", min_size=1, max_size=4), max_size=2))
+def test_a_stop_is_found_as_soon_as_it_is_there_wherever_it_began(parts, ids, texts):
+    """An answer grows part by part; the first stop in what there is then is where it ends."""
+    def text(tokens):
+        return "".join(WORDS[token] for token in tokens)
+
+    def expected(answer):
+        ends = [next((i for i in range(len(answer)) if answer[i:i + len(stop)] == stop), None)
+                for stop in ids]
+        for stop in texts:
+            if stop in text(answer):  # as few tokens as hold the text before it
+                before = text(answer).index(stop)
+                lengths = [len(text(answer[:n])) for n in range(len(answer) + 1)]
+                ends.append(next(n for n, length in enumerate(lengths) if length >= before))
+        return min((end for end in ends if end is not None), default=None)
+
+    answer = []
+    for part in parts:
+        answer += part
+        found = find_stop(answer, len(part), (*texts, *ids), text)
+        assert found == expected(answer)
+        if found is not None:
+            return
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), min_size=1, max_size=8))
+def test_of_choices_that_begin_alike_the_longest_is_read(choices):
+    """Every choice is the beginning of the one it is read off; none of those begins another."""
+    kept, places = leave_out_beginnings([np.array(choice) for choice in choices])
+    assert kept == sorted(set(kept))
+    for i in kept:
+        assert not any(choices[j][:len(choices[i])] == choices[i] for j in kept if j != i)
+    assert len(places) == len(choices)
+    for choice, place in zip(choices, places, strict=True):
+        assert choices[kept[place]][:len(choice)] == choice
+
+
+def test_a_short_prefix_or_few_prompts_are_not_worth_a_pass_of_their_own():
+    """Thirty-two tokens of four prompts are; thirty-one, or three prompts, are not."""
+    for length, count, shared in ((32, 4, 32), (31, 4, 0), (32, 3, 0), (33, 5, 33)):
+        prompts = [np.r_[np.arange(length), 1000 + i].astype(np.int32) for i in range(count)]
+        (group,) = share_prefixes(prompts)
+        assert len(group.prefix) == shared and len(group.members) == count
