@@ -18,6 +18,7 @@ from crossin_jax.checkpoint import hf, stream
 from crossin_jax.checkpoint.hf import load_weights, read_spec, read_tensors, resolve_folder, save_model, state_leaves
 from crossin_jax.checkpoint.hf_map import summarize, weight_keys
 from crossin_jax.checkpoint.load import abstract_transformer, load_model
+from crossin_jax.checkpoint.tensors import read_header
 from crossin_jax.config import Lora, Mesh, UserError
 from crossin_jax.parallel.mesh import make_mesh
 from tests.checkpoint.checkpoints import LLAMA, write_checkpoint
@@ -406,3 +407,62 @@ def test_saving_in_another_precision(tmp_path):
     shutil.rmtree(tmp_path / "out")
     with pytest.raises(AssertionError, match="norm/weight"):
         save_model(tmp_path / "out", spec, {p: a for p, a in leaves.items() if p != "norm/weight"}, progress=False)
+
+
+FILES_OF_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+                       "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+                       "chat_template.jinja", "chat_template.json")
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own_tokenizer", "tokenizer_of_the_source"])
+def test_every_file_of_the_tokenizer_is_carried_and_no_other(own, tmp_path):
+    """The tokenizer comes from its own folder where one is given, else from the base's."""
+    spec, leaves = write_checkpoint(tmp_path / "base")
+    others = ("notes.txt", "training_args.bin", "preprocessor_config.json")
+    for folder in ("base", "own"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        for name in (*FILES_OF_TOKENIZERS, *others):
+            (tmp_path / folder / name).write_text(f"{name} of {folder}")
+    save_model(tmp_path / "out", spec, leaves, source=tmp_path / "base",
+               tokenizer=tmp_path / "own" if own else None, progress=False)
+    carried = {file.name: file.read_text() for file in (tmp_path / "out").iterdir()
+               if file.suffix != ".safetensors"}
+    assert carried.keys() == {*FILES_OF_TOKENIZERS, "config.json", "generation_config.json"}
+    for name in FILES_OF_TOKENIZERS:
+        assert carried[name] == f"{name} of {'own' if own else 'base'}"
+
+
+def test_token_ids_that_are_given_go_before_those_of_the_base(tmp_path):
+    """Of a multimodal base the ids of the text part count."""
+    spec, leaves = write_checkpoint(tmp_path / "m")
+    old = {"eos_token_id": 1, "bos_token_id": 4, "text_config": {"eos_token_id": [2, 3]}}
+    (tmp_path / "m/config.json").write_text(json.dumps(old))
+    for name, given, eos in (("a", None, [2, 3]), ("b", {"eos_token_id": 7, "pad_token_id": 0}, 7)):
+        save_model(tmp_path / name, spec, leaves, source=tmp_path / "m", token_ids=given,
+                   progress=False)
+        wanted = {"bos_token_id": 4, "eos_token_id": eos} | ({"pad_token_id": 0} if given else {})
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        generation = json.loads((tmp_path / name / "generation_config.json").read_text())
+        assert {key: value for key, value in config.items() if key.endswith("token_id")} == wanted
+        assert generation == {"_from_model_config": True} | wanted
+
+
+@pytest.mark.parametrize("limit", [1, 3072, 3073, 6144, 1 << 40])
+def test_shards_are_as_large_as_allowed_and_not_larger(limit, tmp_path):
+    """Tensors of 3,072 bytes: the embedding, the head and each product of the feed-forward."""
+    spec, leaves = write_checkpoint(tmp_path / "m", np.float32, hidden_size=32, vocab_size=24)
+    save_model(tmp_path / "out", spec, leaves, shard_bytes=limit, progress=False)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    sizes = [[tensor.nbytes for tensor in read_header(str(file)).values()] for file in files]
+    for shard, after in zip(sizes, [*sizes[1:], None], strict=True):
+        assert len(shard) == 1 or sum(shard) <= limit
+        assert after is None or sum(shard) + after[0] > limit  # the next tensor had no room
+    names = {name for file in files for name in read_header(str(file))}
+    assert names == read_tensors(tmp_path / "m").keys()
+    assert [file.name for file in files] == (["model.safetensors"] if len(files) == 1 else [
+        f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))])
+    if len(files) > 1:
+        index = json.loads((tmp_path / "out" / hf.INDEX).read_text())
+        assert index["metadata"]["total_size"] == sum(map(sum, sizes))
+        assert index["weight_map"] == {name: file.name for file in files
+                                       for name in read_header(str(file))}

@@ -457,6 +457,18 @@ def test_a_file_of_another_size_sets_the_checkpoint_aside(name, damage, run, tmp
     assert sorted(json.loads((folder / "checkpoints/files.json").read_text())) == ["9"]
 
 
+def test_sizes_are_noted_when_a_checkpoint_is_written_and_not_again(tmp_path):
+    """A file that is cut later does not become right when the next checkpoint is written."""
+    folder = write_run(tmp_path / "run", every_setting(), steps=(9,), keep=3)
+    file = find_file(folder / "checkpoints/9", "largest")
+    file.write_bytes(file.read_bytes()[:-1])
+    write_run(folder, every_setting(), steps=(10,), keep=3)
+    file = find_file(folder / "checkpoints/10", "largest")
+    file.write_bytes(file.read_bytes()[:-1])
+    with Store(folder) as store, pytest.raises(UserError, match=r"is damaged \(10, 9\)"):
+        store.restore_newest(ABSTRACT, every_setting())
+
+
 def test_where_every_checkpoint_is_damaged_nothing_is_touched(run, tmp_path):
     folder = shutil.copytree(run, tmp_path / "run")
     for step in (9, 10):
@@ -475,7 +487,9 @@ def test_where_every_checkpoint_is_damaged_nothing_is_touched(run, tmp_path):
     (lambda state: state.optimizer.update(m=state.trainable["b"]),
      r"optimizer/m: checkpoint \(8,\), model \(2, 3\)"),
     (lambda state: state.trainable.update(b=ABSTRACT.trainable["w"], w=ABSTRACT.trainable["b"]),
-     r"trainable/b: checkpoint \(2, 3\), model \(8,\) \(and 1 more\)")])
+     r"trainable/b: checkpoint \(2, 3\), model \(8,\) \(and 1 more\)"),
+    (lambda state: state.trainable.update(c=state.trainable.pop("b")),
+     r"trainable/c: checkpoint missing, model \(2, 3\) \(and 1 more\)")])
 def test_arrays_that_do_not_fit_are_refused_and_not_taken_for_damage(edit, words, run, tmp_path):
     folder = shutil.copytree(run, tmp_path / "run")
     abstract = abstract_of(make_state(0))
