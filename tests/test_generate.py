@@ -1,15 +1,23 @@
 """The generate program: folders, adapters and runs answer; streams; faults are one line."""
 
+import dataclasses
 import io
+import json
+import shutil
 import subprocess
 import sys
+import types
 
+import numpy as np
 import pytest
 
+from crossin_jax import generate as program
 from crossin_jax.config import UserError
+from crossin_jax.data.prompts import Renderer, load_tokenizer
 from crossin_jax.export import export
-from crossin_jax.generate import open_speaker, read_prompts
+from crossin_jax.generate import Speaker, open_speaker, read_prompts
 from tests.conftest import REPOSITORY
+from tests.test_train import copy_run
 
 QUESTIONS = [("What is the currency of Peru?", ""), ("Name the capital", "France"), ("Say something", "")]
 
@@ -46,6 +54,200 @@ def test_a_run_an_export_and_an_adapter_on_its_base_say_the_same(pretrained, ada
         open_speaker(str(adapted), adapter=str(tmp_path / "adapter"))
     with pytest.raises(UserError, match="did you mean alpaca"):
         open_speaker(base, template="alpacca")
+
+
+# ---- How a model is asked
+
+@pytest.mark.parametrize(("stored", "given"), [
+    ({"template": "llama", "system": "Be brief."}, {}),
+    ({"template": "llama", "system": "Be brief."}, {"system": "Be long."}),
+    ({"template": "alpaca", "system": None}, {"template": "llama", "system": "Be long."}),
+    ({"template": "plain", "system": None, "tokenization": "apart"}, {}),
+    ({"template": "plain", "system": None, "tokenization": "apart"}, {"template": "alpaca"})],
+    ids=str)
+def test_a_run_is_asked_as_it_was_trained(stored, given, adapted, tmp_path):
+    """Template, system prompt and tokenization are the run's own unless one says otherwise."""
+    folder = copy_run(adapted, tmp_path / "run")
+    for file in folder.glob("checkpoints/*/config/metadata"):
+        values = json.loads(file.read_text())
+        values["data"] |= stored
+        file.write_text(json.dumps(values))
+        tokenizer = load_tokenizer(values["model"]["path"])
+    wanted = {"tokenization": "joint"} | stored | given
+    renderer = Renderer(tokenizer, wanted["template"], system=wanted["system"],
+                        tokenization=wanted["tokenization"])
+    asked = open_speaker(str(folder), **given).renderer
+    for question in QUESTIONS:
+        expected = renderer.render_prompt(*question)
+        np.testing.assert_array_equal(asked.render_prompt(*question), expected)
+    text = asked.decode(asked.render_prompt(*QUESTIONS[0]))
+    assert (wanted["system"] or "Below") in text or wanted["template"] == "plain"
+
+
+def test_a_model_is_asked_by_its_chat_template_else_by_alpaca(pretrained, tmp_path):
+    """A template that one gives goes first."""
+    base = shutil.copytree(pretrained / "model", tmp_path / "model")
+    assert open_speaker(str(base)).renderer.template_name == "alpaca"
+    file = base / "tokenizer_config.json"
+    values = json.loads(file.read_text())
+    values["chat_template"] = ("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+                               "{% if add_generation_prompt %}[assistant]{% endif %}")
+    file.write_text(json.dumps(values))
+    asked = open_speaker(str(base), system="Be brief.").renderer
+    assert asked.template_name == "chat"
+    assert asked.decode(asked.render_prompt("Who?")).endswith(
+        "[system]Be brief.[user]Who?[assistant]")
+    assert open_speaker(str(base), template="plain").renderer.template_name == "plain"
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(pretrained, tmp_path):
+    folder = shutil.copytree(pretrained / "model", tmp_path / "tokenizer")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    one = tokenizer["added_tokens"][0]
+    tokenizer["added_tokens"] += [{**one, "id": 400 + i, "content": f"<new{i}>"} for i in range(9)]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="--tokenizer: 409 tokens, but the model has 400"):
+        open_speaker(str(pretrained / "model"), tokenizer=str(folder))
+
+
+# ---- What appears on the screen
+
+def test_no_part_of_a_stop_text_is_ever_shown(speaker):
+    """Stops that begin with a token; what has appeared is always the beginning of the answer."""
+    prompt = speaker.renderer.render_prompt(*QUESTIONS[0])
+    ids, = speaker.engine.generate([prompt], max_new_tokens=30, progress=False)
+    whole = speaker.renderer.decode(ids)
+    begins = {len(speaker.renderer.decode(ids[:n])) for n in range(1, len(ids) - 3)}
+    tried = 0
+    for place in begins:
+        stop, heard = whole[place:place + 6], [""]
+        if whole.index(stop) not in begins:
+            continue
+        answer, = speaker.answer(
+            QUESTIONS[:1], lambda _, text, heard=heard: heard.append(heard[-1] + text),
+            max_new_tokens=30, stop=["never", stop])
+        assert answer == whole[:whole.index(stop)] == heard[-1]
+        assert all(answer.startswith(text) for text in heard), stop
+        tried += 1
+    assert tried > 5
+
+
+@dataclasses.dataclass
+class Teller:
+    """Stands in for an engine: tells given tokens one at a time."""
+
+    tokens: list[list[int]]
+    max_length: int = 40
+
+    def generate(self, prompts, *, max_new_tokens, stream, **options):
+        self.asked = max_new_tokens
+        for step in range(max(map(len, self.tokens))):
+            for i, ids in enumerate(self.tokens):
+                if stream and step < len(ids):
+                    stream(i, ids[step:step + 1])
+        return self.tokens
+
+
+def test_a_character_of_several_tokens_appears_whole(speaker):
+    """Two answers at once, token by token: no replacement character is ever shown."""
+    texts = ["東京 est grand", "¿Qué? 胡志明市"]
+    renderer = speaker.renderer
+    tokens = [renderer.render_answer("", "", text).ids for text in texts]
+    tokens = [[int(i) for i in ids if i not in renderer.special_ids] for ids in tokens]
+    texts = [renderer.decode(ids) for ids in tokens]
+    pieces = [[], []]
+    found = Speaker(Teller(tokens), renderer, None).answer(
+        QUESTIONS[:2], lambda i, text: pieces[i].append(text), max_new_tokens=9)
+    assert found == texts == ["".join(parts) for parts in pieces]
+    assert all("\ufffd" not in text for parts in pieces for text in parts)
+    assert all(len([text for text in parts if text]) > 4 for parts in pieces)  # as it is made
+
+
+def test_an_answer_is_as_long_as_one_asks_and_the_model_reads(speaker):
+    """With a prompt that leaves no room the engine is asked for one token, and refuses."""
+    lengths = [len(speaker.renderer.render_prompt("a" * n)) for n in (1, 30, 90)]
+    for limit in (5, 30):
+        teller = Teller([[5]] * 3)
+        Speaker(teller, speaker.renderer, None).answer([("a" * n, "") for n in (1, 30, 90)],
+                                                       max_new_tokens=limit)
+        assert teller.asked == [max(1, min(limit, 40 - length)) for length in lengths]
+    assert lengths[0] + 5 < 40 < lengths[0] + 40 and lengths[2] > 40
+
+
+# ---- The program's flags
+
+FLAGS = {"model": "m", "adapter": None, "tokenizer": None, "template": None, "system": None,
+         "prompt": [], "input": "", "max_new_tokens": 8, "temperature": 0.0, "top_k": None,
+         "top_p": None, "seed": 0, "stop": [], "dtype": None}
+
+
+@pytest.fixture
+def say(monkeypatch, capsys):
+    """Runs the program with a speaker in place of the model; returns what it writes."""
+    def say(speaker, text="", **changes):
+        monkeypatch.setattr(program, "open_speaker", lambda *options, **named: speaker)
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        program.main(types.SimpleNamespace(**FLAGS | changes))
+        return capsys.readouterr().out
+    return say
+
+
+TEXTS = [text for text, _ in QUESTIONS]
+
+
+@pytest.mark.parametrize("way", ["one", "several", "typed"])
+def test_draws_follow_the_seed_however_one_asks(way, speaker, say):
+    """One --prompt, several, or lines of standard input: a prompt's answer is the same in all."""
+    def ask(seed):
+        given = {"one": {"prompt": TEXTS[:1]}, "several": {"prompt": TEXTS},
+                 "typed": {"text": "\n".join(TEXTS)}}[way]
+        return say(speaker, seed=seed, temperature=1.0, **given)
+
+    first, again, other = ask(3), ask(3), ask(4)
+    assert first == again != other
+    for question in QUESTIONS[:1 if way == "one" else 3]:
+        answer, = speaker.answer([(question[0], "")], max_new_tokens=8, temperature=1.0, seeds=[3])
+        assert answer and answer in first
+
+
+class Listener:
+    """Notes how it is asked."""
+
+    def answer(self, prompts, write=None, **options):
+        self.asked = [*getattr(self, "asked", ()), (prompts, options)]
+        for i in range(len(prompts) if write else 0):
+            write(i, f"answer {i}")
+        return [f"answer {i}" for i in range(len(prompts))]
+
+
+@pytest.mark.parametrize("flag", [
+    {"max_new_tokens": 3}, {"temperature": 0.5}, {"top_k": 4}, {"top_p": 0.5},
+    {"stop": ["a", "b"]}], ids=str)
+def test_every_flag_of_an_answer_reaches_it(flag, say):
+    """For one prompt, for several, and for prompts from standard input."""
+    expected = {"max_new_tokens": 8, "temperature": 0.0, "top_k": None, "top_p": None,
+                "stop": []} | flag
+    for given, text in ((["q"], ""), (["q", "r"], ""), ([], "q\nr\n")):
+        listener = Listener()
+        written = say(listener, text, prompt=given, input="in", seed=5, **flag)
+        names = given or ["q", "r"]
+        assert [prompt for prompts, _ in listener.asked for prompt in prompts] == [
+            (name, "in") for name in names]
+        for prompts, options in listener.asked:
+            assert options == expected | {"seeds": [5] * len(prompts)}
+        assert written == ("> q\nanswer 0\n\n> r\nanswer 1\n\n" if len(given) > 1 else
+                           "answer 0\n" * len(names))
+
+
+def test_every_flag_of_the_model_reaches_it(monkeypatch):
+    names = {"adapter": "a", "tokenizer": "t", "template": "plain", "system": "s",
+             "dtype": "bfloat16"}
+    opened = []
+    monkeypatch.setattr(program, "open_speaker",
+                        lambda *given, **named: opened.append((given, named)) or Listener())
+    for prompts, rows in ((["q"], 1), (["q"] * 3, 3), (["q"] * 20, 8)):
+        program.main(types.SimpleNamespace(**FLAGS | names | {"prompt": prompts}))
+        assert opened[-1] == (("m",), names | {"batch_size": rows})
 
 
 def test_prompts_come_from_pipe_and_keyboard(monkeypatch, capsys):

@@ -68,7 +68,7 @@ def test_neighbours_and_entry_change_no_answer(order, model, alone, prompts, req
     """Twelve prompts in four rows: eight of them enter when others have ended."""
     engine = request.getfixturevalue("four")
     chosen = np.random.default_rng(order).permutation(12)
-    limits = [LONGEST if i % 3 else 20 + i for i in range(12)]
+    limits = [LONGEST if i % 3 else 1 + 7 * i for i in range(12)]
     found = draw(engine, [prompts[i] for i in chosen], [100 * i for i in chosen],
                  max_new_tokens=[limits[i] for i in chosen])
     for i, answer in zip(chosen, found, strict=True):
