@@ -268,6 +268,16 @@ def test_a_cached_source_is_read_anew_where_a_file_differs(cached, tmp_path, cha
     assert before != after == cached("empty", path=path) and after[0][0].texts["zh"].output == "y"
 
 
+def test_a_hub_data_set_in_a_folder_is_read_anew_where_a_file_in_it_differs(cached, tmp_path):
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    file = tmp_path / "set" / "data" / "train.jsonl"
+    found = []
+    for output in ("first", "second"):
+        write_lines(file, [{"id": "a", "en": {"instruction": "q", "output": output}}])
+        found.append(cached(path=str(tmp_path / "set"), kind="hub")[0][0].texts["en"].output)
+    assert found == ["first", "second"]
+
+
 def test_a_cached_source_is_parsed_once_whatever_is_taken_of_it(cached, tmp_path, monkeypatch):
     """Name, portion and limit pick from one entry; places and dropped rows are those of the first reading."""
     write_lines(tmp_path / "rows.jsonl", [*ROWS, {"id": "faulty", "en": {"instruction": "q", "output": " "}}])

@@ -88,8 +88,7 @@ def test_a_built_row_is_the_whole_example(config, tmp_path, form):
                              {"role": "assistant", "content": f"{code} so"}]}
     rows = [{"id": f"chat{i}", **{code: chat(code) for code in ("en", "zh", "vi", "es")}} for i in range(3)]
     config.data.sources[0].path = write_lines(tmp_path / "mixed.jsonl", [*parallel_rows(9), *rows])
-    config.data.components = Component(source="rows"), Component(kind="x2x", source="rows"), Component(
-        kind="trans", source="rows")
+    config.data.components = tuple(Component(kind=kind, source="rows") for kind in ("base", "x2x", "x2x", "trans"))
     config.data.tag = "sentence"
     prepare.build(config, arguments(format=form))
     mixture = Mixture(config.data, load_corpora(config.data, config.seed), config.seed)
@@ -97,7 +96,8 @@ def test_a_built_row_is_the_whole_example(config, tmp_path, form):
     assert built == [
         {column: getattr(e, field) for column, field in COLUMNS.items()}
         | {"messages": [{"role": role, "content": text} for role, text in e.messages or ()]} for e in mixture]
-    assert sum(len(row["messages"]) == 5 for row in built) == 6  # of base and x2x
+    assert sum(len(row["messages"]) == 5 for row in built) == 9  # of base and twice x2x
+    assert {row["component"] for row in built} == {"base", "x2x:rows", "x2x:rows#2", "trans"}
     again = {"id": "row_id", "language": "answer_language"}
     base = [row for row in built if row["component"] == "base"]
     source = Source(name="s", path=write_lines(tmp_path / "again.jsonl", base), fields=again)

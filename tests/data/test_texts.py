@@ -104,8 +104,9 @@ def test_a_row_says_its_language(read, column, mark, code):
 # ---- Ids
 
 def test_ids_are_text_and_a_zero_is_one(read):
-    assert [*read([{"id": i, "output": "a"} for i in (0, 1, "01", 1.5, False)]).ids()] == [
-        "0", "1", "01", "1.5", "False"]
+    corpus = read([{"id": i, "output": "a"} for i in (0, 1, "01", 1.5, False)])
+    assert [*corpus.ids()] == ["0", "1", "01", "1.5", "False"]
+    assert [corpus.find_place(i).split(", ")[1] for i in range(5)] == [f"row {i}" for i in range(1, 6)]
 
 
 @pytest.mark.parametrize("nothing", [{}, {"id": None}, {"id": ""}])
