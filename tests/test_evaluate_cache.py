@@ -158,6 +158,9 @@ def merge(place, config):
 
 
 ANEW = {
+    # what answers
+    "the precision of products": ("ASKS", put("model.compute_dtype", "bfloat16")),
+    "the precision of weights": ("ASKS", put("model.param_dtype", "bfloat16")),
     # what the model is asked
     "a question": ("ASKS", edit(question="¿Otra?")), "a context": ("ASKS", edit(context="Otro.")),
     "a choice": ("ASKS", edit(choices=["(A) otra", "(B) es no"])), "the gold": ("ASKS", edit(answer=1)),

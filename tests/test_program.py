@@ -103,13 +103,13 @@ def test_the_file_can_be_named_in_two_ways_and_gets_the_variant(parse, tmp_path)
     file = tmp_path / "c.py"
     file.write_text(
         "from crossin_jax.config import *\ndef get_config(name='plain'):\n"
-        "    return Config(name=name, model=Model(path='m'))\n"
+        "    return Config(name=name or 'empty', model=Model(path='m'))\n"
     )
     for words in ((f"--config={file}",), ("--config", str(file)), ("-config", str(file))):
         assert parse(*words).name == "plain"
     for words in ((f"--config={file}:other",), ("--config", f"{file}:other", "--config.seed=3")):
         assert parse(*words).name == "other"
-    assert parse(f"--config={file}:").name == ""
+    assert parse(f"--config={file}:").name == "empty"
 
 
 def test_a_function_of_a_file_gets_its_options(tmp_path):

@@ -94,7 +94,9 @@ def test_a_leak_is_a_run_of_13_words_or_20_characters(unit, joint, size):
     for shared, runs in ((size + 9, 10), (size + 8, 9), (size, 1), (size - 1, 0)):
         text = joint.join([*units(200, 40), *units(0, shared), *units(300, 40)])
         leaks = [leak for leak in index.find(text) if leak.kind == "gram"]
-        assert [(leak.passage, leak.share) for leak in leaks] == ([(passage, runs / 10)] if runs else []), shared
+        assert [(leak.passage, leak.share) for leak in leaks] == (
+            [(passage, runs / 10)] if runs else []
+        ), shared
 
 
 def test_a_passage_shorter_than_a_run_must_be_there_whole():
@@ -111,11 +113,29 @@ def test_a_passage_shorter_than_a_run_must_be_there_whole():
 def test_an_item_is_touched_by_a_run_and_found_by_half_of_its_runs(tokenizer, tmp_path):
     """Of 28 words, 16 runs: 13 words are one of them, 20 are eight."""
     words = [f"word{i}" for i in range(28)]
-    benchmark = Benchmark("bench", tuple(Item(f"i{k}", {"en": Version(
-        " ".join(f"{word}n{k}" for word in words), ("(A) a", "(B) b"), 0)}) for k in range(4)), ("en",), "test")
+    benchmark = Benchmark(
+        "bench",
+        tuple(
+            Item(
+                f"i{k}",
+                {"en": Version(" ".join(f"{word}n{k}" for word in words), ("(A) a", "(B) b"), 0)},
+            )
+            for k in range(4)
+        ),
+        ("en",),
+        "test",
+    )
     around = " ".join(f"other{i}" for i in range(40))  # else they would be near-duplicates
-    rows = [{"id": f"r{k}", "en": {"instruction": " ".join([around, *(f"{word}n{k}" for word in words[:n])]),
-                                   "output": "a"}} for k, n in enumerate((12, 13, 19, 20))]
+    rows = [
+        {
+            "id": f"r{k}",
+            "en": {
+                "instruction": " ".join([around, *(f"{word}n{k}" for word in words[:n])]),
+                "output": "a",
+            },
+        }
+        for k, n in enumerate((12, 13, 19, 20))
+    ]
     parts = open_rows(tokenizer, tmp_path, rows, Component(source="s"), languages=("en",))
     report = audit(*parts, [benchmark])["leakage"]["bench"]
     assert report["languages"] == {"en": {"items": 4, "touched": 3, "found": 1}}
@@ -171,36 +191,57 @@ def test_counts_are_those_of_the_mixture(tokenizer, tmp_path):
 
 
 def test_lengths_and_shares_are_those_of_the_tokens(tokenizer, tmp_path):
-    """Against NumPy over the rendered examples; an example of T + 1 ids has T tokens, of which the first is given."""
+    """Against NumPy; an example of T + 1 ids has T tokens."""
     parts = mixture, renderer, data = open_rows(
-        tokenizer, tmp_path, parallel_rows(60), Component(source="s"), Component(kind="x2en", source="s"))
+        tokenizer,
+        tmp_path,
+        parallel_rows(60),
+        Component(source="s"),
+        Component(kind="x2en", source="s"),
+    )
     report = audit(*parts)
     rendered = renderer.render_many([*mixture])
     total = sum(len(r.ids) - 1 for r in rendered)
     learned = sum(int(r.learned[1:].sum()) for r in rendered)
     for name in ("base", "x2en"):
-        lengths = [len(r.ids) - 1 for e, r in zip(mixture, rendered, strict=True) if e.component == name]
+        lengths = [
+            len(r.ids) - 1 for e, r in zip(mixture, rendered, strict=True) if e.component == name
+        ]
         told = report["lengths"][name]
         assert told["mean"] == pytest.approx(np.mean(lengths)) and told["max"] == max(lengths)
-        assert [told[f"p{q}"] for q in (5, 50, 95, 99)] == [int(np.percentile(lengths, q)) for q in (5, 50, 95, 99)]
+        assert [told[f"p{q}"] for q in (5, 50, 95, 99)] == [
+            int(np.percentile(lengths, q)) for q in (5, 50, 95, 99)
+        ]
         assert told["counts"] == [sum(low <= n < high for n in lengths)
                                   for low, high in itertools.pairwise(told["edges"])]
     for group in report["components"]:
         mine = [r for e, r in zip(mixture, rendered, strict=True) if (
             e.component, e.prompt_language, e.answer_language) == tuple(
             group[key] for key in ("component", "prompt", "answer"))]
-        tokens, answers = sum(len(r.ids) - 1 for r in mine), sum(int(r.learned[1:].sum()) for r in mine)
-        assert (group["examples"], group["tokens"], group["learned"]) == (len(mine), tokens, answers)
+        tokens, answers = (
+            sum(len(r.ids) - 1 for r in mine),
+            sum(int(r.learned[1:].sum()) for r in mine),
+        )
+        assert (group["examples"], group["tokens"], group["learned"]) == (
+            len(mine),
+            tokens,
+            answers,
+        )
         assert group["token_share"] == pytest.approx(tokens / total)
         assert group["learned_share"] == pytest.approx(answers / learned)
         assert group["over_long"] == group["shortened"] == group["dropped"] == group["refused"] == 0
     rows = len(pack_rows([len(r.ids) - 1 for r in rendered], data.length))
-    assert report["packing"] == {"packed": pytest.approx(total / rows / 512), "examples_per_row": 120 / rows,
-                                 "unpacked": pytest.approx(total / 120 / 512)}
+    assert report["packing"] == {
+        "packed": pytest.approx(total / rows / 512),
+        "examples_per_row": 120 / rows,
+        "unpacked": pytest.approx(total / 120 / 512),
+    }
 
 
 def test_the_longest_row_is_not_over_long(tokenizer, tmp_path):
-    mixture, renderer, data = open_rows(tokenizer, tmp_path, parallel_rows(20), Component(source="s"))
+    mixture, renderer, data = open_rows(
+        tokenizer, tmp_path, parallel_rows(20), Component(source="s")
+    )
     longest = max(len(rendered.ids) - 1 for rendered in renderer.render_many([*mixture]))
     for length, over in ((longest, False), (longest - 1, True)):
         (group,) = audit(mixture, renderer, replace(data, length=length))["components"]
@@ -208,7 +249,9 @@ def test_the_longest_row_is_not_over_long(tokenizer, tmp_path):
 
 
 def test_an_audit_may_stop_early(tokenizer, tmp_path):
-    mixture, renderer, data = open_rows(tokenizer, tmp_path, parallel_rows(20), Component(source="s"))
+    mixture, renderer, data = open_rows(
+        tokenizer, tmp_path, parallel_rows(20), Component(source="s")
+    )
     report = audit(mixture, renderer, data, limit=7)
     assert report["examples"] == 7 == report["components"][0]["examples"]
     assert report["components"][0]["tokens"] == sum(
@@ -223,7 +266,10 @@ def test_dropped_and_refused_rows_are_named(tokenizer, tmp_path):
     report = audit(*open_rows(tokenizer, tmp_path, rows, Component(source="s"), template="chatml"))
     (refused,) = report["refused"].values()
     assert refused["examples"] == 30 and len(set(refused["first"])) == 20 == len(refused["first"])
-    assert report["dropped_rows"] == {"s": {"empty output": 1}} and report["components"][0]["refused"] == 30
+    assert (
+        report["dropped_rows"] == {"s": {"empty output": 1}}
+        and report["components"][0]["refused"] == 30
+    )
     table = to_markdown(report)
     assert "Refused, special token in the text: it would forge a turn: 30 (" in table
     assert "Dropped from s: 1 empty output" in table
@@ -233,12 +279,27 @@ def test_prompts_and_answers_are_told_apart_without_tags_and_requests(tokenizer,
     """A translation's prompt is the text to translate; a text that says too little is unclear."""
     rows = parallel_rows(12)
     for row in rows:
-        row["es"] = {"instruction": "¿Qué es lo que se ve en la ciudad?", "input": "", "output": "12"}
-        row["en"] = {"instruction": "What is the name of the city?", "input": "", "output": "the city is on the river"}
-    parts = open_rows(tokenizer, tmp_path, rows, Component(kind="en2x", source="s", languages={"es": 1.0}),
-                      Component(kind="trans", source="s", translate="x2en", languages={"es": 1.0}))
+        row["es"] = {
+            "instruction": "¿Qué es lo que se ve en la ciudad?",
+            "input": "",
+            "output": "12",
+        }
+        row["en"] = {
+            "instruction": "What is the name of the city?",
+            "input": "",
+            "output": "the city is on the river",
+        }
+    parts = open_rows(
+        tokenizer,
+        tmp_path,
+        rows,
+        Component(kind="en2x", source="s", languages={"es": 1.0}),
+        Component(kind="trans", source="s", translate="x2en", languages={"es": 1.0}),
+    )
     assert audit(*parts)["languages"] == {
-        "prompt": {"en": {"en": 12}, "es": {"es": 12}}, "answer": {"es": {"unclear": 12}, "en": {"en": 12}}}
+        "prompt": {"en": {"en": 12}, "es": {"es": 12}},
+        "answer": {"es": {"unclear": 12}, "en": {"en": 12}},
+    }
 
 
 def test_over_long_and_refused_rows_are_listed_by_language(tokenizer, tmp_path):
@@ -276,9 +337,11 @@ def test_fertility_counts_tokens_per_character_and_word(tokenizer, tmp_path):
         tokens = sum(len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts)
         words = sum(len(text.split()) for text in texts)
         assert fertility[code] == {
-            "tokens_per_character": pytest.approx(tokens / sum(map(len, texts))), "texts": len(texts),
+            "tokens_per_character": pytest.approx(tokens / sum(map(len, texts))),
+            "texts": len(texts),
             "tokens_per_byte": pytest.approx(tokens / sum(len(text.encode()) for text in texts)),
-            "tokens_per_word": None if code == "zh" else pytest.approx(tokens / words)}
+            "tokens_per_word": None if code == "zh" else pytest.approx(tokens / words),
+        }
 
 
 def test_tables_and_figures_are_written(tokenizer, tmp_path):

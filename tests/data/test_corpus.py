@@ -115,8 +115,14 @@ def in_memory(records: list[dict], folder: Path) -> Corpus:
         turns = row.get("messages")
         return Text(row.get("instruction", "hi"), row.get("input", ""), row.get("output", "ho"),
                     tuple((turn["role"], turn["content"]) for turn in turns) if turns else None)
-    return Corpus("rows", [Record(row["id"], {code: read(text) for code, text in row.items() if code != "id"})
-                           for row in records])
+
+    return Corpus(
+        "rows",
+        [
+            Record(row["id"], {code: read(text) for code, text in row.items() if code != "id"})
+            for row in records
+        ],
+    )
 
 
 def from_file(records: list[dict], folder: Path) -> Corpus:
@@ -124,7 +130,9 @@ def from_file(records: list[dict], folder: Path) -> Corpus:
 
 
 def changed(row: int, code: str, **fields):
-    return lambda rows: [{**r, code: {**r[code], **fields}} if i == row else r for i, r in enumerate(rows)]
+    return lambda rows: [
+        {**r, code: {**r[code], **fields}} if i == row else r for i, r in enumerate(rows)
+    ]
 
 
 def swapped(rows: list[dict]) -> list[dict]:
@@ -147,9 +155,15 @@ FINGERPRINTS = {
 @pytest.mark.parametrize("part", FINGERPRINTS)
 @pytest.mark.parametrize("read", [in_memory, from_file])
 def test_the_fingerprint_follows_every_part_of_the_texts_and_not_their_order(part, read, tmp_path):
-    rows = parallel_rows(2, ("en", "zh")) + [{"id": "chat", "en": {"messages": CHAT}, "zh": {"messages": CHAT}}]
+    rows = parallel_rows(2, ("en", "zh")) + [
+        {"id": "chat", "en": {"messages": CHAT}, "zh": {"messages": CHAT}}
+    ]
     whole = read(rows, tmp_path).fingerprint
-    assert read(rows[::-1], tmp_path).fingerprint == whole != read(FINGERPRINTS[part](rows), tmp_path).fingerprint
+    assert (
+        read(rows[::-1], tmp_path).fingerprint
+        == whole
+        != read(FINGERPRINTS[part](rows), tmp_path).fingerprint
+    )
 
 
 def test_the_fingerprint_counts_rows_that_are_alike(tmp_path):
@@ -186,7 +200,7 @@ def test_large_sources_are_mapped_from_disk_and_reread_when_the_file_changes(tmp
 
 @pytest.fixture
 def cached(monkeypatch, tmp_path):
-    """Reads a source as a large one, through a cache folder: (source settings, cache folder) → what came of it."""
+    """Reads a source as a large one, through a cache folder."""
     monkeypatch.setattr(corpus_module, "CACHE_BYTES", 0)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
 
@@ -197,8 +211,15 @@ def cached(monkeypatch, tmp_path):
         except UserError as error:
             return str(error)
         places = [corpus.find_place(i) for i in range(len(corpus))]
-        return ([*corpus], corpus.keys.tolist(), corpus.languages, corpus.fingerprint, corpus.dropped,
-                corpus.dropped_rows, places)
+        return (
+            [*corpus],
+            corpus.keys.tolist(),
+            corpus.languages,
+            corpus.fingerprint,
+            corpus.dropped,
+            corpus.dropped_rows,
+            places,
+        )
     return read
 
 
@@ -235,7 +256,7 @@ CACHED = {
 
 @pytest.mark.parametrize("part", CACHED)
 def test_a_cached_source_is_read_anew_where_a_setting_says_otherwise(cached, tmp_path, part):
-    """What comes through a cache that another reading has filled is what comes through an empty one."""
+    """What comes through a filled cache is what comes through an empty one."""
     write_lines(tmp_path / "rows.jsonl", ROWS)
     settings, changes = CACHED[part](tmp_path)
     before, after = cached(**settings), cached(**settings | changes)
@@ -254,7 +275,10 @@ def touch(path: Path, text: str, seconds: int) -> None:
 def test_a_cached_source_is_read_anew_where_a_file_differs(cached, tmp_path, change):
     """By its size, its time, or its folder alone; also where it is one of several."""
     path = write_apart(tmp_path)
-    old, new = '{"id": "a", "instruction": "i", "output": "x"}\n', '{"id": "a", "instruction": "i", "output": "y"}\n'
+    old, new = (
+        '{"id": "a", "instruction": "i", "output": "x"}\n',
+        '{"id": "a", "instruction": "i", "output": "y"}\n',
+    )
     for code in ("en", "zh"):
         touch(tmp_path / f"apart_{code}.jsonl", old, 1000)
     before = cached(path=path)
@@ -279,15 +303,24 @@ def test_a_hub_data_set_in_a_folder_is_read_anew_where_a_file_in_it_differs(cach
 
 
 def test_a_cached_source_is_parsed_once_whatever_is_taken_of_it(cached, tmp_path, monkeypatch):
-    """Name, portion and limit pick from one entry; places and dropped rows are those of the first reading."""
-    write_lines(tmp_path / "rows.jsonl", [*ROWS, {"id": "faulty", "en": {"instruction": "q", "output": " "}}])
+    """Name, portion and limit pick from one entry; dropped rows are still counted."""
+    write_lines(
+        tmp_path / "rows.jsonl",
+        [*ROWS, {"id": "faulty", "en": {"instruction": "q", "output": " "}}],
+    )
     first = cached()
-    assert first == cached() and first[4] == {"empty output": 1} and "row 41 (en)" in first[5]["empty output"][0]
+    assert (
+        first == cached()
+        and first[4] == {"empty output": 1}
+        and "row 41 (en)" in first[5]["empty output"][0]
+    )
     assert cached(name="other") == first and len(cached(limit=3)[0]) == 3
     halves = [record for part in ((0.0, 0.5), (0.5, 1.0)) for record in cached(portion=part)[0]]
     assert sorted(halves, key=lambda record: int(record.id[1:])) == first[0]
     assert len([*(tmp_path / "cache").iterdir()]) == 1
-    monkeypatch.setattr(corpus_module, "FORMAT", corpus_module.FORMAT + 1)  # as a later release may write it
+    monkeypatch.setattr(
+        corpus_module, "FORMAT", corpus_module.FORMAT + 1
+    )  # as a later release may write it
     assert cached() == first and len([*(tmp_path / "cache").iterdir()]) == 2
     monkeypatch.setattr(corpus_module, "CACHE_BYTES", 1 << 30)
     assert cached() == first  # as from memory
@@ -385,7 +418,7 @@ def by_hash(ids: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 40])
 def test_portion_and_limit_take_rows_in_hash_order(tmp_path, n):
-    """Of any files, in any order; parts that meet leave no row out and share none; the file's order stays."""
+    """Parts that meet leave no row out and share none; the file's order stays."""
     ids = [row["id"] for row in ROWS[:n]]
     for rows in (ROWS[:n], ROWS[:n][::-1]):
         path = write_lines(tmp_path / "rows.jsonl", rows)
@@ -403,12 +436,19 @@ def test_portion_and_limit_take_rows_in_hash_order(tmp_path, n):
 
 def test_a_part_of_the_embedded_world_is_taken_as_of_a_file():
     whole = load_corpus(Source(name="w", kind="world", split="dev"), ("en",), seed=3)
-    part = load_corpus(Source(name="w", kind="world", split="dev", portion=(0.25, 0.75), limit=5), ("en",), seed=3)
+    part = load_corpus(
+        Source(name="w", kind="world", split="dev", portion=(0.25, 0.75), limit=5), ("en",), seed=3
+    )
     ids = [*whole.ids()]
     first = round(0.25 * len(ids))
-    assert sorted(part.ids()) == sorted(by_hash(ids)[first:first + 5]) and part.fingerprint != whole.fingerprint
-    assert part.keys.tolist() == [int.from_bytes(hashlib.blake2b(i.encode(), digest_size=8).digest(), "little")
-                                  for i in part.ids()]
+    assert (
+        sorted(part.ids()) == sorted(by_hash(ids)[first : first + 5])
+        and part.fingerprint != whole.fingerprint
+    )
+    assert part.keys.tolist() == [
+        int.from_bytes(hashlib.blake2b(i.encode(), digest_size=8).digest(), "little")
+        for i in part.ids()
+    ]
 
 
 def test_languages_may_be_missing_but_are_known(tmp_path):

@@ -45,12 +45,19 @@ def test_tag_styles(style, with_input, without):
     assert add_tag("Q", "", "zh", "en", style) == without
 
 
-@pytest.mark.parametrize(("question", "prompt", "answer", "asked"), [
-    ("塞纳河在哪里？", "zh", "en", "塞纳河在哪里？请用英语回答。"),
-    ("请说出。", "zh", "es", "请说出。请用西班牙语回答。"),
-    ("说！", "zh", "zh", "说！请用中文回答。"), ("Name it.", "en", "zh", "Name it. Answer in Chinese."),
-    ("Where?", "en", "de", "Where? Answer in German."), ("¿Dónde?", "es", "en", "¿Dónde? Responde en inglés."),
-    ("塞纳河", "zh", "vi", "塞纳河 请用越南语回答。"), ("Go!", "id", "en", "Go! Jawablah dalam bahasa Inggris.")])
+@pytest.mark.parametrize(
+    ("question", "prompt", "answer", "asked"),
+    [
+        ("塞纳河在哪里？", "zh", "en", "塞纳河在哪里？请用英语回答。"),
+        ("请说出。", "zh", "es", "请说出。请用西班牙语回答。"),
+        ("说！", "zh", "zh", "说！请用中文回答。"),
+        ("Name it.", "en", "zh", "Name it. Answer in Chinese."),
+        ("Where?", "en", "de", "Where? Answer in German."),
+        ("¿Dónde?", "es", "en", "¿Dónde? Responde en inglés."),
+        ("塞纳河", "zh", "vi", "塞纳河 请用越南语回答。"),
+        ("Go!", "id", "en", "Go! Jawablah dalam bahasa Inggris."),
+    ],
+)
 def test_a_request_follows_chinese_punctuation_without_a_space(question, prompt, answer, asked):
     """Readers of Chinese put no space after a full stop; the other languages have one."""
     assert add_tag(question, "I", answer, prompt, "sentence") == (asked, "I")
@@ -83,17 +90,29 @@ def test_every_seaeval_language_asks_for_every_other_in_its_own_words():
     assert request_language("de", "zh") == "Answer in Chinese." and request_language("zh", "de") == "Answer in German."
 
 
-CHAT = Text("and?", "", "so", (("system", "s"), ("user", "hi"), ("assistant", "ho"), ("user", "and?"),
-                               ("assistant", "so")))
+CHAT = Text(
+    "and?",
+    "",
+    "so",
+    (("system", "s"), ("user", "hi"), ("assistant", "ho"), ("user", "and?"), ("assistant", "so")),
+)
 
 
-@pytest.mark.parametrize(("kind", "tag", "asked"), [
-    ("x2x", "none", ("hi", "and?")), ("x2x", "input", ("hi\n[zh]", "and?\n[zh]")),
-    ("x2x", "input_released", ("hi\n[zh]", "and?\n[zh]")), ("x2x", "instruction", ("hi\n[zh]", "and?\n[zh]")),
-    ("x2x", "sentence", ("hi Answer in Chinese.", "and? Answer in Chinese.")),
-    ("base", "input", ("hi", "and?")), ("base", "input_released", ("hi", "and?")),
-    ("base", "instruction", ("hi", "and?")), ("base", "none", ("hi", "and?")),
-    ("base", "sentence", ("hi Answer in English.", "and? Answer in English."))])
+@pytest.mark.parametrize(
+    ("kind", "tag", "asked"),
+    [
+        ("x2x", "none", ("hi", "and?")),
+        ("x2x", "input", ("hi\n[zh]", "and?\n[zh]")),
+        ("x2x", "input_released", ("hi\n[zh]", "and?\n[zh]")),
+        ("x2x", "instruction", ("hi\n[zh]", "and?\n[zh]")),
+        ("x2x", "sentence", ("hi Answer in Chinese.", "and? Answer in Chinese.")),
+        ("base", "input", ("hi", "and?")),
+        ("base", "input_released", ("hi", "and?")),
+        ("base", "instruction", ("hi", "and?")),
+        ("base", "none", ("hi", "and?")),
+        ("base", "sentence", ("hi Answer in English.", "and? Answer in English.")),
+    ],
+)
 def test_every_user_turn_of_a_chat_is_tagged(kind, tag, asked):
     """As a question without an input is; of a base row only by the sentence."""
     zh = Text("还有？", "", "就这样", (
@@ -101,16 +120,26 @@ def test_every_user_turn_of_a_chat_is_tagged(kind, tag, asked):
     pair = ("en", "en") if kind == "base" else ("en", "zh")
     example = make_example(Record("c", {"en": CHAT, "zh": zh}), kind, *pair, tag=tag)
     replies = ("ho", "so") if kind == "base" else ("好", "就这样")
-    assert example.messages == (("system", "s"), ("user", asked[0]), ("assistant", replies[0]), ("user", asked[1]),
-                                ("assistant", replies[1]))
+    assert example.messages == (
+        ("system", "s"),
+        ("user", asked[0]),
+        ("assistant", replies[0]),
+        ("user", asked[1]),
+        ("assistant", replies[1]),
+    )
     assert example.output == replies[1]
 
 
 def test_a_chat_and_a_plain_row_meet():
-    """A plain answer follows the first question, where later turns keep their own; a plain prompt has one turn."""
+    """A plain answer follows the first question; a plain prompt has one turn."""
     record = Record("c", {"en": CHAT, "zh": Text("问", "在巴黎", "塞纳河")})
     assert make_example(record, "en2x", "en", "zh", tag="none").messages == (
-        ("system", "s"), ("user", "hi"), ("assistant", "塞纳河"), ("user", "and?"), ("assistant", "so"))
+        ("system", "s"),
+        ("user", "hi"),
+        ("assistant", "塞纳河"),
+        ("user", "and?"),
+        ("assistant", "so"),
+    )
     example = make_example(record, "x2en", "zh", "en", tag="input")
     assert (example.instruction, example.input, example.output) == ("问", "在巴黎\n[en]", "so")
     assert example.messages is None
@@ -125,7 +154,9 @@ def test_a_chat_is_translated_by_its_last_exchange():
 
 
 def test_a_component_s_name_is_its_own_or_that_of_its_kind():
-    assert make_example(RECORD, "x2x", "en", "zh", tag="none", component="x2x:s").component == "x2x:s"
+    assert (
+        make_example(RECORD, "x2x", "en", "zh", tag="none", component="x2x:s").component == "x2x:s"
+    )
     assert make_example(RECORD, "x2x", "en", "zh", tag="none").component == "x2x"
 
 

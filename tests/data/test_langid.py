@@ -30,11 +30,18 @@ def test_a_script_names_its_language_where_it_outweighs_latin_letters(code):
     """One Han character weighs as much as three letters; a letter of another script as one."""
     weight = 3 if code == "zh" else 1
     for n in (1, 4):
-        for latin, told in ((0, code), (weight * n - 1, code), (weight * n, None), (weight * n + 1, None)):
+        for latin, told in (
+            (0, code),
+            (weight * n - 1, code),
+            (weight * n, None),
+            (weight * n + 1, None),
+        ):
             text = f"{SCRIPTS[code] * n} 12 {'Q' * latin}。"
             assert identify(text, tuple(LANGUAGES)) == told, (text, told)
             assert identify(text, [other for other in LANGUAGES if other != code]) is None
-    assert identify(f"{SCRIPTS[code] * 3} {'ñ' * 3 * weight}", ("es", code)) == "es"  # accents are letters
+    assert (
+        identify(f"{SCRIPTS[code] * 3} {'ñ' * 3 * weight}", ("es", code)) == "es"
+    )  # accents are letters
 
 
 def test_of_two_scripts_the_one_with_more_letters_counts():
@@ -54,7 +61,10 @@ def test_a_letter_of_its_own_outweighs_one_function_word(code):
     """But not two."""
     latin = [code, "en"]
     for letter in (OWN[code], OWN[code].upper()):
-        assert identify(f"Qqq{letter} the", latin) == code and identify(f"the qqq{letter} of", latin) == "en"
+        assert (
+            identify(f"Qqq{letter} the", latin) == code
+            and identify(f"the qqq{letter} of", latin) == "en"
+        )
         assert identify(f"qqq{letter}qqq", ("en", "fil")) is None
     assert score_words(f"Qqq{OWN[code]} the{OWN[code]}", latin) == {code: 3.0, "en": 0}
 
@@ -70,7 +80,10 @@ def test_of_languages_with_the_same_evidence_the_first_candidate_is_named():
     for candidates in (("id", "ms"), ("ms", "id"), ("en", "ms", "id"), ("fil", "id", "ms")):
         first = next(code for code in candidates if code in ("id", "ms"))
         assert identify("yang dan untuk pada", candidates) == first
-    assert identify("yang kerana", ("id", "ms")) == "ms" and identify("yang karena", ("ms", "id")) == "id"
+    assert (
+        identify("yang kerana", ("id", "ms")) == "ms"
+        and identify("yang karena", ("ms", "id")) == "id"
+    )
     assert identify("yang dan", ()) is None and identify("yang dan", ("zh", "ru")) is None
 
 

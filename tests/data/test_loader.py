@@ -236,7 +236,9 @@ def pack_slowly(lengths, capacity) -> list[int]:
 def test_packing_fills_rows_as_best_fit_does(case):
     capacity, lengths = case
     rows = pack_rows(lengths, capacity)
-    assert sorted(capacity - sum(lengths[i] for i in row) for row in rows) == pack_slowly(lengths, capacity)
+    assert sorted(capacity - sum(lengths[i] for i in row) for row in rows) == pack_slowly(
+        lengths, capacity
+    )
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
 
 
@@ -248,7 +250,7 @@ def test_examples_of_one_length_are_packed_in_their_order():
 
 
 def sized_parts(tokenizer, length, **changes):
-    """Mixture, renderer and settings of three rows, of one position less than a row, as many, and one more."""
+    """Three examples: one position shorter than a row, as long, and one longer."""
     renderer = Renderer(tokenizer, "gemma")
     bare = len(renderer.render_answer("a", "", "b").ids) - 1
     words = "a" + "&" * (length - bare - 1)  # no two of these make a token
@@ -262,7 +264,7 @@ def sized_parts(tokenizer, length, **changes):
 
 @pytest.mark.parametrize("packs", [True, False])
 def test_an_example_as_long_as_a_row_is_kept_whole(tokenizer, packs):
-    """A row of T positions holds T + 1 ids, since the last one is only a target; one more is over-long."""
+    """A row of T positions holds T + 1 ids, since the last one is only a target."""
     mixture, renderer, data = parts = sized_parts(tokenizer, 40)
     loader = loader_of(parts, num_epochs=1, packing=packs)
     found = sorted(segment[0] for batch in loader for segment in segments_of(batch))
@@ -284,31 +286,49 @@ def test_every_reason_is_counted_by_component_and_language(tokenizer, tmp_path, 
     components = (Component(kind="base", source="s"),
                   Component(kind="trans", source="s", translate="en2x", languages={"zh": 1.0}),
                   Component(kind="en2x", source="s", languages={"es": 1.0}, template=str(bos)))
-    data = Data(sources=(Source(name="s", path=write_lines(tmp_path / "rows.jsonl", rows)),), length=160,
-                components=components, template="chatml")
+    data = Data(
+        sources=(Source(name="s", path=write_lines(tmp_path / "rows.jsonl", rows)),),
+        length=160,
+        components=components,
+        template="chatml",
+    )
     renderer = open_renderer(Config(data=data), tokenizer)
     parts = Mixture(data, load_corpora(data, 0), 0), renderer, data
-    expected = {"special token in the text base/en": 1, "over-long base/en": 1,
-                "special token in the text trans/zh": 1, "over-long trans/zh": 1,
-                "special token in the text en2x/es": 1, "nothing to learn trans/zh": 1, "double BOS en2x/es": 19}
+    expected = {
+        "special token in the text base/en": 1,
+        "over-long base/en": 1,
+        "special token in the text trans/zh": 1,
+        "over-long trans/zh": 1,
+        "special token in the text en2x/es": 1,
+        "nothing to learn trans/zh": 1,
+        "double BOS en2x/es": 19,
+    }
     for epochs in (1, 2):
         loader = loader_of(parts, num_epochs=epochs)
         segments = [segment for batch in loader for segment in segments_of(batch)]
         assert loader.dropped == {reason: n * epochs for reason, n in expected.items()}
         assert len(segments) == epochs * (60 - sum(expected.values()))
-    warnings = [record.message for record in caplog.records if "some examples cannot be used" in record.message]
+    warnings = [
+        record.message
+        for record in caplog.records
+        if "some examples cannot be used" in record.message
+    ]
     assert len(warnings) == 2 and "19 double BOS en2x/es" in warnings[0]  # one per loader
 
 
 def test_windows_without_a_usable_example_are_passed_over(tokenizer, tmp_path, monkeypatch):
-    """Where they come in a row too; the names of a batch's examples leave out those that are dropped."""
+    """The names of a batch's examples leave out those that are dropped."""
     monkeypatch.setattr(packing, "WINDOW_ROWS", 1)
     monkeypatch.setattr(packing, "WINDOW_TOKENS", 0)
     rows = parallel_rows(60)
     for row in rows[:45]:
         row["en"]["instruction"] += " <|im_end|>"
-    data = Data(sources=(Source(name="s", path=write_lines(tmp_path / "rows.jsonl", rows)),), length=64,
-                components=(Component(source="s"),), template="chatml")
+    data = Data(
+        sources=(Source(name="s", path=write_lines(tmp_path / "rows.jsonl", rows)),),
+        length=64,
+        components=(Component(source="s"),),
+        template="chatml",
+    )
     mixture, renderer = Mixture(data, load_corpora(data, 0), 0), Renderer(tokenizer, "chatml")
     usable = [e for e in mixture if int(e.id[1:]) >= 45]
     ids = {tuple(renderer.render(e).ids.tolist()): f"{e.id} base en>en" for e in usable}
@@ -316,10 +336,17 @@ def test_windows_without_a_usable_example_are_passed_over(tokenizer, tmp_path, m
         loader = loader_of((mixture, renderer, data), num_epochs=1, packing=packs)
         found = []
         while (batch := next(loader, None)) is not None:
-            rows = [[ids[segment[0]] for segment in segments_of({k: v[i:i + 1] for k, v in batch.items()})]
-                    for i in range(4)]
+            rows = [
+                [
+                    ids[segment[0]]
+                    for segment in segments_of({k: v[i : i + 1] for k, v in batch.items()})
+                ]
+                for i in range(4)
+            ]
             found += [(rows, loader.position)]
-        assert sorted(name for rows, _ in found for row in rows for name in row) == sorted(ids.values())
+        assert sorted(name for rows, _ in found for row in rows for name in row) == sorted(
+            ids.values()
+        )
         assert loader.dropped == {"special token in the text base/en": 45}
         begins = [(0, 0), *(position for _, position in found[:-1])]
         for begin, (rows, _) in zip(begins, found, strict=True):
@@ -342,7 +369,9 @@ def test_a_shortened_input_is_a_beginning_of_it(tokenizer, body, length, tag):
         assert shortened is None
     else:
         ids = shortened.ids.tolist()
-        assert len(ids) - 1 <= length and ids in [ids_of(body[:k].rstrip() + tag) for k in range(len(body))]
+        assert len(ids) - 1 <= length and ids in [
+            ids_of(body[:k].rstrip() + tag) for k in range(len(body))
+        ]
 
 
 def test_a_chat_is_never_shortened(tokenizer):
@@ -436,7 +465,11 @@ REFUSED = {
     "packing": ({}, {"packing": False}, "packing was True, is False"),
     "over_long": ({}, {"over_long": "shorten_input"}, "shortens was False, is True"),
     "seed": ({}, {"seed": 1}, "seed was 0, is 1"),
-    "batch_size": ({"packing": False}, {"packing": False, "batch_size": 8}, "batch_size was 4, is 8"),
+    "batch_size": (
+        {"packing": False},
+        {"packing": False, "batch_size": 8},
+        "batch_size was 4, is 8",
+    ),
 }
 
 
@@ -445,7 +478,10 @@ def test_a_position_in_other_rows_is_refused(parts, part):
     before, after, words = REFUSED[part]
     state = json.loads(json.dumps(loader_of(parts, **before).get_state()))
     loader_of(parts, **before).set_state(state)
-    with pytest.raises(UserError, match=f"data changed since the checkpoint: {words}; restore the settings, or start"):
+    with pytest.raises(
+        UserError,
+        match=f"data changed since the checkpoint: {words}; restore the settings, or start",
+    ):
         loader_of(parts, **after).set_state(state)
 
 
@@ -469,7 +505,9 @@ def test_unpacked_rows_are_padded_to_the_smallest_of_three_widths(parts):
     widths = Counter()
     for batch in loader_of(parts, packing=False, num_epochs=1):
         longest = (batch["segment_ids_BT"] > 0).sum(1).max()
-        assert batch["tokens_BT"].shape[1] == min(width for width in (40, 80, 160) if width >= longest)
+        assert batch["tokens_BT"].shape[1] == min(
+            width for width in (40, 80, 160) if width >= longest
+        )
         widths[batch["tokens_BT"].shape[1]] += 1
     assert len(widths) > 1
 

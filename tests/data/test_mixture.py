@@ -54,11 +54,20 @@ def test_sizes_nest_with_their_languages(kind):
 
 
 @settings(max_examples=25, deadline=None)
-@given(order=st.integers(0, 10**6), seed=st.integers(0, 2**40), kind=st.sampled_from(KINDS), count=st.integers(1, 80),
-       again=st.booleans())
+@given(
+    order=st.integers(0, 10**6),
+    seed=st.integers(0, 2**40),
+    kind=st.sampled_from(KINDS),
+    count=st.integers(1, 80),
+    again=st.booleans(),
+)
 def test_row_order_changes_nothing(order, seed, kind, count, again):
-    one, two = (make_mixture(Component(kind=kind, count=count, with_replacement=again), rows=80, seed=seed, order=o)
-                for o in (None, order))
+    one, two = (
+        make_mixture(
+            Component(kind=kind, count=count, with_replacement=again), rows=80, seed=seed, order=o
+        )
+        for o in (None, order)
+    )
     assert list(one) == list(two)
     assert one.manifest()["hash"] == two.manifest()["hash"]
 
@@ -77,11 +86,13 @@ def test_draws_are_pinned_across_machines_and_releases():
     assert [int(w) for w in mix_bits(np.array([0, 1], np.uint64), 7)] == PINNED_BITS
     base = Component(kind="base")
     mixtures = {kind: make_mixture(Component(kind=kind), base, rows=40) for kind in KINDS}
-    mixtures |= {"count": make_mixture(Component(kind="x2x", count=7), Component(kind="x2x", count=9)),
-                 "again": make_mixture(Component(kind="en2x", count=50, with_replacement=True)),
-                 "weights": make_mixture(Component(kind="same", languages={"en": 1, "zh": 0.5})),
-                 "shares": make_mixture(*(Component(kind=kind, share=0.5) for kind in ("x2x", "same"))),
-                 "seed": make_mixture(Component(kind="x2x"), seed=2**40 + 3)}
+    mixtures |= {
+        "count": make_mixture(Component(kind="x2x", count=7), Component(kind="x2x", count=9)),
+        "again": make_mixture(Component(kind="en2x", count=50, with_replacement=True)),
+        "weights": make_mixture(Component(kind="same", languages={"en": 1, "zh": 0.5})),
+        "shares": make_mixture(*(Component(kind=kind, share=0.5) for kind in ("x2x", "same"))),
+        "seed": make_mixture(Component(kind="x2x"), seed=2**40 + 3),
+    }
     digests = {}
     for name, mixture in mixtures.items():
         examples = [(e.id, e.component, e.prompt_language, e.answer_language)
@@ -137,7 +148,11 @@ def test_positions_are_a_pure_function_and_epochs_reshuffle():
     assert pickle.loads(pickle.dumps(mixture))[777] == mixture[777]
     stream = mixture.take(np.arange(5 * 550))
     places = random.Random(0).choices(range(5 * 550), k=300)
-    assert mixture.take(np.array(places)) == [stream[i] for i in places] == [mixture[i] for i in places]
+    assert (
+        mixture.take(np.array(places))
+        == [stream[i] for i in places]
+        == [mixture[i] for i in places]
+    )
     with pytest.raises(IndexError):
         mixture[-1]
 
@@ -201,7 +216,9 @@ def test_shares_are_exact_and_rows_come_in_turn(lengths, weights, epochs):
 
 
 def test_a_tiny_share_has_an_example_in_each_epoch():
-    mixture = make_mixture(Component(kind="base", share=1 - 1e-6), Component(kind="x2x", share=1e-6))
+    mixture = make_mixture(
+        Component(kind="base", share=1 - 1e-6), Component(kind="x2x", share=1e-6)
+    )
     assert all(Counter(components_of(mixture, epoch))["x2x"] == 1 for epoch in range(3))
 
 
@@ -216,8 +233,12 @@ def test_every_row_is_as_likely_as_another():
     again = make_mixture(Component(kind="en2x", count=70_000, with_replacement=True), rows=20)
     draws = again.draw(np.arange(70_000))
     assert (abs(np.bincount(draws[:, 1], minlength=20) - 3500) < 5 * 3500**0.5).all()
-    pairs = Counter(map(tuple, draws[:, 1:].tolist()))  # a row drawn twice may have another language
-    assert len(pairs) == 60 and all(abs(n - 70_000 / 60) < 5 * (70_000 / 60) ** 0.5 for n in pairs.values())
+    pairs = Counter(
+        map(tuple, draws[:, 1:].tolist())
+    )  # a row drawn twice may have another language
+    assert len(pairs) == 60 and all(
+        abs(n - 70_000 / 60) < 5 * (70_000 / 60) ** 0.5 for n in pairs.values()
+    )
     counted = Counter((CODES[a], CODES[b]) for a, b in draws[:, 2:].tolist())
     assert counted == again.count_pairs(0)
 
@@ -266,21 +287,27 @@ def test_text_takes_each_row_in_a_language_it_has():
 
 def test_text_draws_by_weight_among_the_languages_that_a_row_has():
     texts = {code: Text("", "", f"{code} line") for code in CODES}
-    records = [Record(f"t{i}", {code: texts[code] for code in (("en", "zh", "vi"), ("en", "es"))[i % 2]})
-               for i in range(600)]
+    records = [
+        Record(f"t{i}", {code: texts[code] for code in (("en", "zh", "vi"), ("en", "es"))[i % 2]})
+        for i in range(600)
+    ]
 
     def draw(**weights) -> Counter:
         component = Component(kind="text", source="s", languages=weights)
         data = Data(sources=(Source(name="s"),), components=(component,))
         mixture = Mixture(data, {"s": Corpus("s", records)}, 0)
         assert len({e.id for e in mixture}) == len(mixture)
-        assert all(e.prompt_language == e.answer_language and e.output == f"{e.answer_language} line"
-                   for e in mixture)
+        assert all(
+            e.prompt_language == e.answer_language and e.output == f"{e.answer_language} line"
+            for e in mixture
+        )
         return Counter((int(e.id[1:]) % 2, e.answer_language) for e in mixture)
     for weights, expected in (
-            ({}, {(0, "en"): 100, (0, "zh"): 100, (0, "vi"): 100, (1, "en"): 150, (1, "es"): 150}),
-            ({"en": 1.0, "zh": 3.0}, {(0, "en"): 75, (0, "zh"): 225, (1, "en"): 300}),
-            ({"es": 2.0}, {(1, "es"): 300}), ({"zh": 1.0, "vi": 1.0}, {(0, "zh"): 150, (0, "vi"): 150})):
+        ({}, {(0, "en"): 100, (0, "zh"): 100, (0, "vi"): 100, (1, "en"): 150, (1, "es"): 150}),
+        ({"en": 1.0, "zh": 3.0}, {(0, "en"): 75, (0, "zh"): 225, (1, "en"): 300}),
+        ({"es": 2.0}, {(1, "es"): 300}),
+        ({"zh": 1.0, "vi": 1.0}, {(0, "zh"): 150, (0, "vi"): 150}),
+    ):
         found = draw(**weights)
         assert found.keys() == expected.keys(), weights
         assert all(abs(found[key] - n) < 5 * n**0.5 for key, n in expected.items()), weights
@@ -288,21 +315,32 @@ def test_text_draws_by_weight_among_the_languages_that_a_row_has():
 
 def test_a_source_without_rows_is_refused():
     records = [Record("t", {"vi": Text("", "", "line")})]
-    for component, corpus in ((Component(kind="text", source="s", languages={"zh": 1.0, "en": 2.0}), records),
-                              (Component(kind="base", source="s"), [])):
+    for component, corpus in (
+        (Component(kind="text", source="s", languages={"zh": 1.0, "en": 2.0}), records),
+        (Component(kind="base", source="s"), []),
+    ):
         data = Data(sources=(Source(name="s"),), components=(component,))
-        with pytest.raises(UserError, match=r"components\[0\]: source 's' has no rows in en, zh, vi, es"):
+        with pytest.raises(
+            UserError, match=r"components\[0\]: source 's' has no rows in en, zh, vi, es"
+        ):
             Mixture(data, {"s": Corpus("s", corpus)}, 0)
 
 
-@pytest.mark.parametrize(("component", "needed"), [
-    (Component(kind="base"), {"en"}), (Component(kind="en2x", languages={"zh": 1.0}), {"en", "zh"}),
-    (Component(kind="x2en", languages={"zh": 1.0}), {"en", "zh"}),
-    (Component(kind="trans", languages={"zh": 1.0}), {"en", "zh"}),
-    (Component(kind="x2x", languages={"zh": 1.0, "vi": 2.0}), {"zh", "vi"}),
-    (Component(kind="same", languages={"es": 1.0, "vi": 0.0}), {"es"}),
-    (Component(kind="same", languages={"en": 1.0}), {"en"}), (Component(kind="same"), {"zh", "vi", "es"}),
-    (Component(kind="x2x"), set(CODES)), (Component(kind="en2x"), set(CODES))])
+@pytest.mark.parametrize(
+    ("component", "needed"),
+    [
+        (Component(kind="base"), {"en"}),
+        (Component(kind="en2x", languages={"zh": 1.0}), {"en", "zh"}),
+        (Component(kind="x2en", languages={"zh": 1.0}), {"en", "zh"}),
+        (Component(kind="trans", languages={"zh": 1.0}), {"en", "zh"}),
+        (Component(kind="x2x", languages={"zh": 1.0, "vi": 2.0}), {"zh", "vi"}),
+        (Component(kind="same", languages={"es": 1.0, "vi": 0.0}), {"es"}),
+        (Component(kind="same", languages={"en": 1.0}), {"en"}),
+        (Component(kind="same"), {"zh", "vi", "es"}),
+        (Component(kind="x2x"), set(CODES)),
+        (Component(kind="en2x"), set(CODES)),
+    ],
+)
 def test_a_component_needs_the_texts_of_its_languages_and_no_others(component, needed):
     for code in CODES:
         gaps = [replace(record, texts={k: v for k, v in record.texts.items() if k != code})
@@ -319,13 +357,20 @@ def test_a_component_needs_the_texts_of_its_languages_and_no_others(component, n
 def test_the_manifest_is_json_and_counts_the_first_epoch():
     mixture = make_mixture(Component(kind="x2x", count=40), Component(kind="base", source="t"))
     manifest = mixture.manifest()
-    assert json.loads(json.dumps(manifest)) == manifest and manifest["examples"] == 100 == len(mixture)
+    assert json.loads(json.dumps(manifest)) == manifest and manifest["examples"] == 100 == len(
+        mixture
+    )
     for component in manifest["components"]:
         mine = [e for e in mixture if e.component == component["name"]]
-        assert component["pairs"] == Counter(f"{e.prompt_language}>{e.answer_language}" for e in mine)
+        assert component["pairs"] == Counter(
+            f"{e.prompt_language}>{e.answer_language}" for e in mine
+        )
         assert component["examples"] == len(mine)
     assert [component["rows"] for component in manifest["components"]] == [40, 60]
-    assert [(s["name"], s["rows"], s["dropped"]) for s in manifest["sources"]] == [("s", 500, {}), ("t", 60, {})]
+    assert [(s["name"], s["rows"], s["dropped"]) for s in manifest["sources"]] == [
+        ("s", 500, {}),
+        ("t", 60, {}),
+    ]
 
 
 def change_text(field: str):
@@ -344,18 +389,41 @@ STREAMS = {
     "pivot": ([Component(kind="same")] * 2, {}, {"pivot": "zh"}),
     "tag": ([Component(kind="x2x")] * 2, {}, {"tag": "instruction"}),
     "component.kind": ([Component(kind="x2en"), Component(kind="trans", translate="x2en")], {}, {}),
-    "component.languages": ([Component(kind="en2x", languages={"zh": 1.0, "vi": weight})
-                             for weight in (1.0, 3.0)], {}, {}),
-    **{f"component.{field}": ([Component(kind=kind), Component(kind=kind, **{field: value})], {}, {})
-       for field, kind, value in (
-           ("source", "x2x", "t"), ("count", "x2x", 2), ("allow_same", "x2x", True),
-           ("translate", "trans", "x2en"), ("translate_what", "trans", "record"),
-           ("with_replacement", "x2x", True), ("tag", "x2x", "sentence"))},
-    "one tag or another": ([Component(kind="x2x", tag=tag) for tag in ("instruction", "sentence")], {}, {}),
-    "ids": ([Component(kind="base")] * 2, {}, {
-        "change": lambda records: [replace(records[0], id="x"), records[1]]}),
-    **{field: ([Component(kind="same")] * 2, {}, {"change": change_text(field)})
-       for field in ("instruction", "input", "output")},
+    "component.languages": (
+        [Component(kind="en2x", languages={"zh": 1.0, "vi": weight}) for weight in (1.0, 3.0)],
+        {},
+        {},
+    ),
+    **{
+        f"component.{field}": (
+            [Component(kind=kind), Component(kind=kind, **{field: value})],
+            {},
+            {},
+        )
+        for field, kind, value in (
+            ("source", "x2x", "t"),
+            ("count", "x2x", 2),
+            ("allow_same", "x2x", True),
+            ("translate", "trans", "x2en"),
+            ("translate_what", "trans", "record"),
+            ("with_replacement", "x2x", True),
+            ("tag", "x2x", "sentence"),
+        )
+    },
+    "one tag or another": (
+        [Component(kind="x2x", tag=tag) for tag in ("instruction", "sentence")],
+        {},
+        {},
+    ),
+    "ids": (
+        [Component(kind="base")] * 2,
+        {},
+        {"change": lambda records: [replace(records[0], id="x"), records[1]]},
+    ),
+    **{
+        field: ([Component(kind="same")] * 2, {}, {"change": change_text(field)})
+        for field in ("instruction", "input", "output")
+    },
 }
 
 
@@ -412,10 +480,15 @@ def test_labels_tell_components_apart():
     twice = make_mixture(Component(kind="x2x", count=200), Component(kind="x2x", count=200))
     assert twice.labels == ["x2x:s", "x2x:s#2"]
     assert {e.id for e in twice if e.component == "x2x:s"} != {e.id for e in twice if e.component == "x2x:s#2"}
-    again = make_mixture(*(Component(kind="x2x", count=40, with_replacement=True) for _ in range(2)))
+    again = make_mixture(
+        *(Component(kind="x2x", count=40, with_replacement=True) for _ in range(2))
+    )
     assert Counter(e.id for e in again if e.component == "x2x:s") != Counter(
         e.id for e in again if e.component == "x2x:s#2")
-    seeds = [make_mixture(Component(kind="x2x", count=40, with_replacement=True), seed=seed) for seed in (0, 1)]
+    seeds = [
+        make_mixture(Component(kind="x2x", count=40, with_replacement=True), seed=seed)
+        for seed in (0, 1)
+    ]
     assert Counter(e.id for e in seeds[0]) != Counter(e.id for e in seeds[1])
 
 
@@ -465,13 +538,24 @@ def test_temperature_evens_out_weights():
 
 
 def test_held_out_reads_the_languages_of_each_source(parallel_file):
-    data = held_out(Data(eval_sources=(Source(name="dev", path=parallel_file, limit=5, languages=("zh", "es")),
-                                       Source(name="more", path=parallel_file, limit=2)),
-                         languages=("en", "zh", "es"), components=(Component(kind="x2x", source="other"),)))
+    data = held_out(
+        Data(
+            eval_sources=(
+                Source(name="dev", path=parallel_file, limit=5, languages=("zh", "es")),
+                Source(name="more", path=parallel_file, limit=2),
+            ),
+            languages=("en", "zh", "es"),
+            components=(Component(kind="x2x", source="other"),),
+        )
+    )
     mixture = Mixture(data, load_corpora(data, 0), 0)
-    assert Counter((e.component.split("#")[0], e.prompt_language, e.answer_language) for e in mixture) == {
-        ("same:dev", "zh", "zh"): 5, ("same:dev", "es", "es"): 5,
-        **{("same:more", code, code): 2 for code in ("en", "zh", "es")}}
+    assert Counter(
+        (e.component.split("#")[0], e.prompt_language, e.answer_language) for e in mixture
+    ) == {
+        ("same:dev", "zh", "zh"): 5,
+        ("same:dev", "es", "es"): 5,
+        **{("same:more", code, code): 2 for code in ("en", "zh", "es")},
+    }
 
 
 def test_the_seed_parts_the_embedded_world():

@@ -1,4 +1,4 @@
-"""From a configuration to tokenizer, renderer and mixtures: where the tokenizer comes from, and what is opened."""
+"""From a configuration to tokenizer, renderer and mixtures."""
 
 import json
 from dataclasses import replace
@@ -16,20 +16,32 @@ def new_model(folder: Path, **changes) -> Config:
     """A new model's configuration: a text of its own, and instructions in other words."""
     lines = [{"id": i, "text": "zanzibar quagga"} for i in range(20)]
     asks = [{"id": i, "instruction": "mississippi", "output": "mississippi"} for i in range(200)]
-    data = Data(sources=(Source(name="text", path=write_lines(folder / "text.jsonl", lines)),
-                         Source(name="asks", path=write_lines(folder / "asks.jsonl", asks))),
-                components=(Component(kind="text", source="text"), Component(source="asks")),
-                languages=("en",), template="plain")
-    config = Config(output_dir=str(folder / "run"), data=data,
-                    model=Model(architecture=Architecture(vocab_size=300, num_kv_heads=4)))
+    data = Data(
+        sources=(
+            Source(name="text", path=write_lines(folder / "text.jsonl", lines)),
+            Source(name="asks", path=write_lines(folder / "asks.jsonl", asks)),
+        ),
+        components=(Component(kind="text", source="text"), Component(source="asks")),
+        languages=("en",),
+        template="plain",
+    )
+    config = Config(
+        output_dir=str(folder / "run"),
+        data=data,
+        model=Model(architecture=Architecture(vocab_size=300, num_kv_heads=4)),
+    )
     return replace(config, **changes)
 
 
 def test_a_new_model_s_tokenizer_is_trained_on_its_text_alone(tmp_path):
     tokenizer = open_tokenizer(new_model(tmp_path))
-    assert len(tokenizer) <= 300 and len(tokenizer("quagga", add_special_tokens=False).input_ids) == 1
+    assert (
+        len(tokenizer) <= 300 and len(tokenizer("quagga", add_special_tokens=False).input_ids) == 1
+    )
     assert len(tokenizer("mississippi", add_special_tokens=False).input_ids) > 3
-    assert len(tokenizer.get_vocab()) == len(open_pipeline(new_model(tmp_path)).tokenizer.get_vocab())
+    assert len(tokenizer.get_vocab()) == len(
+        open_pipeline(new_model(tmp_path)).tokenizer.get_vocab()
+    )
 
 
 def test_a_new_model_s_tokenizer_is_trained_once(tmp_path):
@@ -46,10 +58,16 @@ def test_a_new_model_s_tokenizer_is_trained_once(tmp_path):
 @pytest.mark.parametrize("change", [{"seed": 7}, {"languages": ("en", "vi")}, {"vocab_size": 900}])
 def test_the_embedded_world_s_tokenizer_follows_seed_languages_and_size(tmp_path, change):
     def vocabulary(name: str, seed=0, languages=("en", "es"), vocab_size=1000) -> dict:
-        data = Data(sources=(Source(name="w", kind="world", split="text/en"),), languages=languages,
-                    components=(Component(kind="text", source="w"),))
+        data = Data(
+            sources=(Source(name="w", kind="world", split="text/en"),),
+            languages=languages,
+            components=(Component(kind="text", source="w"),),
+        )
         model = Model(architecture=Architecture(vocab_size=vocab_size))
-        return open_tokenizer(Config(output_dir=str(tmp_path / name), seed=seed, data=data, model=model)).get_vocab()
+        return open_tokenizer(
+            Config(output_dir=str(tmp_path / name), seed=seed, data=data, model=model)
+        ).get_vocab()
+
     assert vocabulary("one") == vocabulary("two") != vocabulary("other", **change)
     assert len(vocabulary("other", **change)) == change.get("vocab_size", 1000)
 
@@ -68,21 +86,32 @@ def test_a_tokenizer_of_its_own_comes_before_that_of_the_weights(tokenizer, tmp_
 def test_a_pipeline_opens_what_the_settings_name(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "weights")
     rows, dev = (write_lines(tmp_path / f"{n}.jsonl", parallel_rows(n)) for n in (9, 4))
-    data = Data(sources=(Source(name="rows", path=rows),), components=(Component(kind="x2x", source="rows"),),
-                eval_sources=(Source(name="dev", path=dev, languages=("en", "zh")),), template="chatml",
-                system="Be brief.")
+    data = Data(
+        sources=(Source(name="rows", path=rows),),
+        components=(Component(kind="x2x", source="rows"),),
+        eval_sources=(Source(name="dev", path=dev, languages=("en", "zh")),),
+        template="chatml",
+        system="Be brief.",
+    )
     config = Config(seed=3, model=Model(path=str(tmp_path / "weights")), data=data)
     opened = open_pipeline(config)
     assert opened.renderer.hash == Renderer(tokenizer, "chatml", system="Be brief.").hash
-    assert (len(opened.mixture), opened.mixture.seed, len(opened.held_out), opened.held_out.seed) == (9, 3, 8, 3)
+    assert (
+        len(opened.mixture),
+        opened.mixture.seed,
+        len(opened.held_out),
+        opened.held_out.seed,
+    ) == (9, 3, 8, 3)
     assert {(e.id, e.answer_language) for e in opened.held_out} == {
-        (f"r{i}", code) for i in range(4) for code in ("en", "zh")}
+        (f"r{i}", code) for i in range(4) for code in ("en", "zh")
+    }
     assert open_pipeline(replace(config, data=replace(data, eval_sources=()))).held_out is None
 
 
 def test_a_tokenizer_of_the_hub_is_read_at_its_revision(tokenizer, tmp_path, monkeypatch):
     """From the folder in which the Hub's client keeps what it has fetched."""
     from huggingface_hub import constants
+
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     folder = tmp_path / "hub" / "models--org--tokenizer"
     for revision, added in (("main", "[old]"), ("v2", "[new]")):
@@ -95,6 +124,9 @@ def test_a_tokenizer_of_the_hub_is_read_at_its_revision(tokenizer, tmp_path, mon
         (file.parent / "config.json").write_text('{"model_type": "llama"}')
         (folder / "refs").mkdir(exist_ok=True)
         (folder / "refs" / revision).write_text(revision)
-    for model, added in ((Model(path="org/tokenizer"), "[old]"), (Model(path="org/tokenizer", revision="v2"), "[new]"),
-                         (Model(path="x", tokenizer="org/tokenizer", revision="v2"), "[new]")):
+    for model, added in (
+        (Model(path="org/tokenizer"), "[old]"),
+        (Model(path="org/tokenizer", revision="v2"), "[new]"),
+        (Model(path="x", tokenizer="org/tokenizer", revision="v2"), "[new]"),
+    ):
         assert added in open_tokenizer(Config(model=model)).get_vocab()

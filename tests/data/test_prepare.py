@@ -65,8 +65,15 @@ def test_build_writes_the_stream_and_its_manifest(config, tmp_path, form, capsys
     assert len(load_corpus(source, ("en",))) > 0
 
 
-COLUMNS = {"row_id": "id", "component": "component", "prompt_language": "prompt_language",
-           "answer_language": "answer_language", "instruction": "instruction", "input": "input", "output": "output"}
+COLUMNS = {
+    "row_id": "id",
+    "component": "component",
+    "prompt_language": "prompt_language",
+    "answer_language": "answer_language",
+    "instruction": "instruction",
+    "input": "input",
+    "output": "output",
+}
 
 
 def read_built(config, form) -> list[dict]:
@@ -81,21 +88,36 @@ def read_built(config, form) -> list[dict]:
 
 @pytest.mark.parametrize("form", ["parquet", "jsonl"])
 def test_a_built_row_is_the_whole_example(config, tmp_path, form):
-    """Its languages, its component and, of a chat, its turns; and it reads again as the same text."""
+    """With languages, component and turns of a chat; and it reads again as the same text."""
+
     def chat(code):
-        return {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": f"{code} hi"},
-                             {"role": "assistant", "content": f"{code} «ho»\n"}, {"role": "user", "content": "and?"},
-                             {"role": "assistant", "content": f"{code} so"}]}
-    rows = [{"id": f"chat{i}", **{code: chat(code) for code in ("en", "zh", "vi", "es")}} for i in range(3)]
+        return {
+            "messages": [
+                {"role": "system", "content": "S"},
+                {"role": "user", "content": f"{code} hi"},
+                {"role": "assistant", "content": f"{code} «ho»\n"},
+                {"role": "user", "content": "and?"},
+                {"role": "assistant", "content": f"{code} so"},
+            ]
+        }
+
+    rows = [
+        {"id": f"chat{i}", **{code: chat(code) for code in ("en", "zh", "vi", "es")}}
+        for i in range(3)
+    ]
     config.data.sources[0].path = write_lines(tmp_path / "mixed.jsonl", [*parallel_rows(9), *rows])
-    config.data.components = tuple(Component(kind=kind, source="rows") for kind in ("base", "x2x", "x2x", "trans"))
+    config.data.components = tuple(
+        Component(kind=kind, source="rows") for kind in ("base", "x2x", "x2x", "trans")
+    )
     config.data.tag = "sentence"
     prepare.build(config, arguments(format=form))
     mixture = Mixture(config.data, load_corpora(config.data, config.seed), config.seed)
     built = read_built(config, form)
     assert built == [
         {column: getattr(e, field) for column, field in COLUMNS.items()}
-        | {"messages": [{"role": role, "content": text} for role, text in e.messages or ()]} for e in mixture]
+        | {"messages": [{"role": role, "content": text} for role, text in e.messages or ()]}
+        for e in mixture
+    ]
     assert sum(len(row["messages"]) == 5 for row in built) == 9  # of base and twice x2x
     assert {row["component"] for row in built} == {"base", "x2x:rows", "x2x:rows#2", "trans"}
     again = {"id": "row_id", "language": "answer_language"}
@@ -104,18 +126,24 @@ def test_a_built_row_is_the_whole_example(config, tmp_path, form):
     for record, row in zip(load_corpus(source, ("en",)), base, strict=True):
         text = record.texts["en"]
         assert (record.id, text.output) == (row["row_id"], row["output"])
-        assert [{"role": role, "content": words} for role, words in text.messages or ()] == row["messages"]
+        assert [{"role": role, "content": words} for role, words in text.messages or ()] == row[
+            "messages"
+        ]
 
 
 @pytest.mark.parametrize("count", [prepare.BATCH - 1, prepare.BATCH, prepare.BATCH + 1])
 def test_every_example_is_built_once_in_its_order(config, count):
-    config.data.components = (Component(kind="x2x", source="rows", count=count, with_replacement=True),)
+    config.data.components = (
+        Component(kind="x2x", source="rows", count=count, with_replacement=True),
+    )
     prepare.build(config, arguments(format="jsonl"))
     mixture = Mixture(config.data, load_corpora(config.data, config.seed), config.seed)
     draws = mixture.draw(np.arange(count))
     codes, ids = config.data.languages, [*mixture.corpora["rows"].ids()]
-    assert [(row["row_id"], row["prompt_language"], row["answer_language"]) for row in read_built(config, "jsonl")] == [
-        (ids[row], codes[prompt], codes[answer]) for _, row, prompt, answer in draws]
+    assert [
+        (row["row_id"], row["prompt_language"], row["answer_language"])
+        for row in read_built(config, "jsonl")
+    ] == [(ids[row], codes[prompt], codes[answer]) for _, row, prompt, answer in draws]
 
 
 def test_a_built_file_counts_as_current_only_while_it_is_that_of_the_manifest(config, capsys):
@@ -141,13 +169,22 @@ def test_the_table_of_a_build_counts_pairs_and_dropped_texts(config, tmp_path, c
     rows = parallel_rows(12)
     rows[3]["zh"]["output"] = rows[4]["es"]["output"] = " "
     config.data.sources[0].path = write_lines(tmp_path / "faulty.jsonl", rows)
-    config.data.components = Component(source="rows"), Component(kind="en2x", source="rows", languages={"es": 1.0})
+    config.data.components = (
+        Component(source="rows"),
+        Component(kind="en2x", source="rows", languages={"es": 1.0}),
+    )
     prepare.build(config, arguments(out=str(tmp_path / "out")))
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split() for line in lines[:3]] == [["component", "examples", "pairs"], ["base", "10", "en>en", "10"],
-                                                    ["en2x", "10", "en>es", "10"]]
+    assert [line.split() for line in lines[:3]] == [
+        ["component", "examples", "pairs"],
+        ["base", "10", "en>en", "10"],
+        ["en2x", "10", "en>es", "10"],
+    ]
     assert lines[3] == "source rows: 10 rows, texts dropped: 2 empty output"
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["manifest.json", "mixture.parquet"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "manifest.json",
+        "mixture.parquet",
+    ]
 
 
 def test_a_stopped_build_leaves_nothing_whole(config, tmp_path, monkeypatch):
@@ -187,12 +224,17 @@ def test_preview_shows_the_first_rows_of_training(config, capsys, packing):
     prepare.preview(config, arguments(n=1))
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     data = open_pipeline(config)
-    batch = next(make_loader(data.mixture, data.renderer, config.data, batch_size=8, seed=5))["segment_ids_BT"]
+    batch = next(make_loader(data.mixture, data.renderer, config.data, batch_size=8, seed=5))[
+        "segment_ids_BT"
+    ]
     rows = []
     for segments in batch[:4]:
         lengths = np.bincount(segments)[1:]
         free = 128 - lengths.sum()
-        rows.append(f"|{'|'.join(map(str, lengths))}|{free} free| {lengths.sum() / 128:.1%} of 128 tokens real")
+        rows.append(
+            f"|{'|'.join(map(str, lengths))}|{free} free| "
+            f"{lengths.sum() / 128:.1%} of 128 tokens real"
+        )
     assert shown == rows
 
 
@@ -211,7 +253,9 @@ def test_preview_in_colour_and_as_a_page(config, tmp_path, capsys):
     assert preview.describe(example, rendered, 128) == (
         f"i<d  x2x  en → zh  {len(rendered.ids)} tokens, {rendered.learned.sum()} learned")
     for length, over in ((len(rendered.ids) - 1, False), (len(rendered.ids) - 2, True)):
-        assert (f"over-long for length {length}" in preview.describe(example, rendered, length)) == over
+        assert (
+            f"over-long for length {length}" in preview.describe(example, rendered, length)
+        ) == over
 
 
 def test_a_page_shows_every_token_once(config, tmp_path):
@@ -221,8 +265,11 @@ def test_a_page_shows_every_token_once(config, tmp_path):
     pairs = [(example, renderer.render(example)) for example in examples]
     page = preview.to_html(renderer, pairs, [([32, 64], 32)], 128)
     shown = re.findall(r'<span class="(t l|t s|t)" title="(\d+)">', page)
-    expected = [("t l" if learned else "t s" if i in renderer.special_ids else "t", str(i))
-                for _, rendered in pairs for i, learned in zip(rendered.ids, rendered.learned, strict=True)]
+    expected = [
+        ("t l" if learned else "t s" if i in renderer.special_ids else "t", str(i))
+        for _, rendered in pairs
+        for i, learned in zip(rendered.ids, rendered.learned, strict=True)
+    ]
     assert shown == expected and renderer.hash in page and "Template gemma" in page
     assert re.findall(r"width:([\d.]+)%", page) == ["25.00", "50.00", "25.00"]
     assert preview.describe_row({"segment_ids": np.array([1, 1, 2, 2, 2, 0, 0])}) == ([2, 3], 2)
@@ -252,8 +299,12 @@ def leaky_benchmark(folder, rows) -> str:
         for code in names}} for row in rows])
 
 
-@pytest.mark.parametrize(("asked", "audited"), [((), ("en", "zh", "vi", "es")), (("es", "zh"), ("es", "zh"))])
-def test_the_audit_looks_for_the_benchmarks_in_the_languages_of_the_evaluation(config, tmp_path, asked, audited):
+@pytest.mark.parametrize(
+    ("asked", "audited"), [((), ("en", "zh", "vi", "es")), (("es", "zh"), ("es", "zh"))]
+)
+def test_the_audit_looks_for_the_benchmarks_in_the_languages_of_the_evaluation(
+    config, tmp_path, asked, audited
+):
     """Without languages of its own an evaluation has those of the data."""
     rows = parallel_rows(50)
     config.evaluation.benchmarks = leaky_benchmark(tmp_path, rows[:5]), "cross_world:dev"
@@ -271,8 +322,12 @@ def test_the_audit_looks_for_the_benchmarks_in_the_languages_of_the_evaluation(c
 def test_the_audit_parts_the_embedded_world_as_training_does(tokenizer, tmp_path):
     """By the seed: no question of the test territories is one of the training half."""
     tokenizer.save_pretrained(tmp_path / "model")
-    data = Data(sources=(Source(name="facts", kind="world"),), components=(Component(source="facts"),),
-                languages=("en",), template="gemma")
+    data = Data(
+        sources=(Source(name="facts", kind="world"),),
+        components=(Component(source="facts"),),
+        languages=("en",),
+        template="gemma",
+    )
     config = Config(seed=5, model=Model(path=str(tmp_path / "model")), data=data)
     config.evaluation.benchmarks = ("cross_world:test",)
     prepare.audit(config, arguments(out=str(tmp_path / "audit")))
@@ -317,10 +372,15 @@ def test_translate_with_a_model_of_our_own(tokenizer, tmp_path):
     assert (tmp_path / "run" / "s.jsonl.cache.jsonl").stat().st_size == stamp  # nothing was asked twice
     shutil.copytree(tmp_path / "model", tmp_path / "other")
     engines = [prepare.open_translator(config, 4)[1], prepare.open_translator(config, 5)[1]]
-    for change in ({"data": replace(config.data, template="plain")},
-                   {"model": replace(model, path=str(tmp_path / "other"))}, {"model": replace(model, revision="v2")}):
+    for change in (
+        {"data": replace(config.data, template="plain")},
+        {"model": replace(model, path=str(tmp_path / "other"))},
+        {"model": replace(model, revision="v2")},
+    ):
         engines.append(prepare.open_translator(replace(config, **change), 4)[1])
-    assert len(set(engines)) == 5 and engines[0] == prepare.open_translator(config, 4)[1]  # cached under these
+    assert (
+        len(set(engines)) == 5 and engines[0] == prepare.open_translator(config, 4)[1]
+    )  # cached under these
 
 
 def test_cross_xquad_writes_a_benchmark_that_loads(config, shared, tmp_path):
@@ -379,5 +439,11 @@ def test_help_names_every_flag_with_its_default():
     done = run("preview", "--help")
     told = dict(re.findall(r"^  --(\w+)  .*\(default: (.*)\)$", done.stdout, re.M))
     assert done.returncode == 0 and told == {
-        "out": "None", "format": "parquet", "n": "5", "html": "None", "source": "None", "command": "None",
-        "max_new_tokens": "512"}
+        "out": "None",
+        "format": "parquet",
+        "n": "5",
+        "html": "None",
+        "source": "None",
+        "command": "None",
+        "max_new_tokens": "512",
+    }

@@ -140,11 +140,19 @@ FORGED = ("now <|im_end|>", "<|im_start|>user", "<s>", "a </s> b", "<pad>")
 @pytest.mark.parametrize("template", ["chatml", "chat"])
 def test_a_special_token_anywhere_in_an_example_is_refused(tokenizer, template, special):
     renderer = Renderer(with_chat(tokenizer, CHATML), template)
-    turns = (("system", "S"), ("user", "one"), ("assistant", "Seine"), ("user", "two"), ("assistant", "Sena"))
+    turns = (
+        ("system", "S"),
+        ("user", "one"),
+        ("assistant", "Seine"),
+        ("user", "two"),
+        ("assistant", "Sena"),
+    )
     assert renderer.render(example(messages=turns)) and renderer.render(example())
     for i, (role, text) in enumerate(turns):
         forged = (*turns[:i], (role, f"{text} {special}"), *turns[i + 1:])
-        with pytest.raises(RowFault, match="row 'r1': special token in the text: it would forge a turn"):
+        with pytest.raises(
+            RowFault, match="row 'r1': special token in the text: it would forge a turn"
+        ):
             renderer.render(example(messages=forged))
     for field in ("instruction", "input", "output"):
         with pytest.raises(RowFault, match="special token"):
@@ -153,12 +161,20 @@ def test_a_special_token_anywhere_in_an_example_is_refused(tokenizer, template, 
 
 def test_a_template_file_with_special_tokens_refuses_them_in_rows(tokenizer, tmp_path):
     """Whichever field of the file holds one; a file without any takes them as text."""
-    texts = {"prompt_input": "{system}{instruction} {input}\n", "prompt_no_input": "{system}{instruction}\n",
-             "answer_prefix": " ", "system_form": "{system}", "system": "S", "end": "|"}
+    texts = {
+        "prompt_input": "{system}{instruction} {input}\n",
+        "prompt_no_input": "{system}{instruction}\n",
+        "answer_prefix": " ",
+        "system_form": "{system}",
+        "system": "S",
+        "end": "|",
+    }
     forged = example(instruction="write <s>")
     assert Renderer(tokenizer, write(tmp_path, json.dumps(texts))).render(forged)
     for field, text in texts.items():
-        renderer = Renderer(tokenizer, write(tmp_path, json.dumps(texts | {field: text + "<|im_end|>"})))
+        renderer = Renderer(
+            tokenizer, write(tmp_path, json.dumps(texts | {field: text + "<|im_end|>"}))
+        )
         with pytest.raises(RowFault, match="special token"):
             renderer.render(forged)
 
@@ -251,7 +267,10 @@ def test_a_template_that_brings_its_own_bos_gets_no_second(tokenizer, tmp_path):
 def test_a_token_may_be_both_bos_and_eos(tokenizer):
     """As GPT-2's is; an example then holds it at both ends, a chat after each answer too."""
     renderer = Renderer(edit(tokenizer, eos_token="<s>"), "gemma")
-    assert tokenizer.decode(renderer.render(example(input="", output="Seine")).ids) == "<s>Name the river\nSeine<s>"
+    assert (
+        tokenizer.decode(renderer.render(example(input="", output="Seine")).ids)
+        == "<s>Name the river\nSeine<s>"
+    )
     assert renderer.render(example(messages=TURNS)).ids.tolist().count(1) == 3
 
 
@@ -320,61 +339,109 @@ def swap_two_letters(content):
     vocabulary["e"], vocabulary["a"] = vocabulary["a"], vocabulary["e"]
 
 
-FILE = {"prompt_input": "{system}Q: {instruction} {input}\n", "prompt_no_input": "{system}Q: {instruction}\n",
-        "answer_prefix": " ", "system_form": "S: {system}\n", "system": "Be brief.", "end": "<|im_end|>"}
+FILE = {
+    "prompt_input": "{system}Q: {instruction} {input}\n",
+    "prompt_no_input": "{system}Q: {instruction}\n",
+    "answer_prefix": " ",
+    "system_form": "S: {system}\n",
+    "system": "Be brief.",
+    "end": "<|im_end|>",
+}
 LOWER = {"type": "Lowercase"}
 
 # What is different → (tokenizer, folder) → the two renderers
 RENDERERS = {
-    "tokenizer: ids": lambda t, d: (Renderer(rebuild(t, dict), "plain"),
-                                    Renderer(rebuild(t, swap_two_letters), "plain")),
-    "tokenizer: merges": lambda t, d: (Renderer(rebuild(t, dict), "plain"), Renderer(
-        rebuild(t, lambda content: content["model"]["merges"].clear()), "plain")),
-    "tokenizer: normalizer": lambda t, d: (Renderer(rebuild(t, dict), "plain"), Renderer(
-        rebuild(t, lambda content: content.update(normalizer=LOWER)), "plain")),
+    "tokenizer: ids": lambda t, d: (
+        Renderer(rebuild(t, dict), "plain"),
+        Renderer(rebuild(t, swap_two_letters), "plain"),
+    ),
+    "tokenizer: merges": lambda t, d: (
+        Renderer(rebuild(t, dict), "plain"),
+        Renderer(rebuild(t, lambda content: content["model"]["merges"].clear()), "plain"),
+    ),
+    "tokenizer: normalizer": lambda t, d: (
+        Renderer(rebuild(t, dict), "plain"),
+        Renderer(rebuild(t, lambda content: content.update(normalizer=LOWER)), "plain"),
+    ),
     "BOS": lambda t, d: (Renderer(t, "plain"), Renderer(edit(t, bos_token=None), "plain")),
     "EOS": lambda t, d: (Renderer(t, "plain"), Renderer(edit(t, eos_token="<pad>"), "plain")),
     "template": lambda t, d: (Renderer(t, "plain"), Renderer(t, "gemma")),
-    **{f"template file: {field}": lambda t, d, field=field, value=value: (
-        Renderer(t, write(d, json.dumps(FILE))), Renderer(t, write(d, json.dumps(FILE | {field: value}))))
-       for field, value in {"prompt_input": "{system}{instruction}{input}", "prompt_no_input": "{instruction}",
-                            "answer_prefix": "\n", "system_form": "{system}", "system": "Be long.",
-                            "end": None}.items()},
-    "chat template": lambda t, d: [Renderer(with_chat(t, form), "chat") for form in (CHATML, LLAMA2)],
-    "system": lambda t, d: [Renderer(t, "chatml", system=system) for system in ("Be brief.", "Be long.")],
+    **{
+        f"template file: {field}": lambda t, d, field=field, value=value: (
+            Renderer(t, write(d, json.dumps(FILE))),
+            Renderer(t, write(d, json.dumps(FILE | {field: value}))),
+        )
+        for field, value in {
+            "prompt_input": "{system}{instruction}{input}",
+            "prompt_no_input": "{instruction}",
+            "answer_prefix": "\n",
+            "system_form": "{system}",
+            "system": "Be long.",
+            "end": None,
+        }.items()
+    },
+    "chat template": lambda t, d: [
+        Renderer(with_chat(t, form), "chat") for form in (CHATML, LLAMA2)
+    ],
+    "system": lambda t, d: [
+        Renderer(t, "chatml", system=system) for system in ("Be brief.", "Be long.")
+    ],
     "no system": lambda t, d: (Renderer(t, "chatml", system="Be brief."), Renderer(t, "chatml")),
-    "chat system": lambda t, d: [Renderer(with_chat(t, CHATML), "chat", system=system)
-                                 for system in (None, "Be brief.")],
-    "tokenization": lambda t, d: [Renderer(t, "plain", tokenization=form) for form in ("joint", "apart")],
-    "others": lambda t, d: (Renderer(t, "plain"),
-                            Renderer(t, "plain", others={"x2x": Renderer(t, "gemma")})),
-    "template of another": lambda t, d: [Renderer(t, "plain", others={"x2x": Renderer(t, name)})
-                                         for name in ("gemma", "llama")],
-    "component of another": lambda t, d: [Renderer(t, "plain", others={name: Renderer(t, "gemma")})
-                                          for name in ("x2x", "base")],
+    "chat system": lambda t, d: [
+        Renderer(with_chat(t, CHATML), "chat", system=system) for system in (None, "Be brief.")
+    ],
+    "tokenization": lambda t, d: [
+        Renderer(t, "plain", tokenization=form) for form in ("joint", "apart")
+    ],
+    "others": lambda t, d: (
+        Renderer(t, "plain"),
+        Renderer(t, "plain", others={"x2x": Renderer(t, "gemma")}),
+    ),
+    "template of another": lambda t, d: [
+        Renderer(t, "plain", others={"x2x": Renderer(t, name)}) for name in ("gemma", "llama")
+    ],
+    "component of another": lambda t, d: [
+        Renderer(t, "plain", others={name: Renderer(t, "gemma")}) for name in ("x2x", "base")
+    ],
 }
-SHOWN = (example(), example(input=""), example(messages=TURNS), Example("t", "text", "en", "en", "", "", "A City"),
-         example("Name THE river"))
+SHOWN = (
+    example(),
+    example(input=""),
+    example(messages=TURNS),
+    Example("t", "text", "en", "en", "", "", "A City"),
+    example("Name THE river"),
+)
 
 
 @pytest.mark.parametrize("part", RENDERERS)
 def test_renderers_that_render_otherwise_have_another_hash(tokenizer, tmp_path, part):
     one, other = RENDERERS[part](tokenizer, tmp_path)
-    texts = [[rendered.ids.tolist() for rendered in renderer.render_many(SHOWN)] for renderer in (one, other)]
+    texts = [
+        [rendered.ids.tolist() for rendered in renderer.render_many(SHOWN)]
+        for renderer in (one, other)
+    ]
     assert texts[0] != texts[1]
     assert one.hash != other.hash
 
 
 def test_renderers_that_are_made_alike_have_one_hash(tokenizer, tmp_path):
-    """Also where the template's file lies elsewhere; and a template's file need not differ from a built-in one."""
-    for make in (lambda: Renderer(tokenizer, "alpaca"), lambda: Renderer(with_chat(tokenizer, CHATML), "chat"),
-                 lambda: Renderer(copy.deepcopy(tokenizer), "plain", others={"x2x": Renderer(tokenizer, "gemma")})):
+    """Also where the template's file lies elsewhere, or equals a built-in one."""
+    for make in (
+        lambda: Renderer(tokenizer, "alpaca"),
+        lambda: Renderer(with_chat(tokenizer, CHATML), "chat"),
+        lambda: Renderer(
+            copy.deepcopy(tokenizer), "plain", others={"x2x": Renderer(tokenizer, "gemma")}
+        ),
+    ):
         assert make().hash == make().hash
     (tmp_path / "elsewhere").mkdir()
     names = [write(folder, json.dumps(FILE)) for folder in (tmp_path, tmp_path / "elsewhere")]
     assert len({Renderer(tokenizer, name).hash for name in names}) == 1
     plain = {field: getattr(TEMPLATES["plain"], field) for field in FILE}
-    assert Renderer(tokenizer, write(tmp_path, json.dumps(plain))).hash == Renderer(tokenizer, "plain").hash
+    assert (
+        Renderer(tokenizer, write(tmp_path, json.dumps(plain))).hash
+        == Renderer(tokenizer, "plain").hash
+    )
 
 
 def test_renderers_travel_to_workers_unchanged(tokenizer):
@@ -437,12 +504,20 @@ def test_tokens_stand_for_the_bytes_of_the_text(tokenizers, name):
     """Every byte that UTF-8 has, in byte-level tokens and in those with byte fallback."""
     if name not in tokenizers:
         pytest.skip("real tokenizers in ../shared are not beside this checkout")
-    text = "".join(map(chr, [*range(0x21, 0x800), 0x6CB3, 0x9EA4, 0xFFFD, *range(0x10000, 0x110000, 0x8081)]))
+    text = "".join(
+        map(chr, [*range(0x21, 0x800), 0x6CB3, 0x9EA4, 0xFFFD, *range(0x10000, 0x110000, 0x8081)])
+    )
     renderer = Renderer(tokenizers[name], "gemma")
-    tokens = [renderer.id_to_token(i) for i in tokenizers[name](text, add_special_tokens=False).input_ids]
+    tokens = [
+        renderer.id_to_token(i) for i in tokenizers[name](text, add_special_tokens=False).input_ids
+    ]
     found = b"".join(token_bytes(token, renderer.is_byte_level, False) for token in tokens)
-    assert found == b" " * (name == "llama2") + text.encode()  # Llama reads a text as if a space stood before it
-    assert renderer.is_byte_level == (name == "small") and token_bytes("</s>", True, True) == b"</s>"
+    assert (
+        found == b" " * (name == "llama2") + text.encode()
+    )  # Llama reads a text as if a space stood before it
+    assert (
+        renderer.is_byte_level == (name == "small") and token_bytes("</s>", True, True) == b"</s>"
+    )
 
 
 def test_a_tokenizer_that_rewrites_text_falls_back_to_offsets(tokenizer):
@@ -459,7 +534,10 @@ def test_a_component_may_have_a_template_and_a_tag_of_its_own(tokenizer, paralle
     config = Config(data=Data(sources=(Source(name="s", path=parallel_file),), components=components, template="llama"))
     renderer = open_renderer(config, tokenizer)
     mixture = Mixture(config.data, load_corpora(config.data, 0), 0)
-    own = {name: Renderer(tokenizer, "gemma" if name == "trans" else "llama") for name in ("base", "en2x", "trans")}
+    own = {
+        name: Renderer(tokenizer, "gemma" if name == "trans" else "llama")
+        for name in ("base", "en2x", "trans")
+    }
     for example, rendered in zip(mixture, renderer.render_many(list(mixture)), strict=True):
         assert np.array_equal(rendered.ids, own[example.component].render(example).ids)
         assert np.array_equal(rendered.ids, renderer.render(example).ids)
@@ -472,30 +550,50 @@ def test_a_component_may_have_a_template_and_a_tag_of_its_own(tokenizer, paralle
     assert Mixture(changed, mixture.corpora, 0).manifest()["hash"] != mixture.manifest()["hash"]
 
 
-@pytest.mark.parametrize(("system", "tokenization"), [("Be brief.", "joint"), (None, "apart"), ("Be brief.", "apart")])
-def test_system_and_tokenization_reach_every_renderer_of_an_experiment(tokenizer, system, tokenization):
-    """That of training, those of components, and that of the benchmarks with a template of their own."""
-    components = (Component(kind="base", source="s"), Component(kind="x2x", source="s", template="chatml"))
-    config = Config(data=Data(components=components, template="llama", system=system, tokenization=tokenization))
+@pytest.mark.parametrize(
+    ("system", "tokenization"), [("Be brief.", "joint"), (None, "apart"), ("Be brief.", "apart")]
+)
+def test_system_and_tokenization_reach_every_renderer_of_an_experiment(
+    tokenizer, system, tokenization
+):
+    """That of training, those of components, and that of the benchmarks."""
+    components = (
+        Component(kind="base", source="s"),
+        Component(kind="x2x", source="s", template="chatml"),
+    )
+    config = Config(
+        data=Data(components=components, template="llama", system=system, tokenization=tokenization)
+    )
     shared = {"system": system, "tokenization": tokenization}
     llama, chatml = (Renderer(tokenizer, name, **shared) for name in ("llama", "chatml"))
     training, asking = open_renderer(config, tokenizer), open_asker(config, tokenizer)
     one, other = example(), dataclasses.replace(example(), component="base")
     for renderer in (training, asking):
         assert np.array_equal(renderer.render_prompt("Where?"), llama.render_prompt("Where?"))
-        for shown, expected in zip(renderer.render_many([one, other]), (chatml.render(one), llama.render(other)),
-                                   strict=True):
+        for shown, expected in zip(
+            renderer.render_many([one, other]),
+            (chatml.render(one), llama.render(other)),
+            strict=True,
+        ):
             assert shown.ids.tolist() == expected.ids.tolist()
             assert shown.learned.tolist() == expected.learned.tolist()
     assert training.hash == asking.hash
     config.evaluation.template = "chatml"
-    assert np.array_equal(open_asker(config, tokenizer).render_prompt("Where?"), chatml.render_prompt("Where?"))
+    assert np.array_equal(
+        open_asker(config, tokenizer).render_prompt("Where?"), chatml.render_prompt("Where?")
+    )
     assert open_renderer(config, tokenizer).hash == training.hash
 
 
 @pytest.mark.parametrize("template", [*TEMPLATES, "chat"])
-@pytest.mark.parametrize(("output", "messages"), [
-    ("", None), (" \n", None), ("", (("user", "one"), ("assistant", " "), ("user", "two"), ("assistant", "")))])
+@pytest.mark.parametrize(
+    ("output", "messages"),
+    [
+        ("", None),
+        (" \n", None),
+        ("", (("user", "one"), ("assistant", " "), ("user", "two"), ("assistant", ""))),
+    ],
+)
 def test_an_answer_without_tokens_cannot_be_learned(tokenizer, template, output, messages):
     renderer = Renderer(with_chat(tokenizer, CHATML), template)
     with pytest.raises(RowFault, match="row 'r1': nothing to learn: the answer has no tokens"):

@@ -1,4 +1,4 @@
-"""Files of every kind give the rows that were written into them; folders and patterns have a file per language."""
+"""Files of every kind give the rows that were written into them."""
 
 import csv
 import json
@@ -15,10 +15,24 @@ from crossin_jax.data.corpus import load_corpus
 from crossin_jax.data.readers import find_files, read_rows
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=12)
-ROWS = st.lists(st.fixed_dictionaries(dict.fromkeys(("id", "instruction", "output"), TEXT)),
-                min_size=1, max_size=8)
-ODD = ['quoted "word"', "comma, semicolon; tab\t", "line\nbreak", "carriage\r return\r\n", " spaces ",
-       "\ufeffmark", "\u2028", "河 ñ 🙂", "", "'", "\\n"]
+ROWS = st.lists(
+    st.fixed_dictionaries(dict.fromkeys(("id", "instruction", "output"), TEXT)),
+    min_size=1,
+    max_size=8,
+)
+ODD = [
+    'quoted "word"',
+    "comma, semicolon; tab\t",
+    "line\nbreak",
+    "carriage\r return\r\n",
+    " spaces ",
+    "\ufeffmark",
+    "\u2028",
+    "河 ñ 🙂",
+    "",
+    "'",
+    "\\n",
+]
 
 
 def read(path, **source) -> list[dict]:
@@ -39,7 +53,9 @@ def write(folder, form: str, rows: list[dict]):
     elif form == "parquet":
         pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path)
     elif form in ("jsonl", "ndjson"):
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        path.write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+        )
     else:
         path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     return path
@@ -80,8 +96,8 @@ def test_a_kind_decides_over_the_ending(tmp_path, kind):
 
 
 def test_a_large_json_list_is_read_in_pieces(tmp_path, monkeypatch):
-    """Rows, characters of several bytes and escapes lie across the borders of the pieces, which are of a mebibyte."""
-    rows = [{"id": str(i), "output": f"{i} 河 \\ \" ]}} {'ñ' * (i % 977)}"} for i in range(6000)]
+    """Rows, long characters and escapes lie across the borders of the pieces."""
+    rows = [{"id": str(i), "output": f'{i} 河 \\ " ]}} {"ñ" * (i % 977)}'} for i in range(6000)]
     path = write(tmp_path, "json", rows)
     path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     assert path.stat().st_size > 5 << 20
@@ -98,8 +114,17 @@ def test_a_large_json_list_is_read_in_pieces(tmp_path, monkeypatch):
         [*read_rows(file)]
 
 
-@pytest.mark.parametrize(("name", "content"), [("a.json", "[]"), ("a.json", '{"data": []}'), ("a.jsonl", ""),
-                                                ("a.jsonl", "\n"), ("a.csv", "id,output\n"), ("a.tsv", "")])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", "[]"),
+        ("a.json", '{"data": []}'),
+        ("a.jsonl", ""),
+        ("a.jsonl", "\n"),
+        ("a.csv", "id,output\n"),
+        ("a.tsv", ""),
+    ],
+)
 def test_a_file_may_hold_no_rows(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     corpus = load_corpus(Source(name="x", path=str(tmp_path / name)), ("en",))
@@ -113,14 +138,30 @@ def test_a_file_in_an_absent_folder_is_named(tmp_path):
 
 def test_squad_files_are_questions_with_the_first_answer(tmp_path):
     def qa(i, *answers):
-        return {"id": i, "question": f"q{i}", "answers": [{"text": text, "answer_start": 0} for text in answers]}
-    articles = [{"title": "t", "paragraphs": [{"context": "c1", "qas": [qa(1, "a", "b"), qa(2, "d")]},
-                                              {"context": "c2", "qas": [qa(3)]}]},
-                {"title": "u", "paragraphs": [{"context": "c3", "qas": [qa(4, "e")]}]}]
+        return {
+            "id": i,
+            "question": f"q{i}",
+            "answers": [{"text": text, "answer_start": 0} for text in answers],
+        }
+
+    articles = [
+        {
+            "title": "t",
+            "paragraphs": [
+                {"context": "c1", "qas": [qa(1, "a", "b"), qa(2, "d")]},
+                {"context": "c2", "qas": [qa(3)]},
+            ],
+        },
+        {"title": "u", "paragraphs": [{"context": "c3", "qas": [qa(4, "e")]}]},
+    ]
     (tmp_path / "x.json").write_text(json.dumps({"version": "1", "data": articles}))
     for kind in ("auto", "squad"):
         assert [tuple(row.values()) for row in read(tmp_path / "x.json", kind=kind)] == [
-            ("1", "q1", "c1", "a"), ("2", "q2", "c1", "d"), ("3", "q3", "c2", ""), ("4", "q4", "c3", "e")]
+            ("1", "q1", "c1", "a"),
+            ("2", "q2", "c1", "d"),
+            ("3", "q3", "c2", ""),
+            ("4", "q4", "c3", "e"),
+        ]
         corpus = load_corpus(Source(name="x", path=str(tmp_path / "x.json"), kind=kind), ("en",))
         assert [*corpus.ids()] == ["1", "2", "4"] and corpus.dropped == {"empty output": 1}
         assert corpus[0].texts["en"].input == "c1"
@@ -132,23 +173,46 @@ def test_hub_rows_in_squad_s_layout_give_their_first_answer(tmp_path, monkeypatc
     monkeypatch.setenv("CROSSIN_CACHE", str(tmp_path / "cache"))
     (tmp_path / "set").mkdir()
     for split in ("train", "test"):
-        rows = [{"id": f"{split}{i}", "question": "q", "context": "c",
-                 "answers": {"text": [f"{split} {i}", "other"], "answer_start": [0, 1]}} for i in range(2)]
+        rows = [
+            {
+                "id": f"{split}{i}",
+                "question": "q",
+                "context": "c",
+                "answers": {"text": [f"{split} {i}", "other"], "answer_start": [0, 1]},
+            }
+            for i in range(2)
+        ]
         write(tmp_path / "set", "jsonl", rows).rename(tmp_path / "set" / f"{split}.jsonl")
     for split in ("train", "test"):
-        corpus = load_corpus(Source(name="x", kind="hub", path=str(tmp_path / "set"), split=split), ("en",))
+        corpus = load_corpus(
+            Source(name="x", kind="hub", path=str(tmp_path / "set"), split=split), ("en",)
+        )
         assert {record.id: record.texts["en"].output for record in corpus} == {
-            f"{split}{i}": f"{split} {i}" for i in range(2)}
+            f"{split}{i}": f"{split} {i}" for i in range(2)
+        }
 
 
 # ---- Which files
 
-@pytest.mark.parametrize(("name", "codes", "found"), [
-    ("rows_en.json", ("en",), "en"), ("rows-en.jsonl", ("en",), "en"), ("rows.en.csv", ("en",), "en"),
-    ("en.parquet", ("en",), "en"), ("open.json", ("en",), None), ("xen.json", ("en",), None),
-    ("rows_en.txt", ("en",), None), ("rows_en", ("en",), None), ("en_rows.json", ("en",), None),
-    ("rows_en.json.bak", ("en",), None), ("rows_fil.tsv", ("fil",), "fil"), ("a_zh_en.json", ("en",), "en"),
-    ("rows_EN.json", ("en",), None)])
+
+@pytest.mark.parametrize(
+    ("name", "codes", "found"),
+    [
+        ("rows_en.json", ("en",), "en"),
+        ("rows-en.jsonl", ("en",), "en"),
+        ("rows.en.csv", ("en",), "en"),
+        ("en.parquet", ("en",), "en"),
+        ("open.json", ("en",), None),
+        ("xen.json", ("en",), None),
+        ("rows_en.txt", ("en",), None),
+        ("rows_en", ("en",), None),
+        ("en_rows.json", ("en",), None),
+        ("rows_en.json.bak", ("en",), None),
+        ("rows_fil.tsv", ("fil",), "fil"),
+        ("a_zh_en.json", ("en",), "en"),
+        ("rows_EN.json", ("en",), None),
+    ],
+)
 def test_a_folder_s_files_are_told_by_how_their_names_end(tmp_path, name, codes, found):
     (tmp_path / name).write_text("[]")
     source = Source(path=str(tmp_path))
@@ -164,9 +228,15 @@ def test_a_folder_gives_one_file_per_language_in_their_order(tmp_path):
     for name in ("a_zh.csv", "a_en.json", "b-es.jsonl", "open.json", "other.txt"):
         (tmp_path / name).write_text("[]")
     files = find_files(Source(path=str(tmp_path), kind="folder"), ("zh", "en", "es"))
-    assert [(file.language, file.layout) for file in files] == [("zh", "csv"), ("en", "json"), ("es", "jsonl")]
+    assert [(file.language, file.layout) for file in files] == [
+        ("zh", "csv"),
+        ("en", "json"),
+        ("es", "jsonl"),
+    ]
     (tmp_path / "b_en.json").write_text("[]")
-    with pytest.raises(UserError, match="a_en.json, b_en.json could all be 'en'; give one file per language"):
+    with pytest.raises(
+        UserError, match="a_en.json, b_en.json could all be 'en'; give one file per language"
+    ):
         find_files(Source(path=str(tmp_path)), ("zh", "en"))
 
 
@@ -177,10 +247,14 @@ def test_a_pattern_gives_the_file_of_each_language(tmp_path):
     pattern = str(tmp_path / "{lang}" / "x.{lang}.jsonl")
     files = find_files(Source(path=pattern), ("zh", "en"))
     assert [(file.language, file.path, file.layout) for file in files] == [
-        (code, pattern.replace("{lang}", code), "jsonl") for code in ("zh", "en")]
-    assert [(file.path, file.language, file.layout) for file in find_files(
-        Source(path="org/set-{lang}", kind="hub"), ("zh", "en"))] == [
-        (f"org/set-{code}", code, "hub") for code in ("zh", "en")]
-    assert find_files(Source(path="org/set", kind="hub"), ("zh", "en")) == [("org/set", None, "hub")]
+        (code, pattern.replace("{lang}", code), "jsonl") for code in ("zh", "en")
+    ]
+    assert [
+        (file.path, file.language, file.layout)
+        for file in find_files(Source(path="org/set-{lang}", kind="hub"), ("zh", "en"))
+    ] == [(f"org/set-{code}", code, "hub") for code in ("zh", "en")]
+    assert find_files(Source(path="org/set", kind="hub"), ("zh", "en")) == [
+        ("org/set", None, "hub")
+    ]
     with pytest.raises(UserError, match="path is empty; give a file, a folder, a pattern"):
         find_files(Source(name="s"), ("en",))

@@ -268,7 +268,7 @@ def tokenizer_folder(tmp_path_factory):
 
 @pytest.mark.parametrize("seed", [0, 5])
 def test_the_tokenizer_reads_the_slices_and_every_kind_of_prompt(seed):
-    """English three times, the other slices once, and each training question with a request for each language."""
+    """English three times, the other slices once, and requests for every language."""
     lines = Counter(world.tokenizer_lines(FOUR, seed))
     expected: Counter = Counter()
     for piece, times in (("en", 3), ("x", 1), ("dict", 1)):
@@ -282,10 +282,17 @@ def test_the_tokenizer_reads_the_slices_and_every_kind_of_prompt(seed):
              f"{record.texts[answered].output}": (record.id, asked, answered)
              for record in records for asked in FOUR for answered in FOUR}
     found = Counter(forms[line] for line in prompts.elements())
-    assert {(row, asked) for row, asked, _ in found} == {(record.id, asked) for record in records for asked in FOUR}
-    assert all(len({answered for row, _, answered in found if row == record.id}) == 4 for record in records[:9])
+    assert {(row, asked) for row, asked, _ in found} == {
+        (record.id, asked) for record in records for asked in FOUR
+    }
+    assert all(
+        len({answered for row, _, answered in found if row == record.id}) == 4
+        for record in records[:9]
+    )
     pairs = Counter((asked, answered) for _, asked, answered in found.elements())
-    assert len(pairs) == 16 and max(pairs.values()) - min(pairs.values()) <= 1  # all languages, in turn
+    assert (
+        len(pairs) == 16 and max(pairs.values()) - min(pairs.values()) <= 1
+    )  # all languages, in turn
 
 
 def test_the_tokenizer_s_lines_are_those_of_its_seed_and_languages():
