@@ -134,10 +134,11 @@ def test_no_part_of_a_stop_text_is_ever_shown(speaker):
 
 @dataclasses.dataclass
 class Teller:
-    """Stands in for an engine: tells given tokens one at a time."""
+    """Stands in for an engine: tells given tokens one at a time, and returns so many of each."""
 
     tokens: list[list[int]]
     max_length: int = 40
+    kept: int | None = None
 
     def generate(self, prompts, *, max_new_tokens, stream, **options):
         self.asked = max_new_tokens
@@ -145,16 +146,30 @@ class Teller:
             for i, ids in enumerate(self.tokens):
                 if stream and step < len(ids):
                     stream(i, ids[step:step + 1])
-        return self.tokens
+        return [ids[:self.kept] for ids in self.tokens]
+
+
+@pytest.mark.parametrize("stops", [["\nUser:"], ["\nUser:", "#"], ["#", "\nUser:"]], ids=str)
+@pytest.mark.parametrize("told", range(1, 6))
+def test_the_beginning_of_a_stop_text_waits_until_it_is_known_to_be_none(stops, told, speaker):
+    """So many characters of a stop come before the engine finds it and takes them back."""
+    renderer = speaker.renderer
+    ids = speaker.tokenizer("Paris is old" + "\nUser:"[:told], add_special_tokens=False).input_ids
+    kept = next(n for n in range(len(ids)) if renderer.decode(ids[:n]) == "Paris is old")
+    teller, shown = Teller([ids], kept=kept), [""]
+    found = Speaker(teller, renderer, None).answer(
+        QUESTIONS[:1], lambda _, text: shown.append(shown[-1] + text), max_new_tokens=9, stop=stops)
+    assert found == ["Paris is old"] == [shown[-1]]
+    assert len(shown[-2]) > 4  # what cannot begin a stop does not wait
+    for text in shown:
+        assert found[0].startswith(text)
 
 
 def test_a_character_of_several_tokens_appears_whole(speaker):
     """Two answers at once, token by token: no replacement character is ever shown."""
     texts = ["東京 est grand", "¿Qué? 胡志明市"]
     renderer = speaker.renderer
-    tokens = [renderer.render_answer("", "", text).ids for text in texts]
-    tokens = [[int(i) for i in ids if i not in renderer.special_ids] for ids in tokens]
-    texts = [renderer.decode(ids) for ids in tokens]
+    tokens = [speaker.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
     pieces = [[], []]
     found = Speaker(Teller(tokens), renderer, None).answer(
         QUESTIONS[:2], lambda i, text: pieces[i].append(text), max_new_tokens=9)
