@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -305,6 +306,46 @@ def test_a_relative_base_is_named_by_its_full_path(low_rank, tmp_path, monkeypat
     written = json.loads((out / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == str((low_rank.parent / "base").resolve())
     assert "base_model:" not in (out / "README.md").read_text()  # which is of ids on the Hub
+
+
+def test_the_card_tells_languages_and_the_length_of_the_run(low_rank, tmp_path):
+    """Steps where they were set, else epochs; a result that cannot be read is left out."""
+    run = shutil.copytree(low_rank, tmp_path / "run")
+    (run / "evaluation").mkdir()
+    (run / "evaluation/results.json").write_text("{")
+    edit_config(run, 10, "train", steps=7, epochs=2.5, batch_size=24)
+    edit_config(run, 10, "data", languages=["en", "vi"])
+    card = (export(run, "peft", tmp_path / "a") / "README.md").read_text()
+    for line in ('language: ["en", "vi"]', "| languages | en, vi |", "| train.steps | 7 |",
+                 "| train.batch_size | 24 |", 'tags: ["crossin_jax", "lora"]',
+                 'library_name: "peft"', "None recorded"):
+        assert line in card.splitlines() or line in card, line
+    assert "train.epochs" not in card
+    edit_config(run, 10, "train", steps=None)
+    card = (export(run, "merged", tmp_path / "b") / "README.md").read_text()
+    assert "| train.epochs | 2.5 |" in card and "train.steps" not in card
+    assert 'library_name: "transformers"' in card
+
+
+def test_an_adapter_on_the_text_part_of_a_multimodal_base_is_told_apart(tmp_path):
+    """The vision tower has projections of the same names: the text part is named in full."""
+    make_run(tmp_path, "gemma3", Lora(rank=2, targets=("q_proj",), modules_to_save=()))
+    for multimodal in (False, True):
+        if multimodal:
+            file = tmp_path / "base/config.json"
+            text = json.loads(file.read_text())
+            file.write_text(json.dumps({"model_type": "gemma3", "text_config": text}))
+        out = export(tmp_path / "run", "peft", tmp_path / f"out-{multimodal}")
+        prefix = "base_model.model.model." + ("language_model." if multimodal else "")
+        names = load_file(out / "adapter_model.safetensors").keys()
+        assert all(name.startswith(f"{prefix}layers.") for name in names)
+        targets = json.loads((out / "adapter_config.json").read_text())["target_modules"]
+        path = f"model.{'language_model.' if multimodal else ''}layers.3.self_attn.q_proj"
+        if not multimodal:
+            assert targets == ["q_proj"]
+            continue
+        assert re.fullmatch(targets, path)
+        assert not re.fullmatch(targets, "model.vision_tower.layers.3.self_attn.q_proj")
 
 
 def test_requests_that_do_not_suit_the_run(tmp_path):

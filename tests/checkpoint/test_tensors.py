@@ -211,6 +211,17 @@ def test_many_faults_are_summed_up(file):
     assert str(told.value).count("dtype I8") == 5 and str(told.value).endswith("; and 3 more")
 
 
+@pytest.mark.parametrize("name", ["a", "ab", "abc", "abcdefgh"])
+def test_the_header_is_aligned_and_says_which_library_reads_it(name, tmp_path):
+    """Data begin at a multiple of eight; transformers 4 refuses files without the format."""
+    from safetensors import safe_open
+
+    write_tensors(str(tmp_path / "x"), [(name, "F32", (2,), lambda: np.ones(2, np.float32))])
+    assert struct.unpack("<Q", (tmp_path / "x").read_bytes()[:8])[0] % 8 == 0
+    with safe_open(tmp_path / "x", "numpy") as opened:
+        assert opened.metadata() == {"format": "pt"} and list(opened.keys()) == [name]
+
+
 def cut(file):
     file.write_bytes(file.read_bytes()[:-10])
 
