@@ -57,7 +57,10 @@ FAULTS = (
         where="crossin_jax/data/crosslingual.py:_join_chat",
         old="next(replies, text)",
         new="text",
-        tests=("tests/data/test_crosslingual.py",),
+        tests=(
+            "tests/data/test_crosslingual.py",
+            "tests/data/test_texts.py",
+        ),
     ),
     Fault(
         room="data",
@@ -66,7 +69,10 @@ FAULTS = (
         where="crossin_jax/data/crosslingual.py:_join_text",
         old="(text.instruction, text.input, text.output)",
         new="(text.instruction, text.output)",
-        tests=("tests/data/test_crosslingual.py",),
+        tests=(
+            "tests/data/test_crosslingual.py",
+            "tests/data/test_texts.py",
+        ),
     ),
     Fault(
         room="data",
@@ -137,8 +143,8 @@ FAULTS = (
         name="stale-build",
         what="prepare build calls a file of other settings up to date.",
         where="crossin_jax/prepare.py:build",
-        old="json.loads(manifest_path.read_text()).get('hash') == manifest['hash']",
-        new="True",
+        old="told.get('hash')",
+        new="manifest['hash']",
         tests=("tests/data/test_prepare.py",),
     ),
     Fault(
@@ -167,7 +173,11 @@ FAULTS = (
         where="crossin_jax/training/optim.py:decays",
         old="names[-1] not in VECTORS and not any('norm' in name for name in names)",
         new="names[-1] not in VECTORS",
-        tests=("tests/training/test_step.py",),
+        tests=(
+            "tests/training/test_reference.py",
+            "tests/training/test_dropout.py",
+            "tests/training/test_step.py",
+        ),
     ),
     Fault(
         room="training",
@@ -176,7 +186,11 @@ FAULTS = (
         where="crossin_jax/training/step.py:make_train_step.train_step",
         old="state.finite",
         new="True",
-        tests=("tests/training/test_step.py",),
+        tests=(
+            "tests/training/test_reference.py",
+            "tests/training/test_dropout.py",
+            "tests/training/test_step.py",
+        ),
     ),
     Fault(
         room="training",
@@ -194,7 +208,10 @@ FAULTS = (
         where="crossin_jax/models/lora.py:resolve",
         old="spec.tie_embeddings and 'lm_head' in saved and 'embed_tokens' not in saved",
         new="False",
-        tests=("tests/models/test_lora.py",),
+        tests=(
+            "tests/models/test_lora.py",
+            "tests/checkpoint/test_peft.py",
+        ),
     ),
     # ---- attention
     Fault(
@@ -232,7 +249,10 @@ FAULTS = (
         where="crossin_jax/models/cache.py:store",
         old="jnp.round(wide / jnp.maximum(scale, 1e-30)[..., None])",
         new="wide / jnp.maximum(scale, 1e-30)[..., None]",
-        tests=("tests/models/test_cache.py",),
+        tests=(
+            "tests/models/test_cache.py",
+            "tests/models/test_cache_rounding.py",
+        ),
     ),
     Fault(
         room="models",
@@ -241,7 +261,10 @@ FAULTS = (
         where="crossin_jax/models/cache.py:_write",
         old="'drop'",
         new="'clip'",
-        tests=("tests/models/test_cache.py",),
+        tests=(
+            "tests/models/test_cache.py",
+            "tests/models/test_cache_rounding.py",
+        ),
     ),
     Fault(
         room="models",
@@ -268,7 +291,10 @@ FAULTS = (
         where="crossin_jax/models/layers.py:dropout",
         old="x / (1 - rate)",
         new="x",
-        tests=("tests/models/test_layers.py",),
+        tests=(
+            "tests/models/test_layers.py",
+            "tests/training/test_dropout.py",
+        ),
     ),
     # ---- generation
     Fault(
@@ -287,7 +313,10 @@ FAULTS = (
         where="crossin_jax/generation/steps.py:insert",
         old="state.cache['positions'].at[index_A].set(-1, mode='drop')",
         new="state.cache['positions']",
-        tests=("tests/generation/test_engine.py",),
+        tests=(
+            "tests/generation/test_company.py",
+            "tests/generation/test_engine.py",
+        ),
     ),
     Fault(
         room="generation",
@@ -296,7 +325,10 @@ FAULTS = (
         where="crossin_jax/generation/engine.py:Engine._fitting",
         old="len(prompt) + more[i] > self.max_length",
         new="len(prompt) + more[i] >= self.max_length",
-        tests=("tests/generation/test_engine.py",),
+        tests=(
+            "tests/generation/test_company.py",
+            "tests/generation/test_engine.py",
+        ),
     ),
     Fault(
         room="generation",
@@ -351,7 +383,10 @@ FAULTS = (
         where="crossin_jax/checkpoint/store.py:MAY_CHANGE",
         old="'train.eval_every'",
         new="'train.e'",
-        tests=("tests/test_train.py",),
+        tests=(
+            "tests/training/test_start.py",
+            "tests/test_train.py",
+        ),
     ),
     Fault(
         room="checkpoint",
@@ -378,7 +413,10 @@ FAULTS = (
         where="crossin_jax/export.py:export",
         old="'bfloat16' if dtype == 'bfloat16' else 'float32'",
         new="'bfloat16'",
-        tests=("tests/test_export.py",),
+        tests=(
+            "tests/test_export.py",
+            "tests/checkpoint/test_hf.py",
+        ),
     ),
     # ---- evaluation
     Fault(
@@ -388,7 +426,10 @@ FAULTS = (
         where="crossin_jax/evaluation/benchmarks.py:draw_shot_items",
         old="not _same_text(item, other)",
         new="True",
-        tests=("tests/evaluation/test_benchmarks.py",),
+        tests=(
+            "tests/evaluation/test_benchmarks.py",
+            "tests/evaluation/test_runner.py",
+        ),
     ),
     Fault(
         room="evaluation",
@@ -397,7 +438,11 @@ FAULTS = (
         where="crossin_jax/evaluation/summary.py:_change",
         old="p < 1 - LEVEL and same_sign",
         new="p < 1 - LEVEL",
-        tests=("tests/evaluation/test_report.py",),
+        tests=(
+            "tests/evaluation/test_summary.py",
+            "tests/evaluation/test_page.py",
+            "tests/evaluation/test_report.py",
+        ),
     ),
     Fault(
         room="evaluation",
@@ -406,7 +451,11 @@ FAULTS = (
         where="crossin_jax/evaluation/summary.py:_over_prompts",
         old="float(np.median(list(values)))",
         new="float(np.mean(list(values)))",
-        tests=("tests/evaluation/test_report.py",),
+        tests=(
+            "tests/evaluation/test_summary.py",
+            "tests/evaluation/test_page.py",
+            "tests/evaluation/test_report.py",
+        ),
     ),
     Fault(
         room="evaluation",
@@ -415,7 +464,10 @@ FAULTS = (
         where="crossin_jax/evaluation/readings.py:read_answers",
         old="_share(len(told) - told.count(code), told)",
         new="_share(len(told) - told.count(code), answers)",
-        tests=("tests/evaluation/test_readings.py",),
+        tests=(
+            "tests/evaluation/test_runner.py",
+            "tests/evaluation/test_readings.py",
+        ),
     ),
     Fault(
         room="evaluation",
@@ -424,7 +476,11 @@ FAULTS = (
         where="crossin_jax/evaluation/runner.py:score_choices",
         old="LETTER.sub('', text)",
         new="text",
-        tests=("tests/test_evaluate.py",),
+        tests=(
+            "tests/test_evaluate_cache.py",
+            "tests/test_evaluate_program.py",
+            "tests/test_evaluate.py",
+        ),
     ),
     Fault(
         room="evaluation",
@@ -433,7 +489,11 @@ FAULTS = (
         where="crossin_jax/evaluate.py:check_template",
         old="'tag'",
         new="'template'",
-        tests=("tests/test_evaluate.py",),
+        tests=(
+            "tests/test_evaluate_cache.py",
+            "tests/test_evaluate_program.py",
+            "tests/test_evaluate.py",
+        ),
     ),
     Fault(
         room="evaluation",
@@ -470,7 +530,11 @@ FAULTS = (
         where="crossin_jax/evaluation/page.py:_island",
         old="'\\\\u003c'",
         new="'<'",
-        tests=("tests/evaluation/test_report.py",),
+        tests=(
+            "tests/evaluation/test_summary.py",
+            "tests/evaluation/test_page.py",
+            "tests/evaluation/test_report.py",
+        ),
     ),
     Fault(
         room="report",
@@ -479,7 +543,11 @@ FAULTS = (
         where="crossin_jax/evaluation/report.py:mark",
         old="'▼'",
         new="'▲'",
-        tests=("tests/evaluation/test_report.py",),
+        tests=(
+            "tests/evaluation/test_summary.py",
+            "tests/evaluation/test_page.py",
+            "tests/evaluation/test_report.py",
+        ),
     ),
     Fault(
         room="report",
@@ -488,7 +556,11 @@ FAULTS = (
         where="crossin_jax/evaluation/report.py:read_pair",
         old="run.name in taken",
         new="False",
-        tests=("tests/evaluation/test_report.py",),
+        tests=(
+            "tests/evaluation/test_summary.py",
+            "tests/evaluation/test_page.py",
+            "tests/evaluation/test_report.py",
+        ),
     ),
     # ---- study
     Fault(
@@ -498,7 +570,11 @@ FAULTS = (
         where="crossin_jax/study.py:cell_keys",
         old="[keys[name] for name in cell.needs]",
         new="list(cell.needs)",
-        tests=("tests/test_study.py",),
+        tests=(
+            "tests/test_study_keys.py",
+            "tests/test_study_cost.py",
+            "tests/evaluation/test_study_report.py",
+        ),
     ),
     Fault(
         room="study",
@@ -507,16 +583,24 @@ FAULTS = (
         where="crossin_jax/study.py:cell_keys",
         old="[cell.budget] if cell.budget else []",
         new="[]",
-        tests=("tests/test_study.py",),
+        tests=(
+            "tests/test_study_keys.py",
+            "tests/test_study_cost.py",
+            "tests/evaluation/test_study_report.py",
+        ),
     ),
     Fault(
         room="study",
         name="one-estimate-for-optimizers",
         what="A dry run gives cells with another optimizer the same memory.",
         where="crossin_jax/study_cost.py:alike",
-        old="values['optim']['name']",
-        new="None",
-        tests=("tests/test_study.py",),
+        old="('name', 'moments_dtype')",
+        new="('moments_dtype',)",
+        tests=(
+            "tests/test_study_keys.py",
+            "tests/test_study_cost.py",
+            "tests/evaluation/test_study_report.py",
+        ),
     ),
     # ---- plan
     Fault(
@@ -731,7 +815,10 @@ links.setdefault(process, link)
         where="crossin_jax/checks.py:_check_data",
         old="abs(sum(shares) - 1) > 1e-06",
         new="sum(shares) - 1 > 1e-06",
-        tests=("tests/test_config.py",),
+        tests=(
+            "tests/test_checks.py",
+            "tests/test_config.py",
+        ),
     ),
     Fault(
         room="settings",
@@ -740,7 +827,11 @@ links.setdefault(process, link)
         where="crossin_jax/checks.py:check",
         old="value < 0",
         new="False",
-        tests=("tests/training/test_step.py",),
+        tests=(
+            "tests/training/test_reference.py",
+            "tests/training/test_dropout.py",
+            "tests/training/test_step.py",
+        ),
     ),
     # ---- programs
     Fault(
