@@ -375,6 +375,17 @@ def test_baselines_on_a_row_by_hand():
     assert euro > dollar > 1 and choose_by_frequency([row], ["en"]) == [{"en": (0,)}]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_commonest_answer_is_counted_among_training_territories_alone(seed):
+    """For each question: the choices that the training split gives most often, and no territory of the test."""
+    rows = world_benchmark("held_out", FOUR, seed, "all")
+    counts = Counter((record.id.split("/")[0], record.texts["es"].output)
+                     for record in world_records("train", FOUR, seed))
+    for row, chosen in zip(rows, choose_by_frequency(rows, FOUR, seed), strict=True):
+        numbers = [counts[row["id"].split("/")[0], choice[4:]] for choice in row["Spanish"]["choices"]]
+        assert chosen["es"] == tuple(i for i, n in enumerate(numbers) if n == max(numbers))
+
+
 @pytest.mark.parametrize(("call", "says"), [
     (lambda: world_corpus("trian", FOUR), "did you mean train"),
     (lambda: world_corpus("text/xx", FOUR), "did you mean text/x"),
