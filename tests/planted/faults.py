@@ -383,10 +383,7 @@ FAULTS = (
         where="crossin_jax/checkpoint/store.py:MAY_CHANGE",
         old="'train.eval_every'",
         new="'train.e'",
-        tests=(
-            "tests/training/test_start.py",
-            "tests/test_train.py",
-        ),
+        tests=("tests/checkpoint/test_store.py",),
     ),
     Fault(
         room="checkpoint",
@@ -827,11 +824,7 @@ links.setdefault(process, link)
         where="crossin_jax/checks.py:check",
         old="value < 0",
         new="False",
-        tests=(
-            "tests/training/test_reference.py",
-            "tests/training/test_dropout.py",
-            "tests/training/test_step.py",
-        ),
+        tests=("tests/test_checks.py",),
     ),
     # ---- programs
     Fault(
