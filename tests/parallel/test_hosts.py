@@ -356,7 +356,8 @@ def test_signals_are_a_question_and_the_second_changes_nothing(told):
     assert not told.is_set()
 
 
-def test_the_first_ctrl_c_is_a_question_and_the_second_leaves_at_once(capfd):
+def test_the_first_ctrl_c_is_a_question_and_the_second_leaves_at_once(capfd, told):
+    """`told` brings the handler of SIGTERM back, which a run that is leaving ignores."""
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), hosts.Preemption() as preemption:
         assert not preemption.reached(1) and preemption.exit_code == 75
