@@ -140,11 +140,8 @@ def compare(arguments: Any) -> None:
     print(f"report: {out / 'report.html'}")
 
 
-def config_of_run(argv: list[str]) -> Config | None:
-    """The settings of the run that --checkpoint names; its folder may have moved."""
-    checkpoint = program.flag_value(argv, "checkpoint")
-    if checkpoint is None:
-        return None
+def config_of_run(checkpoint: str) -> Config:
+    """The settings of a run or checkpoint; its folder may have moved."""
     config = read_config(checkpoint)
     config.output_dir = str(find_checkpoint(checkpoint)[0])
     return config
@@ -164,4 +161,4 @@ def split_pair(argv: list[str]) -> bool:
 if __name__ == "__main__":
     if split_pair(sys.argv):
         program.run(compare, define=define_flags, takes_config=False)
-    program.run(main, define=define_flags, find_config=config_of_run)
+    program.run(main, define=define_flags, run_flag=("checkpoint", config_of_run))

@@ -22,10 +22,10 @@ EXIT_USER_ERROR = 2
 
 
 def run(main: Callable[..., int | None], *, define: Callable[[], None] | None = None, takes_config: bool = True,
-        find_config: Callable[[list[str]], Config | None] | None = None) -> None:
+        run_flag: tuple[str, Callable[[str], Config]] | None = None) -> None:
     """Parses the command line, calls `main(config, FLAGS)` or `main(FLAGS)`, and exits.
 
-    `find_config(argv)` may give the configuration where the command line has no --config, e.g. that of a run.
+    `run_flag` is the flag that names a run, and what reads the run's configuration: it serves where --config is absent.
     A `UserError` or a fault in a flag prints one to three lines and exits with 2; anything else is our fault and keeps
     its traceback.
     """
@@ -41,7 +41,7 @@ def run(main: Callable[..., int | None], *, define: Callable[[], None] | None = 
         print(_help(takes_config))
         sys.exit(0)
     try:
-        config = define_config(argv, find=find_config) if takes_config else None
+        config = define_config(argv, run_flag=run_flag) if takes_config else None
         rest = flags.FLAGS(argv)[1:]
         if rest:
             raise UserError(f"unexpected argument {rest[0]!r}; flags start with --")
@@ -92,21 +92,23 @@ def call_config_file(path: str, function: str, **options: Any) -> Any:
 
 
 def define_config(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS,
-                  find: Callable[[list[str]], Config | None] | None = None) -> Callable[[], Config]:
+                  run_flag: tuple[str, Callable[[str], Config]] | None = None) -> Callable[[], Config]:
     """Registers `--config` with its overrides; returns a function that yields the configuration after parsing.
 
     The file named by `--config` is loaded here, so that `--config.field=value` is typed by the field it overrides.
     """
     path = flag_value(argv, "config")
-    config = find(argv) if find and path is None else None
+    named = flag_value(argv, run_flag[0]) if run_flag and path is None else None
+    config = run_flag[1](named) if named is not None else None
     if sum(argument.partition("=")[0] in ("--config", "-config") for argument in argv) > 1:
         raise UserError("--config is given twice; one run has one file")
     if path is None and config is None:
-        given = [argument.partition("=")[0] for argument in argv[1:] if argument.startswith("--")]
-        typos = [flag for flag in given if "." not in flag and flag != "--config" and hint(flag, ["--config"])]
-        if typos:
-            raise UserError(f"{typos[0]}: no such flag; did you mean --config?")
-        raise UserError("--config=FILE.py is missing; see configs/ for examples")
+        flags_that_serve = ["--config", *([f"--{run_flag[0]}"] if run_flag else [])]
+        for flag in (argument.partition("=")[0] for argument in argv[1:] if argument.startswith("--")):
+            if "." not in flag and flag not in flags_that_serve and (near := hint(flag, flags_that_serve)):
+                raise UserError(f"{flag}: no such flag{near}")
+        or_run = f" or --{run_flag[0]}=RUN" if run_flag else ""
+        raise UserError(f"--config=FILE.py{or_run} is missing; see configs/ for examples")
     config = config or load_config_file(path)
     if not isinstance(config, Config):
         raise UserError(f"--config={path}: get_config() returns {type(config).__name__}, not crossin_jax.config.Config")

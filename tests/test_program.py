@@ -1,6 +1,7 @@
 """Command lines: overrides are typed; a typo costs one line and exit code 2, never a traceback."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -205,6 +206,22 @@ def test_user_errors_are_short_and_exit_with_2(arguments, words):
     assert done.returncode == 2, done.stderr
     assert words in done.stderr and "Traceback" not in done.stderr
     assert len([line for line in done.stderr.splitlines() if line.strip()]) <= 3
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ((), "--config=FILE.py or --checkpoint=RUN is missing"),
+    (("--checkpoint",), "--config=FILE.py or --checkpoint=RUN is missing"),
+    (("--chekpoint=run",), "--chekpoint: no such flag; did you mean --checkpoint?"),
+    (("--confg=x.py",), "--confg: no such flag; did you mean --config?"),
+    (("--checkpoint=/no/where",), "/no/where: no such run"),
+])
+def test_a_run_may_serve_in_place_of_a_configuration(words, message):
+    """Where neither is named, the message names both, or the one that was mistyped."""
+    def read_run(path):
+        raise UserError(f"{path}: no such run")
+
+    with pytest.raises(UserError, match=re.escape(message)):
+        define_config(["program", *words], flags.FlagValues(), ("checkpoint", read_run))
 
 
 def test_help_lists_every_setting():
