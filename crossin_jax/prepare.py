@@ -44,8 +44,8 @@ def build(config: Config, arguments: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     manifest_path, path = folder / "manifest.json", folder / f"mixture.{arguments.format}"
     manifest = mixture.manifest() | {"file": path.name}
-    told = json.loads(manifest_path.read_text()) if manifest_path.is_file() and path.is_file() else {}
-    if (told.get("hash"), told.get("file")) == (manifest["hash"], path.name):
+    earlier = json.loads(manifest_path.read_text()) if manifest_path.is_file() and path.is_file() else {}
+    if (earlier.get("hash"), earlier.get("file")) == (manifest["hash"], path.name):
         print(f"{path} is up to date (mixture {manifest['hash']})")
         return
     manifest_path.unlink(missing_ok=True)

@@ -164,8 +164,8 @@ class Store:
             for name in (*map(str, steps), "files.json"):
                 if (self.folder / name).exists():
                     shutil.move(self.folder / name, place / name)
-            logging.warning("%s: starts anew; the checkpoints so far (%s) lie in %s", run, ", ".join(map(str, steps)),
-                            place.parent)
+            logging.warning("%s: starts anew; its earlier checkpoints (%s) are now in %s", run,
+                            ", ".join(map(str, steps)), place.parent)
         hosts.meet("earlier checkpoints are set aside")
         self._manager.reload()
 

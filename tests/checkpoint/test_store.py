@@ -289,7 +289,7 @@ def test_a_run_that_starts_anew_keeps_its_own_checkpoints_and_the_earlier_ones(
     for path, seed in ((folder, 5), (folder / "earlier-1", 1)):
         assert Store(path).steps() == [3, 6] and read_config(path).seed == seed
         assert (path / "checkpoints/files.json").is_file()
-    assert f"the checkpoints so far (3, 6) lie in {folder / 'earlier-1'}" in caplog.text
+    assert f"its earlier checkpoints (3, 6) are now in {folder / 'earlier-1'}" in caplog.text
     caplog.clear()
     train(config)  # the same command continues: there is nothing left to do
     assert Store(folder).steps() == [3, 6] and "earlier" not in caplog.text

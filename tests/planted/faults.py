@@ -143,7 +143,7 @@ FAULTS = (
         name="stale-build",
         what="prepare build calls a file of other settings up to date.",
         where="crossin_jax/prepare.py:build",
-        old="told.get('hash')",
+        old="earlier.get('hash')",
         new="manifest['hash']",
         tests=("tests/data/test_prepare.py",),
     ),
