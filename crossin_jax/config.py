@@ -5,100 +5,137 @@ A configuration is a Python file with `get_config()`; `--config.optim.learning_r
 """
 
 import dataclasses
-import difflib
-import json
 import typing
-from collections.abc import Iterator
 from typing import Any
 
-
-class UserError(ValueError):
-    """A fault the user can mend: the message names place, value and remedy; programs print it and exit with 2."""
-
-
-def setting(default: Any, doc: str, *, choices: tuple = (), form: str | None = None, above: float | None = None,
-            at_least: float | None = None, at_most: float | None = None) -> Any:
-    """A dataclass field that carries its documentation line and its allowed values; `form`: further ones, a pattern."""
-    limits = {"choices": choices, "form": form, "above": above, "at_least": at_least, "at_most": at_most}
-    metadata = {"doc": doc, **{k: v for k, v in limits.items() if v not in ((), None)}}
-    if isinstance(default, (dict, list)) or dataclasses.is_dataclass(default) and not isinstance(default, type):
-        return dataclasses.field(default_factory=lambda: _copy(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def section(cls: type) -> Any:
-    """A nested group of settings with its own defaults."""
-    return dataclasses.field(default_factory=cls, metadata={"doc": (cls.__doc__ or "").strip().split("\n")[0]})
-
-
-def _copy(value: Any) -> Any:
-    return dataclasses.replace(value) if dataclasses.is_dataclass(value) else type(value)(value)
+from crossin_jax.models.modules import KEPT, TARGETS
+from crossin_jax.settings import Settings, section, setting
+from crossin_jax.settings import UserError as UserError  # most modules know it from here
+from crossin_jax.settings import hint as hint
+from crossin_jax.settings import iterate_fields as iterate_fields
 
 
 @dataclasses.dataclass(kw_only=True)
-class Architecture:
+class Architecture(Settings):
     """A Llama-shaped model trained from random weights (used where `model.path` is None)."""
 
     width: int = setting(128, "model width D", at_least=1)
     ff_width: int = setting(352, "feed-forward width F", at_least=1)
-    num_layers: int = setting(2, "decoder layers L", at_least=1)
+    num_layers: int = setting(2, "decoder layers L", at_least=1, at_most=1000)
     num_heads: int = setting(4, "query heads N", at_least=1)
     num_kv_heads: int = setting(4, "key/value heads K", at_least=1)
     max_length: int = setting(1024, "longest context, tokens", at_least=8)
     tie_embeddings: bool = setting(True, "one matrix for embedding and unembedding")
-    vocab_size: int = setting(3000, "size of the byte-level BPE trained on the text component, tokens", at_least=300)
+    vocab_size: int = setting(
+        3000,
+        "size of the byte-level BPE trained on the text component, tokens",
+        at_least=300,
+        at_most=1 << 20,
+    )
 
 
-_KEPT = "(q|k|v|attention|output|gate|up|down)"
+_KEPT = f"({'|'.join(KEPT)})"
 
 
 @dataclasses.dataclass(kw_only=True)
-class Model:
+class Model(Settings):
     """Which weights, in which precision, with which kernels."""
 
-    path: str | None = setting(None, "folder in Hugging Face layout or Hub id; None builds `architecture`")
+    path: str | None = setting(
+        None, "folder in Hugging Face layout or Hub id; None builds `architecture`"
+    )
     revision: str | None = setting(None, "Hub revision (branch, tag or commit)")
-    tokenizer: str | None = setting(None, "tokenizer folder or Hub id; None takes the one in `path`")
-    architecture: Architecture | None = setting(None, "shape of a model trained from random weights")
-    param_dtype: str = setting("float32", "precision of trained weights", choices=("float32", "bfloat16"))
-    frozen_dtype: str = setting("bfloat16", "precision of frozen weights under LoRA",
-                                choices=("float32", "bfloat16", "int8", "nf4"))
-    compute_dtype: str = setting("bfloat16", "precision of matrix products", choices=("float32", "bfloat16"))
-    attention: str = setting("auto", "kernel; splash:1024 sets its tile, tokens",
-                             choices=("auto", "reference", "blocks", "splash", "cudnn"), form=r"splash:[1-9]\d*")
-    remat: str = setting("none", "what is recomputed, or what is kept of q+k+v+attention+output+gate+up+down",
-                         choices=("none", "full", "dots", "offload"), form=rf"{_KEPT}(\+{_KEPT})*")
+    tokenizer: str | None = setting(
+        None, "tokenizer folder or Hub id; None takes the one in `path`"
+    )
+    architecture: Architecture | None = setting(
+        None, "shape of a model trained from random weights"
+    )
+    param_dtype: str = setting(
+        "float32", "precision of trained weights", choices=("float32", "bfloat16")
+    )
+    frozen_dtype: str = setting(
+        "bfloat16",
+        "precision of frozen weights under LoRA",
+        choices=("float32", "bfloat16", "int8", "nf4"),
+    )
+    compute_dtype: str = setting(
+        "bfloat16", "precision of matrix products", choices=("float32", "bfloat16")
+    )
+    attention: str = setting(
+        "auto",
+        "kernel; splash:1024 sets its tile, tokens",
+        choices=("auto", "reference", "blocks", "splash", "cudnn"),
+        form=r"splash:[1-9]\d*",
+    )
+    remat: str = setting(
+        "none",
+        "what is recomputed, or what is kept of q+k+v+attention+output+gate+up+down",
+        choices=("none", "full", "dots", "offload"),
+        form=rf"{_KEPT}(\+{_KEPT})*",
+    )
 
 
 @dataclasses.dataclass(kw_only=True)
-class Lora:
+class Lora(Settings):
     """Low-rank adapters. Defaults are the intended recipe of the CrossIn release."""
 
     rank: int = setting(64, "rank R", at_least=1)
     alpha: float = setting(128.0, "scale numerator; the update is alpha/rank · BA", above=0)
     dropout: float = setting(0.05, "dropout on the adapter input", at_least=0, at_most=0.9)
-    targets: tuple[str, ...] = setting(
-        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), "projections with an adapter")
-    modules_to_save: tuple[str, ...] = setting(("embed_tokens", "lm_head"), "modules trained in full")
+    targets: tuple[str, ...] = setting(TARGETS, "projections with an adapter")
+    modules_to_save: tuple[str, ...] = setting(
+        ("embed_tokens", "lm_head"), "modules trained in full"
+    )
     use_rslora: bool = setting(False, "scale by alpha/sqrt(rank)")
     use_dora: bool = setting(False, "train magnitude and direction apart (DoRA)")
     path: str | None = setting(None, "PEFT adapter folder to continue from")
-    released_code_compatible: bool = setting(False, "reproduce the release's `p_proj` typo: no adapter on q_proj")
+    released_code_compatible: bool = setting(
+        False, "reproduce the release's `p_proj` typo: no adapter on q_proj"
+    )
 
 
 @dataclasses.dataclass(kw_only=True)
-class Source:
+class Source(Settings):
     """One data set: records that exist in one language or in several under one row id."""
 
     name: str = setting("", "name that components refer to")
-    kind: str = setting("auto", "layout; auto goes by the file ending", choices=(
-        "auto", "jsonl", "json", "parquet", "csv", "folder", "columns", "squad", "messages", "hub", "world"))
+    kind: str = setting(
+        "auto",
+        "layout; auto goes by the file ending",
+        choices=(
+            "auto",
+            "jsonl",
+            "json",
+            "parquet",
+            "csv",
+            "folder",
+            "columns",
+            "squad",
+            "messages",
+            "hub",
+            "world",
+        ),
+    )
     path: str = setting("", "file, folder, pattern with {lang}, or Hub id")
-    split: str = setting("train", "split of a Hub data set or of the embedded world (see data/world.py)")
-    languages: tuple[str, ...] = setting((), "codes to read; empty takes every language of `data.languages`")
-    fields: dict[str, str] = setting({}, "column names, e.g. {'instruction': 'question', 'output': 'answer'}")
+    split: str = setting(
+        "train", "split of a Hub data set or of the embedded world (see data/world.py)"
+    )
+    languages: tuple[str, ...] = setting(
+        (), "codes to read; empty takes every language of `data.languages`"
+    )
+    fields: dict[str, str] = setting(
+        {},
+        "column names, e.g. {'output': 'answer'}; group: rows that `portion` keeps together; "
+        "unread: 'refuse' makes an error of what is not read",
+        may_be_empty=True,
+    )
     join: str = setting("id", "how rows of several files meet", choices=("id", "position"))
-    portion: tuple[float, ...] = setting((0.0, 1.0), "part of the rows, from and to, in hash order of the row id")
+    portion: tuple[float, ...] = setting(
+        (0.0, 1.0),
+        "part of the rows, from and to, in hash order of the row id or of fields['group']",
+        may_repeat=True,
+    )
     limit: int | None = setting(None, "first rows of that part, rows", at_least=1)
 
 
@@ -106,118 +143,187 @@ TAGS = ("none", "input", "input_released", "instruction", "sentence")
 
 
 @dataclasses.dataclass(kw_only=True)
-class Component:
+class Component(Settings):
     """One part of the mixture: what is drawn from a source, and how much of it."""
 
-    kind: str = setting("base", "direction of a pair", choices=("base", "en2x", "x2en", "x2x", "same", "trans", "text"))
+    kind: str = setting("base", "direction of a pair: a name in the table of data/kinds.py")
     source: str = setting("", "name of the source")
     count: int | None = setting(None, "examples; None takes one per row", at_least=1)
-    share: float | None = setting(None, "share of the examples seen in training", above=0, at_most=1)
-    languages: dict[str, float] = setting({}, "weight of each non-pivot language; empty weighs all alike")
+    share: float | None = setting(
+        None, "share of the examples seen in training", above=0, at_most=1
+    )
+    languages: dict[str, float] = setting(
+        {}, "weight of each non-pivot language; empty weighs all alike", at_least=0
+    )
     allow_same: bool = setting(False, "x2x may draw the same language twice")
     translate: str = setting("both", "direction of trans", choices=("both", "x2en", "en2x"))
-    translate_what: str = setting("instruction", "text that trans translates", choices=("instruction", "record"))
-    with_replacement: bool = setting(False, "draw rows with replacement, as the released builder does")
-    tag: str | None = setting(None, "tag style of this component; None takes `data.tag`", choices=TAGS)
-    template: str | None = setting(None, "prompt template of this component; None takes `data.template`")
+    translate_what: str = setting(
+        "instruction", "text that trans translates", choices=("instruction", "record")
+    )
+    request: str = setting(
+        "english",
+        "language in which trans asks; without a sentence in the prompt's language it asks in English",
+        choices=("english", "prompt"),
+        is_later=True,
+    )
+    with_replacement: bool = setting(
+        False, "draw rows with replacement, as the released builder does"
+    )
+    tag: str | None = setting(
+        None, "tag style of this component; None takes `data.tag`", choices=TAGS
+    )
+    template: str | None = setting(
+        None, "prompt template of this component; None takes `data.template`"
+    )
 
 
 @dataclasses.dataclass(kw_only=True)
-class Data:
+class Data(Settings):
     """Parallel records, the mixture drawn from them, and how it becomes batches."""
 
     sources: tuple[Source, ...] = setting((), "data sets")
     components: tuple[Component, ...] = setting((), "parts of the mixture")
-    eval_sources: tuple[Source, ...] = setting((), "held-out records: loss per language during training")
+    eval_sources: tuple[Source, ...] = setting(
+        (), "held-out records: loss per language during training"
+    )
     languages: tuple[str, ...] = setting(("en", "zh", "vi", "es"), "language codes in use")
     pivot: str = setting("en", "the language of base, en2x and x2en")
-    template: str = setting("alpaca", "prompt template: a built-in name or the path of a template file")
-    system: str | None = setting(None, "system prompt for templates that have one")
+    template: str = setting(
+        "alpaca", "prompt template: a built-in name or the path of a template file"
+    )
+    system: str | None = setting(
+        None, "system prompt for templates that have one", may_be_empty=True
+    )
     tag: str = setting("input", "how a prompt names the wanted language", choices=TAGS)
-    tokenization: str = setting("joint", "prompt and answer together, or apart as in the release",
-                                choices=("joint", "apart"))
+    tokenization: str = setting(
+        "joint",
+        "prompt and answer together, or apart as in the release",
+        choices=("joint", "apart"),
+    )
     length: int = setting(1024, "tokens per row T", at_least=8)
     packing: bool = setting(True, "several examples per row, kept apart by segment ids")
-    over_long: str = setting("drop", "examples longer than a row", choices=("drop", "shorten_input"))
-    workers: int = setting(0, "processes that tokenize and pack", at_least=0)
+    over_long: str = setting(
+        "drop", "examples longer than a row", choices=("drop", "shorten_input")
+    )
+    workers: int = setting(0, "processes that tokenize and pack", at_least=0, at_most=256)
 
 
 @dataclasses.dataclass(kw_only=True)
-class Optim:
+class Optim(Settings):
     """Optimizer and schedule (optax)."""
 
     name: str = setting("adamw", "optimizer", choices=("adamw", "adafactor", "lion", "muon"))
-    learning_rate: float = setting(2e-4, "peak learning rate", above=0)
-    schedule: str = setting("cosine", "decay after the warm-up", choices=("cosine", "linear", "constant"))
+    learning_rate: float = setting(2e-4, "peak learning rate", above=0, at_most=1000)
+    schedule: str = setting(
+        "cosine", "decay after the warm-up", choices=("cosine", "linear", "constant")
+    )
     warmup_share: float = setting(0.03, "share of the steps in warm-up", at_least=0, at_most=0.9)
-    final_share: float = setting(0.0, "learning rate at the end, as a share of the peak", at_least=0, at_most=1)
-    weight_decay: float = setting(0.01, "decoupled decay; never on norms and biases", at_least=0)
+    final_share: float = setting(
+        0.0, "learning rate at the end, as a share of the peak", at_least=0, at_most=1
+    )
+    weight_decay: float = setting(
+        0.01, "decoupled decay; never on norms and biases", at_least=0, at_most=1000
+    )
     b1: float = setting(0.9, "decay of the first moment", at_least=0, at_most=0.9999)
     b2: float = setting(0.999, "decay of the second moment", at_least=0, at_most=0.99999)
     clip_norm: float | None = setting(1.0, "global gradient norm limit", above=0)
-    moments_dtype: str = setting("float32", "precision of the first moment", choices=("float32", "bfloat16"))
+    moments_dtype: str = setting(
+        "float32", "precision of the first moment", choices=("float32", "bfloat16")
+    )
     groups: dict[str, dict[str, float]] = setting(
-        {}, "first matching name pattern → rate (a factor), weight_decay, e.g. {'embed_tokens/*': {'rate': 0.1}}")
+        {},
+        "first matching name pattern → rate (a factor), weight_decay, e.g. {'embed_tokens/*': {'rate': 0.1}}",
+        at_least=0,
+    )
 
 
 @dataclasses.dataclass(kw_only=True)
-class Mesh:
+class Mesh(Settings):
     """Device mesh; the product of the axes is the number of devices."""
 
-    data: int | None = setting(None, "replicas; None takes the devices the other axes leave", at_least=1)
+    data: int | None = setting(
+        None, "replicas; None takes the devices the other axes leave", at_least=1
+    )
     fsdp: int = setting(1, "shards of parameters and batch", at_least=1)
     tensor: int = setting(1, "shards of heads and feed-forward", at_least=1)
 
 
 @dataclasses.dataclass(kw_only=True)
-class Train:
+class Train(Settings):
     """Length of the run, batch, logging and checkpoints."""
 
     steps: int | None = setting(None, "optimizer steps; None goes by `epochs`", at_least=1)
     epochs: float = setting(1.0, "passes over the mixture where `steps` is None", above=0)
     batch_size: int = setting(16, "rows per optimizer step over all devices", at_least=1)
     accumulation: int = setting(1, "micro-batches per optimizer step", at_least=1)
-    loss_chunk: int = setting(512, "positions per row whose logits exist at once, tokens", at_least=1)
+    loss_chunk: int = setting(
+        512, "positions per row whose logits exist at once, tokens", at_least=1
+    )
     log_every: int = setting(10, "steps between log lines", at_least=1)
-    eval_every: int | None = setting(None, "steps between held-out losses; None only at the end", at_least=1)
-    benchmark_every: int | None = setting(None, "steps between benchmark runs on the training mesh", at_least=1)
-    checkpoint_every: int | None = setting(500, "steps between checkpoints; None only at the end", at_least=1)
+    eval_every: int | None = setting(
+        None, "steps between held-out losses; None only at the end", at_least=1
+    )
+    benchmark_every: int | None = setting(
+        None, "steps between benchmark runs on the training mesh", at_least=1
+    )
+    checkpoint_every: int | None = setting(
+        500, "steps between checkpoints; None only at the end", at_least=1
+    )
+    checkpoint_minutes: float | None = setting(
+        15.0, "minutes between checkpoints where `checkpoint_every` takes longer", above=0
+    )
     keep: int = setting(2, "newest checkpoints kept", at_least=1)
     keep_every: int | None = setting(None, "steps whose multiples are kept for good", at_least=1)
     tensorboard: bool = setting(True, "write TensorBoard files")
 
 
 @dataclasses.dataclass(kw_only=True)
-class Evaluation:
+class Evaluation(Settings):
     """Benchmarks and how answers are obtained and scored."""
 
     benchmarks: tuple[str, ...] = setting(
-        (), "cross_mmlu, cross_logiqa, cross_xquad, cross_world[:split], or a file in that layout")
+        (), "cross_mmlu, cross_logiqa, cross_xquad, cross_world[:split], or a file in that layout"
+    )
     languages: tuple[str, ...] = setting((), "language codes; empty takes `data.languages`")
-    method: str = setting("choices", "log-likelihood of choices, free answers, or both",
-                          choices=("choices", "generate", "both"))
-    prompts: tuple[int, ...] = setting((1, 2, 3, 4, 5), "SeaEval prompts, 1 to 5")
+    method: str = setting(
+        "choices",
+        "log-likelihood of choices, free answers, or both",
+        choices=("choices", "generate", "both"),
+    )
+    prompts: tuple[int, ...] = setting(
+        (1, 2, 3, 4, 5), "SeaEval prompts, 1 to 5", at_least=1, at_most=5
+    )
     shots: int = setting(0, "solved examples before the question", at_least=0, at_most=10)
-    mode: str = setting("expectation", "ties, empty and unreadable answers",
-                        choices=("expectation", "seaeval", "strict"))
+    mode: str = setting(
+        "expectation",
+        "ties, empty and unreadable answers",
+        choices=("expectation", "seaeval", "strict"),
+    )
     template: str | None = setting(None, "prompt template; None takes `data.template`")
     max_new_tokens: int = setting(128, "longest answer, tokens", at_least=1)
     batch_size: int = setting(16, "prompts decoded at once", at_least=1)
-    temperature: float = setting(0.0, "0 is greedy", at_least=0)
+    temperature: float = setting(0.0, "0 is greedy", at_least=0, at_most=100)
     top_k: int | None = setting(None, "sample from the k likeliest tokens", at_least=1)
-    top_p: float | None = setting(None, "sample from the smallest set of this probability", above=0, at_most=1)
-    cache_dtype: str = setting("bfloat16", "precision of keys and values", choices=("float32", "bfloat16", "int8"))
+    top_p: float | None = setting(
+        None, "sample from the smallest set of this probability", above=0, at_most=1
+    )
+    cache_dtype: str = setting(
+        "bfloat16", "precision of keys and values", choices=("float32", "bfloat16", "int8")
+    )
     limit: int | None = setting(None, "first items of each benchmark", at_least=1)
-    over_long: str = setting("refuse", "prompts longer than the model reads: refuse them, or skip and count them",
-                             choices=("refuse", "skip"))
+    over_long: str = setting(
+        "refuse",
+        "prompts longer than the model reads: refuse them, or skip and count them",
+        choices=("refuse", "skip"),
+    )
 
 
 @dataclasses.dataclass(kw_only=True)
-class Config:
+class Config(Settings):
     """One experiment."""
 
     name: str = setting("run", "name of the experiment in reports")
-    seed: int = setting(42, "seed of every draw", at_least=0)
+    seed: int = setting(42, "seed of every draw", at_least=0, at_most=2**32 - 1)
     output_dir: str = setting("runs/run", "folder for checkpoints, logs and results")
     model: Model = section(Model)
     lora: Lora | None = setting(None, "low-rank adapters; None trains every weight")
@@ -229,19 +335,22 @@ class Config:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Cell:
+class Cell(Settings):
     """One training run of a study; `needs` names the cells whose exported model it starts from."""
 
     name: str
     config: Config
     needs: tuple[str, ...] = ()
-    exports: bool = False  # writes output_dir/model in Hugging Face layout, for the cells that need it
-    tables: tuple[str, ...] = ()  # of the report, in which it stands as the arm `config.name`; none: in the only one
-    budget: str | None = None  # examples=N or tokens=N: train.steps is set by it when the cell runs
+    # The cell writes output_dir/model in Hugging Face layout, for the cells that need it.
+    exports: bool = False
+    # Tables of the report that include this cell, as arm `config.name`; empty: the only table.
+    tables: tuple[str, ...] = ()
+    # "examples=N" or "tokens=N" sets train.steps when the cell runs.
+    budget: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Contrast:
+class Contrast(Settings):
     """A figure: what sets arms apart from a control arm, in several tables."""
 
     title: str
@@ -251,62 +360,48 @@ class Contrast:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Study:
+class Study(Settings):
     """Cells in an order in which every cell comes after those it needs, and figures beside the tables."""
 
     name: str
     output_dir: str
     cells: tuple[Cell, ...]
-    curves: dict[str, dict[float, str]] = dataclasses.field(default_factory=dict)  # title, which names x → {x: table}
+    # title, which names x → {x: table}
+    curves: dict[str, dict[float, str]] = dataclasses.field(default_factory=dict)
     contrasts: tuple[Contrast, ...] = ()
 
 
-def iterate_fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:
-    """Yields (dotted path, value, field) of every leaf setting, nested sections and lists of sections included."""
-    for field in dataclasses.fields(config):
-        value, path = getattr(config, field.name), f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(value):
-            yield from iterate_fields(value, path + ".")
-        elif isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
-            for i, entry in enumerate(value):
-                yield from iterate_fields(entry, f"{path}[{i}].")
-        else:
-            yield path, value, field
+def to_dict(config: Any) -> Any:
+    """The resolved configuration as plain JSON types.
 
-
-def hint(name: Any, known: Any) -> str:
-    """The words "; did you mean X?" where a known name is near, else nothing."""
-    near = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def replace_settings(config: Config, change: dict[str, Any]) -> Config:
-    """The configuration with some settings replaced, e.g. {"model.remat": "full"}."""
-    for name, value in change.items():
-        section, field = name.split(".")
-        config = dataclasses.replace(
-            config, **{section: dataclasses.replace(getattr(config, section), **{field: value})})
+    A setting that came later is left out where it has its default, so that hashes of earlier runs stay the same.
+    """
+    if isinstance(config, Settings):
+        return {
+            field.name: to_dict(getattr(config, field.name))
+            for field in dataclasses.fields(config)
+            if not (field.metadata.get("is_later") and getattr(config, field.name) == field.default)
+        }
+    if isinstance(config, list | tuple):
+        return list(map(to_dict, config))
+    if isinstance(config, dict):
+        return {key: to_dict(value) for key, value in config.items()}
     return config
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """The resolved configuration as plain JSON types."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def from_dict(values: dict[str, Any], cls: type = Config, prefix: str = "") -> Any:
+def from_dict(values: dict[str, Any], cls: type[Settings] = Config, prefix: str = "") -> Any:
     """Rebuilds a configuration saved by `to_dict`; an unknown field names the nearest known one."""
-    fields = {field.name: field for field in dataclasses.fields(cls)}
     kwargs = {}
     for name, value in values.items():
-        if name not in fields:
-            raise UserError(f"{prefix}{name} is not a setting{hint(prefix + name, [prefix + k for k in fields])}")
-        kwargs[name] = _revive(fields[name].type, value, f"{prefix}{name}.")
+        cls.check_name(name, prefix)
+        kwargs[name] = _revive(cls.__dataclass_fields__[name].type, value, f"{prefix}{name}.")
     return cls(**kwargs)
 
 
 def _revive(annotation: Any, value: Any, prefix: str) -> Any:
-    options = typing.get_args(annotation) if isinstance(annotation, type(int | None)) else (annotation,)
+    options = (
+        typing.get_args(annotation) if isinstance(annotation, type(int | None)) else (annotation,)
+    )
     for option in options:
         if dataclasses.is_dataclass(option) and isinstance(value, dict):
             return from_dict(value, option, prefix)

@@ -1,4 +1,4 @@
-"""Generate and score the benchmarks for a checkpoint or a base model, and compare results.
+"""Evaluate a checkpoint or a base model on the benchmarks, and compare results.
 
   python -m crossin_jax.evaluate --checkpoint runs/xquad                            (with the settings of the run)
   python -m crossin_jax.evaluate --config configs/xquad_llama.py --checkpoint runs/xquad
@@ -10,123 +10,209 @@ logs in SeaEval's layout).
 """
 
 import dataclasses
+import logging
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from absl import flags
-from flax import nnx
 
+from crossin_jax import __version__, cli, provenance
 from crossin_jax import config as settings
-from crossin_jax import program, provenance
 from crossin_jax.checkpoint.fingerprint import fingerprint
-from crossin_jax.checkpoint.restore import restore_params
+from crossin_jax.checkpoint.open import LoadedModel, open_model
 from crossin_jax.checkpoint.store import find_checkpoint, read_config
 from crossin_jax.checks import check
 from crossin_jax.config import Config, UserError
-from crossin_jax.data.pipeline import open_asker, open_tokenizer
+from crossin_jax.data.pipeline import open_eval_renderer, open_renderer
+from crossin_jax.data.templates import load_template
+from crossin_jax.evaluation.benchmarks import Benchmark
 from crossin_jax.evaluation.predictions import Predictions
-from crossin_jax.evaluation.report import Run, print_table, read_pair, write_results
 from crossin_jax.evaluation.runner import describe_benchmarks, load_benchmarks, run_benchmarks
+from crossin_jax.evaluation.seaeval import write_log
+from crossin_jax.files import content_hash
 from crossin_jax.generation.engine import Engine
+from crossin_jax.parallel import hosts
 from crossin_jax.parallel.mesh import make_mesh
-from crossin_jax.score import write_log
-from crossin_jax.training.state import abstract_model, check_tokenizer, load_base, model_spec
+from crossin_jax.report.results import read_pair, write_results
+from crossin_jax.report.summary import Block, Run
+from crossin_jax.report.text import print_table
+
+log = logging.getLogger(__name__)
 
 
-def evaluate(config: Config, checkpoint: str | Path | None, out: Path) -> tuple[list[Predictions], dict[str, Any]]:
-    """Answers and provenance of one model on the benchmarks of the configuration; finished parts are kept in `out`."""
+def evaluate(
+    config: Config,
+    checkpoint: str | Path | None,
+    out: Path,
+    benchmarks: Sequence[Benchmark] | None = None,
+) -> tuple[list[Predictions], dict[str, Any]]:
+    """Answers and provenance of one model on the benchmarks of the configuration; finished parts are kept in `out`.
+
+    `benchmarks` are those of the configuration, where the caller has loaded them.
+    """
     if not config.evaluation.benchmarks:
-        raise UserError("evaluation.benchmarks is empty; name at least one, e.g. cross_mmlu or cross_world")
+        raise UserError(
+            "evaluation.benchmarks is empty; name at least one, e.g. cross_mmlu or cross_world"
+        )
+    benchmarks = load_benchmarks(config) if benchmarks is None else benchmarks
     if checkpoint is not None:
-        restored = restore_params(checkpoint, mesh=make_mesh(config.mesh))
-        check_template(config, restored.config)
-        spec, graphdef, state, mesh = restored.spec, restored.graphdef, restored.state, restored.mesh
-        tokenizer, trained = restored.tokenizer, restored.provenance | {"step": restored.step, "run": str(restored.run)}
-        lora, compute_dtype = restored.config.lora, restored.config.model.compute_dtype
+        check_template(config, dataclasses.asdict(read_config(checkpoint).data))
+    # The base model is asked without an adapter, unless lora.path names one.
+    adapter = config.lora.path if config.lora else None
+    if checkpoint is None and adapter is None:
+        config = dataclasses.replace(config, lora=None)
+    opened = open_model(checkpoint or config, mesh=make_mesh(config.mesh))
+    if checkpoint is None:
+        check_template(config, opened.tokenizer.prompt)
+        trained = {"base": config.model.path, "adapter": adapter}
     else:
-        adapter = config.lora.path if config.lora else None
-        config = dataclasses.replace(config, lora=config.lora if adapter else None)
-        mesh, spec = make_mesh(config.mesh), model_spec(config)
-        model = abstract_model(config, spec, mesh)
-        tokenizer, trained = open_tokenizer(config), {"base": config.model.path, "adapter": adapter}
-        check_tokenizer(config, tokenizer, spec)
-        graphdef, state = model.graphdef, nnx.merge_state(*load_base(config, model.trainable, model.frozen))
-        lora, compute_dtype = config.lora, config.model.compute_dtype
-    trained["weights"] = fingerprint(state)
-    renderer = open_asker(config, tokenizer)
-    engine = Engine(graphdef, state, spec, eos_ids=renderer.eos_ids, pad_id=renderer.pad_id, mesh=mesh,
-                    batch_size=config.evaluation.batch_size, cache_dtype=config.evaluation.cache_dtype,
-                    attention=config.model.attention)
-    # the cached answers belong to what computes them, by content: a path may hold other weights tomorrow
-    computes = [trained["weights"], dataclasses.asdict(spec), compute_dtype,
-                lora and dataclasses.asdict(dataclasses.replace(lora, path=None))]
-    predictions = run_benchmarks(config, engine, renderer, cache=out / "predictions",
-                                 weights=provenance.content_hash(computes))
-    source = provenance.describe(settings.to_dict(config), model=trained, template=renderer.hash,
-                                 benchmarks=describe_benchmarks(config, load_benchmarks(config)),
-                                 compilations=engine.compilations)
+        trained = opened.provenance | {"step": opened.step, "run": str(opened.run)}
+    trained["tokenizer"] = provenance.identify_tokenizer(opened.tokenizer)
+    trained["weights"] = fingerprint(opened.state)
+    renderer = open_eval_renderer(config, opened.tokenizer)
+    renderer.fit_model(opened.spec.vocab_size, config.model.tokenizer or config.model.path)
+    warn_of_changed_template(config, opened)
+    engine = Engine(
+        opened.graphdef,
+        opened.state,
+        opened.spec,
+        eos_ids=renderer.eos_ids,
+        pad_id=renderer.pad_id,
+        mesh=opened.mesh,
+        batch_size=config.evaluation.batch_size,
+        cache_dtype=config.evaluation.cache_dtype,
+        attention=config.model.attention,
+    )
+    # The cached answers belong to what computes them, by content: a path may hold other weights tomorrow.
+    lora = opened.config.lora
+    computes = [
+        trained["weights"],
+        dataclasses.asdict(opened.spec),
+        opened.config.model.compute_dtype,
+        lora and dataclasses.asdict(dataclasses.replace(lora, path=None)),
+        __version__,
+    ]
+    predictions = run_benchmarks(
+        config,
+        engine,
+        renderer,
+        benchmarks,
+        cache=out / "predictions",
+        weights=content_hash(computes),
+    )
+    source = provenance.describe(
+        settings.to_dict(config),
+        model=trained,
+        template=renderer.hash,
+        benchmarks=describe_benchmarks(config, benchmarks),
+        compilations=engine.compilations,
+    )
     return predictions, source
 
 
-def check_template(config: Config, trained: Config) -> None:
-    """Refuses to ask in another form than the one that was trained, unless `evaluation.template` says so."""
+def check_template(config: Config, trained: dict[str, Any]) -> None:
+    """Refuses to ask in another form than the one that was trained, unless `evaluation.template` says so.
+
+    `trained` holds settings of `data`: those of a checkpoint, or those that an exported model names.
+    """
     if config.evaluation.template is not None:
         config.data.template = config.evaluation.template
         return
     for field in ("template", "system", "tokenization", "tag"):
-        now, before = getattr(config.data, field), getattr(trained.data, field)
+        now = getattr(config.data, field)
+        before = trained.get(field, now)
+        if isinstance(before, dict) and load_template(now) == load_template(before):
+            continue
         if now != before:
-            raise UserError(f"data.{field}={now!r}, but the checkpoint was trained with {before!r}; use that, or set "
-                            f"evaluation.template to ask in another form on purpose")
+            raise UserError(
+                f"data.{field}={now!r}, but the model was trained with {before!r}; use that, or set "
+                f"evaluation.template to ask in another form on purpose"
+            )
+
+
+def warn_of_changed_template(config: Config, opened: LoadedModel) -> None:
+    """Says where a template's name means another text than in training."""
+    trained = opened.provenance.get("template")
+    if trained is None or config.evaluation.template is not None:
+        return
+    if open_renderer(opened.config, opened.tokenizer).hash != trained:
+        log.warning(
+            "data.template=%s: its text is not the one that %s was trained with",
+            config.data.template,
+            opened.run,
+        )
 
 
 def define_flags() -> None:
     """Flags beside the configuration."""
-    flags.DEFINE_string("checkpoint", None, "run folder or one of its checkpoints/STEP; none: the base model")
+    flags.DEFINE_string(
+        "checkpoint", None, "run folder or one of its checkpoints/STEP; none: the base model"
+    )
     flags.DEFINE_string("out", None, "folder for results (default: output_dir/evaluation)")
-    flags.DEFINE_integer("limit", None, "short for --config.evaluation.limit: first items of each benchmark")
+    flags.DEFINE_integer(
+        "limit", None, "short for --config.evaluation.limit: first items of each benchmark"
+    )
     flags.DEFINE_list("languages", None, "short for --config.evaluation.languages, e.g. en,zh")
     flags.DEFINE_list("prompts", None, "short for --config.evaluation.prompts, e.g. 1,3")
-    flags.DEFINE_string("compare", None, "two folders of results, A B: what changed from A to B, and how clearly")
+    flags.DEFINE_string(
+        "compare", None, "two folders of results, A B: what changed from A to B, and how clearly"
+    )
     flags.DEFINE_string("after", None, "the second folder of --compare")
 
 
-def write_run(config: Config, run: Run, out: Path) -> None:
-    """Writes the report of one run, and its answers as logs in SeaEval's layout."""
-    benchmarks = load_benchmarks(config)
-    write_results(out, [run], mode=config.evaluation.mode, title=run.name, benchmarks=benchmarks)
+def write_run(
+    config: Config, run: Run, out: Path, benchmarks: Sequence[Benchmark] | None = None
+) -> list[Block]:
+    """Writes the report of one run and its answers as logs in SeaEval's layout; returns what the report says."""
+    benchmarks = load_benchmarks(config) if benchmarks is None else benchmarks
+    mode = config.evaluation.mode
+    blocks = write_results(out, [run], mode=mode, title=run.name, benchmarks=benchmarks)
     items = {benchmark.name: benchmark.items for benchmark in benchmarks}
     (out / "logs").mkdir(exist_ok=True)
     for predictions in run.predictions:
-        name = re.sub(r"[^\w.]+", "_", f"{predictions.benchmark}_{predictions.method}_p{predictions.prompt}")
+        name = re.sub(
+            r"[^\w.]+", "_", f"{predictions.benchmark}_{predictions.method}_p{predictions.prompt}"
+        )
         write_log(out / "logs" / f"{name}.json", items[predictions.benchmark], predictions)
+    return blocks
 
 
-def narrow(config: Config, arguments: Any) -> None:
-    """Takes over the short flags that ask for less than the configuration does."""
-    given = {"limit": arguments.limit, "languages": arguments.languages and tuple(arguments.languages)}
+def narrow(config: Config, arguments: Any) -> Config:
+    """The configuration with the short flags, which ask for less than it does."""
+    given = {
+        "limit": arguments.limit,
+        "languages": arguments.languages and tuple(arguments.languages),
+    }
     if arguments.prompts:
         try:
             given["prompts"] = tuple(map(int, arguments.prompts))
         except ValueError:
-            raise UserError(f"--prompts={','.join(arguments.prompts)}: give numbers from 1 to 5, e.g. 1,3") from None
-    config.evaluation = dataclasses.replace(config.evaluation, **{k: v for k, v in given.items() if v is not None})
-    check(config)
+            raise UserError(
+                f"--prompts={','.join(arguments.prompts)}: give numbers from 1 to 5, e.g. 1,3"
+            ) from None
+    evaluation = dataclasses.replace(
+        config.evaluation, **{k: v for k, v in given.items() if v is not None}
+    )
+    return check(dataclasses.replace(config, evaluation=evaluation))
 
 
 def main(config: Config, arguments: Any) -> None:
     """Evaluates and prints the table."""
-    narrow(config, arguments)
+    config = narrow(config, arguments)
     out = Path(arguments.out or f"{config.output_dir}/evaluation").expanduser()
-    predictions, source = evaluate(config, arguments.checkpoint, out)
-    if jax.process_index() == 0:
-        run = Run(config.name if arguments.checkpoint else "base model", config.seed, predictions, source)
-        write_run(config, run, out)
-        print(print_table([run], mode=config.evaluation.mode))
-        print(f"report: {out / 'report.html'}; logs in SeaEval's layout: {out / 'logs'}")
+    benchmarks = load_benchmarks(config)
+    name = config.name if arguments.checkpoint else "base model"
+    with hosts.own_folder(out):
+        predictions, source = evaluate(config, arguments.checkpoint, out, benchmarks)
+        if jax.process_index():
+            return
+        blocks = write_run(config, Run(name, config.seed, predictions, source), out, benchmarks)
+    print(print_table(blocks))
+    print(f"report: {out / 'report.html'}; logs in SeaEval's layout: {out / 'logs'}")
 
 
 def compare(arguments: Any) -> None:
@@ -134,10 +220,35 @@ def compare(arguments: Any) -> None:
     if not arguments.after:
         raise UserError("--compare takes two folders: --compare A B")
     runs = read_pair(arguments.compare, arguments.after)
+    for difference in find_differences(runs[0].provenance, runs[-1].provenance):
+        log.warning("%s and %s: %s", arguments.compare, arguments.after, difference)
     out = Path(arguments.out or arguments.after).expanduser() / "comparison"
-    write_results(out, runs, title=f"{runs[0].name} and {runs[-1].name}")
-    print(print_table(runs))
+    print(print_table(write_results(out, runs, title=f"{runs[0].name} and {runs[-1].name}")))
     print(f"report: {out / 'report.html'}")
+
+
+def find_differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """What two results do not share besides their weights, as texts; what only one of them records is left out."""
+
+    def read(source: dict[str, Any], *names: str) -> Any:
+        for name in names:
+            source = source.get(name) if isinstance(source, dict) else None
+        return source
+
+    places = {
+        "another tokenizer": ("model", "tokenizer"),
+        "another prompt template or tokenizer": ("template",),
+        "another version of crossin_jax": ("versions", "crossin_jax"),
+        "another commit of crossin_jax": ("commit",),
+    }
+    for name in read(first, "benchmarks") or ():
+        places[f"other questions in {name}"] = ("benchmarks", name, "fingerprint")
+    return [
+        f"{what} ({before} and {after})"
+        for what, names in places.items()
+        if None not in (before := read(first, *names), after := read(second, *names))
+        and before != after
+    ]
 
 
 def config_of_run(checkpoint: str) -> Config:
@@ -160,5 +271,5 @@ def split_pair(argv: list[str]) -> bool:
 
 if __name__ == "__main__":
     if split_pair(sys.argv):
-        program.run(compare, define=define_flags, takes_config=False)
-    program.run(main, define=define_flags, run_flag=("checkpoint", config_of_run))
+        cli.run(compare, define=define_flags, takes_config=False)
+    cli.run(main, define=define_flags, run_flag=("checkpoint", config_of_run))

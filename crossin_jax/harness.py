@@ -1,15 +1,18 @@
-"""EleutherAI's lm-evaluation-harness on JAX weights: its own program, with our engine among its models.
+"""Run EleutherAI's lm-evaluation-harness with our engine as one of its models.
 
   pip install lm_eval
-  python -m crossin_jax.harness run --model crossin_jax --model_args pretrained=models/mine --tasks belebele
-  python -m crossin_jax.harness run --model crossin_jax --model_args pretrained=runs/mine --tasks mine --include_path .
+  python -m crossin_jax.harness run --model crossin_jax \\
+      --model_args pretrained=models/mine --tasks belebele
+  python -m crossin_jax.harness run --model crossin_jax \\
+      --model_args pretrained=runs/mine --tasks mine --include_path .
 
-model_args: pretrained (a folder, a Hub id, an adapter or a run), adapter, tokenizer, dtype, max_length, max_gen_toks.
+model_args: pretrained (a folder, a Hub id, an adapter or a run), adapter, tokenizer, dtype,
+max_length, max_gen_toks.
 """
 
 import sys
 
-from crossin_jax import program
+from crossin_jax import cli
 from crossin_jax.config import UserError
 
 
@@ -22,11 +25,11 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "lm_eval":
             raise
-        program.fail("lm_eval is not installed: pip install lm_eval")
+        cli.fail("lm_eval is not installed: pip install lm_eval")
     try:
         cli_evaluate()
     except UserError as error:
-        program.fail(str(error))
+        cli.fail(str(error))
 
 
 if __name__ == "__main__":

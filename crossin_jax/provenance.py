@@ -1,7 +1,5 @@
 """Where an artefact came from: versions, commit, configuration, data, template and device, in every one of them."""
 
-import hashlib
-import json
 import platform
 import subprocess
 from functools import cache
@@ -9,12 +7,31 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from crossin_jax import __version__
+from crossin_jax.files import content_hash
+
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "numpy")
 
 
-def content_hash(value: Any) -> str:
-    """A short hash of JSON-able content, the same on every machine."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+# Texts whose token ids tell two tokenizers of one vocabulary apart: case, spaces, digits, scripts, rare letters.
+PROBE = "Hello, wORLD!  1234567 naïve\tstraße\n你好，世界 مرحبا नमस्ते đường ไทย 😀 <s></s>"
+
+
+def identify_tokenizer(tokenizer: Any) -> str:
+    """A hash of what a tokenizer does: its vocabulary, its special tokens, and how it cuts a text.
+
+    The tokenizer's files would not do: libraries write the same tokenizer in more than one way.
+    """
+    return content_hash(
+        [
+            sorted(tokenizer.get_vocab().items()),
+            sorted(tokenizer.all_special_ids),
+            [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id],
+            tokenizer(PROBE).input_ids,
+        ]
+    )
 
 
 @cache
@@ -25,8 +42,12 @@ def commit() -> str | None:
         return None
     try:
         git = ["git", "-C", str(root)]
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        head = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        )
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
@@ -34,9 +55,6 @@ def commit() -> str | None:
 
 def describe(config: dict[str, Any], **more: Any) -> dict[str, Any]:
     """The provenance record: versions, commit, device, hash of the configuration, and what the caller adds."""
-    import jax
-
-    from crossin_jax import __version__
     versions = {"crossin_jax": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -44,5 +62,10 @@ def describe(config: dict[str, Any], **more: Any) -> dict[str, Any]:
         except PackageNotFoundError:
             versions[package] = None
     device = jax.devices()[0]
-    return {"versions": versions, "commit": commit(), "config_hash": content_hash(config),
-            "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})", **more}
+    return {
+        "versions": versions,
+        "commit": commit(),
+        "config_hash": content_hash(config),
+        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        **more,
+    }

@@ -9,21 +9,31 @@ WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 if WORKER is None:  # else what the first process set is inherited
     os.environ["JAX_PLATFORMS"] = "cpu"
     # Most of the suite's time is compilation of programs that run once: the compiler is told not to try hard.
-    os.environ["XLA_FLAGS"] = ("--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true "
-                               "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", ""))
-    if version("jaxlib").startswith("0.10."):  # later ones do not know the flag, and an unknown flag ends the process
+    os.environ["XLA_FLAGS"] = (
+        "--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true "
+        "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
+    )
+    if version("jaxlib").startswith(
+        "0.10."
+    ):  # later ones do not know the flag, and an unknown flag ends the process
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
-    _CACHE = tempfile.TemporaryDirectory(prefix="crossin_jax_tests_")  # a program that two tests share is compiled once
+    _CACHE = tempfile.TemporaryDirectory(
+        prefix="crossin_jax_tests_"
+    )  # a program that two tests share is compiled once
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_DATASETS_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 else:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] += f"/{WORKER}"  # jax does not write its entries atomically
+    os.environ["JAX_COMPILATION_CACHE_DIR"] += (
+        f"/{WORKER}"  # jax does not write its entries atomically
+    )
 
 import jax  # noqa: E402 - after the environment is set
 import pytest  # noqa: E402 - as above
+
+from crossin_jax import process  # noqa: E402 - as above
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -33,6 +43,13 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def pytest_collection_modifyitems(items: list) -> None:
     """Tests with the TPU compiler run last: where libtpu 0.0.52 is loaded, jax's profiler ends the process."""
     items.sort(key=lambda item: hasattr(item.module, "topology"))
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """A program that a test calls in this process takes the signals; afterwards they are pytest's again."""
+    yield
+    process.unlisten()
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +67,7 @@ def pretrained(tmp_path_factory) -> Path:
     from crossin_jax.export import export
     from crossin_jax.train import train
     from tests.helpers import config_in
+
     folder = train(config_in(tmp_path_factory.mktemp("tiny") / "whole"))
     export(folder, "hf", folder / "model")
     return folder
@@ -60,4 +78,5 @@ def adapted(pretrained) -> Path:
     """A run of six uninterrupted LoRA steps with dropout on the pretrained model."""
     from crossin_jax.train import train
     from tests.helpers import config_in
+
     return train(config_in(pretrained.parent / "adapted", str(pretrained / "model")))

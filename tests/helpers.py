@@ -1,6 +1,7 @@
 """Small things that several tests build."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 from crossin_jax.config import Architecture, Config
@@ -9,8 +10,26 @@ from tests.configs import tiny
 
 def small_architecture(**changes) -> Architecture:
     """A two-layer Llama with grouped queries; every width divides over eight devices."""
-    return Architecture(**{"width": 32, "ff_width": 48, "num_layers": 2, "num_heads": 8, "num_kv_heads": 2,
-                           "max_length": 64, "vocab_size": 300} | changes)
+    return Architecture(
+        **{
+            "width": 32,
+            "ff_width": 48,
+            "num_layers": 2,
+            "num_heads": 8,
+            "num_kv_heads": 2,
+            "max_length": 64,
+            "vocab_size": 300,
+        }
+        | changes
+    )
+
+
+def as_earlier_version(run: Path) -> Path:
+    """The run without what earlier versions did not write: a test may then change what its checkpoints store."""
+    (run / "checkpoints/files.json").unlink(missing_ok=True)
+    for seal in run.glob("checkpoints/*/fingerprints"):
+        shutil.rmtree(seal)
+    return run
 
 
 def config_in(folder: Path, variant: str = "pretrain", **changes) -> Config:

@@ -17,21 +17,52 @@ sys.modules["torch"] = None
 runpy.run_module("crossin_jax.train", run_name="__main__")"""
 
 
-def start_process(folder: Path, *arguments: str, devices: int = 1, config: tuple[str, ...] = TINY,
-                  new_session: bool = False) -> subprocess.Popen:
+def start_process(
+    folder: Path,
+    *arguments: str,
+    devices: int = 1,
+    config: tuple[str, ...] = TINY,
+    new_session: bool = False,
+) -> subprocess.Popen:
     """The training program; its output and errors are one text. In a new session it leads a process group."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY),
-                                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}"}
-    command = [sys.executable, "-c", WITHOUT_TORCH, *config, f"--config.output_dir={folder}", *arguments]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            start_new_session=new_session)
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(REPOSITORY),
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
+    }
+    command = [
+        sys.executable,
+        "-c",
+        WITHOUT_TORCH,
+        *config,
+        f"--config.output_dir={folder}",
+        *arguments,
+    ]
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=new_session,
+    )
 
 
-def start_group(folder: Path, number: int, *arguments: str, come: range | None = None) -> list[subprocess.Popen]:
+def start_group(
+    folder: Path, number: int, *arguments: str, come: range | None = None
+) -> list[subprocess.Popen]:
     """Processes of one run on this machine; `come` are those that are started."""
     coordinator = f"localhost:{free_port()}"
-    return [start_process(folder, *arguments, f"--coordinator={coordinator}", f"--num_processes={number}",
-                          f"--process_id={i}") for i in come or range(number)]
+    return [
+        start_process(
+            folder,
+            *arguments,
+            f"--coordinator={coordinator}",
+            f"--num_processes={number}",
+            f"--process_id={i}",
+        )
+        for i in come or range(number)
+    ]
 
 
 def free_port() -> int:

@@ -16,13 +16,13 @@ from unittest import mock
 
 import numpy as np
 
-from crossin_jax import program
+from crossin_jax import cli
 from crossin_jax.config import Config
 from crossin_jax.data import mixture, packing
 from crossin_jax.evaluate import evaluate
-from crossin_jax.evaluation.summary import OTHERS, Run, summarise
 from crossin_jax.export import export
 from crossin_jax.generation.engine import Engine
+from crossin_jax.report.summary import OTHERS, Run, summarise
 from crossin_jax.train import train
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs/mini_study.py:smallest"
@@ -33,21 +33,25 @@ ARMS = ("base", "x2x_same")
 def broken(part: str) -> Iterator[None]:
     """Everything inside runs with one part of the package broken."""
     if part == "mixture":  # every component is English, whatever its kind
+
         def draw_pairs(self, units, rows, visits):
             return np.full(len(units), self.pivot), np.full(len(units), self.pivot)
+
         change = mock.patch.object(mixture.Pool, "draw_pairs", draw_pairs)
     elif part == "mask":  # the question is learned, the answer is not
-        fill = packing.Windows._fill
+        fill = packing.PackedBlocks._fill
 
         def swap(self, rows, kept):
             arrays = fill(self, rows, kept)
-            return arrays | {"learned": (arrays["segment_ids"] > 0) & ~arrays["learned"]}
-        change = mock.patch.object(packing.Windows, "_fill", swap)
+            return arrays | {"loss_mask": (arrays["segment_ids"] > 0) & ~arrays["loss_mask"]}
+
+        change = mock.patch.object(packing.PackedBlocks, "_fill", swap)
     else:  # choices are scored after another question
         score = Engine.score
 
         def shift(self, prompts, continuations, **options):
             return score(self, [*prompts[2:], *prompts[:2]], continuations, **options)
+
         change = mock.patch.object(Engine, "score", shift)
     with change:
         yield
@@ -62,7 +66,7 @@ def ask(config: Config, folder: Path, out: Path) -> dict[str, float]:
 
 def main(root: Path, seed: int, parts: list[str]) -> dict[str, dict[str, dict[str, float]]]:
     """Scores of the sound study, and with each of the parts broken."""
-    study = program.call_config_file(str(CONFIG), "get_study", seeds=(seed,), root=str(root))
+    study = cli.call_config_file(str(CONFIG), "get_study", seeds=(seed,), root=str(root))
     start, arms = study.cells[0].config, {cell.config.name: cell.config for cell in study.cells[1:]}
     train(start)
     export(Path(start.output_dir), "hf", Path(start.output_dir) / "model")
@@ -70,11 +74,19 @@ def main(root: Path, seed: int, parts: list[str]) -> dict[str, dict[str, dict[st
     found = {"sound": {arm: ask(arms[arm], sound[arm], root / "asked" / arm) for arm in ARMS}}
     for part in parts:
         with broken(part):
-            changed = ARMS if part == "scorer" else ARMS[1:]  # against a broken base the gap is smaller still
-            folders = {arm: sound[arm] if part == "scorer" else train(dataclasses.replace(
-                arms[arm], output_dir=str(root / part / arm))) for arm in changed}
-            found[part] = found["sound"] | {arm: ask(arms[arm], folder, root / f"asked_{part}" / arm)
-                                            for arm, folder in folders.items()}
+            changed = (
+                ARMS if part == "scorer" else ARMS[1:]
+            )  # against a broken base the gap is smaller still
+            folders = {
+                arm: sound[arm]
+                if part == "scorer"
+                else train(dataclasses.replace(arms[arm], output_dir=str(root / part / arm)))
+                for arm in changed
+            }
+            found[part] = found["sound"] | {
+                arm: ask(arms[arm], folder, root / f"asked_{part}" / arm)
+                for arm, folder in folders.items()
+            }
     return found
 
 

@@ -62,6 +62,16 @@ LIMITED = [
 CHOICES = [path for path, field in FIELDS.items() if "choices" in field.metadata]
 
 
+def filled(field, number: float) -> object:
+    """A value of the field with this number in it, however deep."""
+    annotation = str(field.type)
+    if annotation.startswith("tuple"):
+        return (number,)
+    if annotation.startswith("dict"):
+        return {"*": {"rate": number}} if "dict" in annotation[4:] else {"zh": number}
+    return number
+
+
 def numbered(path: str) -> str:
     return path.replace("[", ".").replace("]", "")
 
@@ -80,14 +90,15 @@ def test_a_limit_is_the_last_value_that_is_allowed(path):
         if word not in field.metadata:
             continue
         limit = field.metadata[word]
+        value = filled(field, limit + refused)
         with pytest.raises(UserError) as error:
-            check(put(config, {numbered(path): limit + refused}))
+            check(put(config, {numbered(path): value}))
         assert str(error.value).startswith(
-            f"{path}={limit + refused} must be {word.replace('_', ' ')} {limit}: "
+            f"{path}={value} must be {word.replace('_', ' ')} {limit}: "
         )
         assert str(error.value).endswith(field.metadata["doc"])
         try:
-            check(put(config, {numbered(path): limit + allowed}))
+            check(put(config, {numbered(path): filled(field, limit + allowed)}))
         except UserError as combination:  # of several fields
             assert "must be" not in str(combination) or "must sum" in str(combination)
 
@@ -221,10 +232,10 @@ def portion(field: str, name: str, value: tuple) -> tuple:
     )
 
 
-def groups(values: object) -> tuple:
+def groups(values: object, words: str) -> tuple:
     return refuse(
         {"optim.groups": {"*": values}},
-        r"optim.groups\['\*'\]=.*: give 'rate'",
+        rf"optim.groups.*{words}",
         *(
             {"optim.groups": {"*": kept}}
             for kept in ({"rate": 0.0}, {"weight_decay": 1}, {"rate": 2.5, "weight_decay": 0})
@@ -297,14 +308,14 @@ TOGETHER = {
     **{
         f"prompt {n}": refuse(
             {"evaluation.prompts": (1, n)},
-            f"names prompt {n}; SeaEval has 1 to 5",
+            rf"evaluation.prompts=\(1, {n}\) must be at (least 1|most 5): SeaEval prompts",
             {"evaluation.prompts": (1, 2, 3, 4, 5)},
         )
         for n in (0, 6, -1)
     },
     "language": refuse(
         {"data.languages": ("en", "zg")},
-        "data.languages: 'zg' is not a known code; known: en, zh",
+        "data.languages: 'zg' is not a known language; give a code such as fr",
         {"data.languages": ("en", "tr")},
     ),
     "sources": two_sources("sources"),
@@ -348,15 +359,15 @@ TOGETHER = {
         for values in ((0.5,), (0.5, 0.6), (0.5, 0.4), (0.9999,), (0.5, 0.50001))
     },
     **{
-        f"optim.groups {values}": groups(values)
-        for values in (
-            {},
-            {"rates": 1.0},
-            {"rate": -0.1},
-            {"weight_decay": -1},
-            {"rate": True},
-            {"rate": "1"},
-            1.0,
+        f"optim.groups {values}": groups(values, words)
+        for values, words in (
+            ({}, "give 'rate'"),
+            ({"rates": 1.0}, "give 'rate'"),
+            ({"rate": -0.1}, "must be at least 0"),
+            ({"weight_decay": -1}, "must be at least 0"),
+            ({"rate": True}, r"it takes dict\[str, dict\[str, float\]\]"),
+            ({"rate": "1"}, r"it takes dict\[str, dict\[str, float\]\]"),
+            (1.0, r"it takes dict\[str, dict\[str, float\]\]"),
         )
     },
     "b1": adafactor("b1", 0.8, 0.9),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from crossin_jax.config import Config, Data, Evaluation, Lora, Model
-from crossin_jax.data.world import train_tokenizer
+from crossin_jax.data.pipeline import train_tokenizer
 from crossin_jax.evaluate import evaluate
 from crossin_jax.export import export
 from crossin_jax.generation.engine import Engine
@@ -22,10 +22,22 @@ LANGUAGES = {"en": "English", "zh": "Chinese", "es": "Spanish"}
 
 def questions() -> list[dict]:
     """Six items in three languages; the first four are asked, all six may be shots."""
-    return [{"id": f"q{i}", "tags": ["first"] if i < 2 else [],
-             **{name: {"question": f"{name} {i}?", "context": f"{name} text {i}", "answer": i % 2,
-                       "choices": [f"(A) {code} {i}", f"(B) {code} no"]}
-                for code, name in LANGUAGES.items()}} for i in range(6)]
+    return [
+        {
+            "id": f"q{i}",
+            "tags": ["first"] if i < 2 else [],
+            **{
+                name: {
+                    "question": f"{name} {i}?",
+                    "context": f"{name} text {i}",
+                    "answer": i % 2,
+                    "choices": [f"(A) {code} {i}", f"(B) {code} no"],
+                }
+                for code, name in LANGUAGES.items()
+            },
+        }
+        for i in range(6)
+    ]
 
 
 class Place:
@@ -33,25 +45,45 @@ class Place:
 
     def __init__(self, folder, pretrained, adapted):
         self.folder, self.file, self.adapted = folder, folder / "own.json", adapted
-        self.other_file, self.adapters = folder / "more.json", [folder / "adapter6", folder / "adapter3"]
+        self.other_file, self.adapters = (
+            folder / "more.json",
+            [folder / "adapter6", folder / "adapter3"],
+        )
         self.restore_file()
         self.other_file.write_text(json.dumps(questions()))
-        for adapter, run in zip(self.adapters, (adapted, adapted / "checkpoints" / "3"), strict=True):
+        for adapter, run in zip(
+            self.adapters, (adapted, adapted / "checkpoints" / "3"), strict=True
+        ):
             export(run, "peft", adapter)
         train_tokenizer(["Another text for another tokenizer"] * 3, 300, folder / "tokenizer")
         self.model = str(pretrained / "model")
-        asks = Config(name="cached", seed=1, output_dir=str(folder / "unused"),
-                      model=Model(path=self.model, compute_dtype="float32"),
-                      data=Data(languages=("en", "es"), template="llama", system="Be brief."),
-                      evaluation=Evaluation(benchmarks=(str(self.file),), method="both", prompts=(1,),
-                                            limit=4, temperature=0.7, max_new_tokens=4))
+        asks = Config(
+            name="cached",
+            seed=1,
+            output_dir=str(folder / "unused"),
+            model=Model(path=self.model, compute_dtype="float32"),
+            data=Data(languages=("en", "es"), template="llama", system="Be brief."),
+            evaluation=Evaluation(
+                benchmarks=(str(self.file),),
+                method="both",
+                prompts=(1,),
+                limit=4,
+                temperature=0.7,
+                max_new_tokens=4,
+            ),
+        )
         bare, shots = copy.deepcopy(asks), copy.deepcopy(asks)
         bare.evaluation = dataclasses.replace(bare.evaluation, benchmarks=("cross_world:dev",))
         shots.evaluation = dataclasses.replace(shots.evaluation, shots=1, temperature=0.0)
         run = config_in(adapted, self.model)
         run.evaluation = dataclasses.replace(run.evaluation, limit=2, method="generate")
-        self.bases = {"ASKS": (asks, None), "BARE": (bare, None), "SHOTS": (shots, None), "RUN": (run, adapted),
-                      "BASE": (run, None)}
+        self.bases = {
+            "ASKS": (asks, None),
+            "BARE": (bare, None),
+            "SHOTS": (shots, None),
+            "RUN": (run, adapted),
+            "BASE": (run, None),
+        }
 
     def restore_file(self):
         self.file.write_text(json.dumps(questions()))
@@ -90,6 +122,7 @@ def count_asked(config, checkpoint, out, fails=()) -> int:
 @pytest.fixture
 def asks_again(place, tmp_path):
     """(base, change) → the number of prompts asked after the change, in a copy of the base's results."""
+
     def run(base, change):
         config, checkpoint = copy.deepcopy(place.bases[base])
         shutil.copytree(place.folder / base, tmp_path / "out")
@@ -98,26 +131,31 @@ def asks_again(place, tmp_path):
             return count_asked(config, checkpoint, tmp_path / "out")
         finally:
             place.restore_file()
+
     return run
 
 
 def edit(**fields):
     """Changes the benchmark file: fields of the Spanish version of item `at`, or of the item itself."""
+
     def change(place, config):
         rows, changes = questions(), dict(fields)
         row = rows[changes.pop("at", 0)]
         row.update({key: changes.pop(key) for key in ("id", "tags") if key in changes})
         row["Spanish"].update(changes)
         place.file.write_text(json.dumps(rows))
+
     return change
 
 
 def put(path, value):
     """Sets one field of the configuration; {file}, {other_file} and {tokenizer} are paths."""
+
     def change(place, config):
         *parents, last = path.split(".")
         section = functools.reduce(getattr, parents, config)
         setattr(section, last, fill(value, place))
+
     return change
 
 
@@ -125,14 +163,21 @@ def fill(value, place):
     """The value with the paths of the place in it."""
     if isinstance(value, tuple):
         return tuple(fill(entry, place) for entry in value)
-    return value.format(file=place.file, other_file=place.other_file, tokenizer=place.folder / "tokenizer"
-                        ) if isinstance(value, str) else value
+    return (
+        value.format(
+            file=place.file, other_file=place.other_file, tokenizer=place.folder / "tokenizer"
+        )
+        if isinstance(value, str)
+        else value
+    )
 
 
 def adapt(number):
     """Puts one of two adapters on the base."""
+
     def change(place, config):
         config.lora = Lora(rank=4, alpha=8.0, modules_to_save=(), path=str(place.adapters[number]))
+
     return change
 
 
@@ -154,6 +199,9 @@ def merge(place, config):
     model = place.folder / "merged"
     if not model.exists():
         export(place.adapted, "merged", model)
+        (
+            model / "prompt.json"
+        ).unlink()  # it names the form of training, and these questions have another
     config.model.path = str(model)
 
 
@@ -162,26 +210,46 @@ ANEW = {
     "the precision of products": ("ASKS", put("model.compute_dtype", "bfloat16")),
     "the precision of weights": ("ASKS", put("model.param_dtype", "bfloat16")),
     # what the model is asked
-    "a question": ("ASKS", edit(question="¿Otra?")), "a context": ("ASKS", edit(context="Otro.")),
-    "a choice": ("ASKS", edit(choices=["(A) otra", "(B) es no"])), "the gold": ("ASKS", edit(answer=1)),
+    "a question": ("ASKS", edit(question="¿Otra?")),
+    "a context": ("ASKS", edit(context="Otro.")),
+    "a choice": ("ASKS", edit(choices=["(A) otra", "(B) es no"])),
+    "the gold": ("ASKS", edit(answer=1)),
     "the last item's question": ("ASKS", edit(at=3, question="¿Otra?")),
-    "an id": ("ASKS", edit(id="q9")), "tags": ("ASKS", edit(tags=["second"])),
+    "an id": ("ASKS", edit(id="q9")),
+    "tags": ("ASKS", edit(tags=["second"])),
     "the order of items": ("ASKS", turn_around),
-    "a shot": ("SHOTS", edit(question="¿Otra?")), "a shot beyond the limit": ("SHOTS", edit_shots),
-    "seed, which draws shots": ("SHOTS", put("seed", 2)), "seed of Cross-World": ("BARE", put("seed", 2)),
+    "a shot": ("SHOTS", edit(question="¿Otra?")),
+    "a shot beyond the limit": ("SHOTS", edit_shots),
+    "seed, which draws shots": ("SHOTS", put("seed", 2)),
+    "seed of Cross-World": ("BARE", put("seed", 2)),
     "seed, which draws tokens": ("ASKS", put("seed", 2)),
-    "data.tag": ("BARE", put("data.tag", "sentence")), "data.template": ("ASKS", put("data.template", "chatml")),
-    "data.system": ("ASKS", put("data.system", "Be long.")), "no data.system": ("ASKS", put("data.system", None)),
+    "data.tag": ("BARE", put("data.tag", "sentence")),
+    "data.template": ("ASKS", put("data.template", "chatml")),
+    "data.system": ("ASKS", put("data.system", "Be long.")),
+    "no data.system": ("ASKS", put("data.system", None)),
     "data.tokenization": ("ASKS", put("data.tokenization", "apart")),
     "data.languages": ("ASKS", put("data.languages", ("en", "zh"))),
     "model.tokenizer": ("ASKS", put("model.tokenizer", "{tokenizer}")),
     # how it is asked
-    **{f"evaluation.{name}": ("ASKS", put(f"evaluation.{name}", value)) for name, value in {
-        "benchmarks": ("{other_file}",), "languages": ("zh", "es"), "prompts": (2,), "shots": 1, "limit": 3,
-        "max_new_tokens": 5, "temperature": 0.9, "top_k": 5, "top_p": 0.5, "cache_dtype": "float32"}.items()},
+    **{
+        f"evaluation.{name}": ("ASKS", put(f"evaluation.{name}", value))
+        for name, value in {
+            "benchmarks": ("{other_file}",),
+            "languages": ("zh", "es"),
+            "prompts": (2,),
+            "shots": 1,
+            "limit": 3,
+            "max_new_tokens": 5,
+            "temperature": 0.9,
+            "top_k": 5,
+            "top_p": 0.5,
+            "cache_dtype": "float32",
+        }.items()
+    },
     "evaluation.template": ("ASKS", put("evaluation.template", "chatml")),
     # who is asked
-    "an adapter on the base": ("ASKS", adapt(0)), "another base": ("ASKS", merge),
+    "an adapter on the base": ("ASKS", adapt(0)),
+    "another base": ("ASKS", merge),
     "a run on the base": ("BASE", lambda place, config: place.adapted),
     "another step of the run": ("RUN", lambda place, config: place.adapted / "checkpoints" / "3"),
 }
@@ -205,22 +273,34 @@ def test_two_adapters_do_not_share_answers(place, tmp_path):
 
 
 KEPT = {
-    "nothing": lambda place, config: None, "name": put("name", "other"),
-    "output_dir": put("output_dir", "runs/other"), "learning rate": put("optim.learning_rate", 1.0),
-    "batch size of training": put("train.batch_size", 64), "held-out records": put("data.eval_sources", ()),
+    "nothing": lambda place, config: None,
+    "name": put("name", "other"),
+    "output_dir": put("output_dir", "runs/other"),
+    "learning rate": put("optim.learning_rate", 1.0),
+    "batch size of training": put("train.batch_size", 64),
+    "held-out records": put("data.eval_sources", ()),
     "only one of the methods": put("evaluation.method", "generate"),
 }
 
 
-@pytest.mark.parametrize(("base", "what"), [*(("ASKS", what) for what in KEPT), ("BARE", "nothing"),
-                                            ("RUN", "nothing"), ("RUN", "output_dir")])
+@pytest.mark.parametrize(
+    ("base", "what"),
+    [
+        *(("ASKS", what) for what in KEPT),
+        ("BARE", "nothing"),
+        ("RUN", "nothing"),
+        ("RUN", "output_dir"),
+    ],
+)
 def test_what_is_finished_is_not_asked_again(base, what, asks_again):
     """A change that no answer depends on costs nothing."""
     assert asks_again(base, KEPT[what]) == 0
 
 
-@pytest.mark.parametrize(("field", "value", "parts"), [
-    ("prompts", (3, 1), 2), ("benchmarks", ("{other_file}", "{file}"), 2), ("method", "both", 1)])
+@pytest.mark.parametrize(
+    ("field", "value", "parts"),
+    [("prompts", (3, 1), 2), ("benchmarks", ("{other_file}", "{file}"), 2), ("method", "both", 1)],
+)
 def test_only_what_is_new_is_asked(field, value, parts, place, tmp_path):
     """Another prompt, benchmark or method is asked beside what is finished: 4 items in 2 languages."""
     config = copy.deepcopy(place.bases["ASKS"][0])

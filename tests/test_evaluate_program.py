@@ -16,40 +16,73 @@ from tests.helpers import config_in
 
 def flags(**given) -> SimpleNamespace:
     """The command line's flags."""
-    return SimpleNamespace(**{"checkpoint": None, "out": None, "limit": None, "languages": None,
-                              "prompts": None, "compare": None, "after": None} | given)
+    return SimpleNamespace(
+        **{
+            "checkpoint": None,
+            "out": None,
+            "limit": None,
+            "languages": None,
+            "prompts": None,
+            "compare": None,
+            "after": None,
+        }
+        | given
+    )
 
 
 @pytest.fixture
 def own_benchmark(pretrained, tmp_path):
     """A configuration that asks four questions in three languages, by two prompts."""
-    rows = [{"id": f"q{i}", **{code: {"question": f"{code} {i}?", "choices": ["one", "two"], "answer": i % 2}
-                               for code in ("en", "es", "vi")}} for i in range(4)]
+    rows = [
+        {
+            "id": f"q{i}",
+            **{
+                code: {"question": f"{code} {i}?", "choices": ["one", "two"], "answer": i % 2}
+                for code in ("en", "es", "vi")
+            },
+        }
+        for i in range(4)
+    ]
     (tmp_path / "own.json").write_text(json.dumps(rows))
     config = config_in(tmp_path / "run", str(pretrained / "model"))
     config.evaluation = dataclasses.replace(
-        config.evaluation, benchmarks=(str(tmp_path / "own.json"),), languages=("en", "es", "vi"), prompts=(2, 4),
-        limit=3, method="choices", mode="strict")
+        config.evaluation,
+        benchmarks=(str(tmp_path / "own.json"),),
+        languages=("en", "es", "vi"),
+        prompts=(2, 4),
+        limit=3,
+        method="choices",
+        mode="strict",
+    )
     return config
 
 
 def silence(monkeypatch):
     """The engine gives the first choice, at once."""
-    monkeypatch.setattr(Engine, "score", lambda _, prompts, choices, **__: [
-        -np.arange(len(entry), dtype=float) for entry in choices])
+    monkeypatch.setattr(
+        Engine,
+        "score",
+        lambda _, prompts, choices, **__: [
+            -np.arange(len(entry), dtype=float) for entry in choices
+        ],
+    )
     monkeypatch.setattr(Engine, "generate", lambda _, prompts, **__: [[] for _ in prompts])
 
 
 ASKED = [  # flags, and the languages, prompts and number of items that they give
-    ({}, ("en", "es", "vi"), ("2", "4"), 3), ({"languages": ["en"]}, ("en",), ("2", "4"), 3),
-    ({"languages": ["vi", "en"]}, ("vi", "en"), ("2", "4"), 3), ({"limit": 2}, ("en", "es", "vi"), ("2", "4"), 2),
+    ({}, ("en", "es", "vi"), ("2", "4"), 3),
+    ({"languages": ["en"]}, ("en",), ("2", "4"), 3),
+    ({"languages": ["vi", "en"]}, ("vi", "en"), ("2", "4"), 3),
+    ({"limit": 2}, ("en", "es", "vi"), ("2", "4"), 2),
     ({"prompts": ["5", "1"]}, ("en", "es", "vi"), ("5", "1"), 3),
     ({"limit": 1, "prompts": ["3"], "languages": ["es"]}, ("es",), ("3",), 1),
 ]
 
 
 @pytest.mark.parametrize(("given", "languages", "prompts", "num_items"), ASKED)
-def test_short_flags_ask_for_less(own_benchmark, monkeypatch, capsys, given, languages, prompts, num_items):
+def test_short_flags_ask_for_less(
+    own_benchmark, monkeypatch, capsys, given, languages, prompts, num_items
+):
     """--limit, --languages and --prompts narrow what the configuration asks; without them it holds."""
     silence(monkeypatch)
     program.main(own_benchmark, flags(**given))
@@ -61,31 +94,52 @@ def test_short_flags_ask_for_less(own_benchmark, monkeypatch, capsys, given, lan
         assert (tuple(block["languages"]), tuple(row["prompts"])) == (languages, prompts)
         assert row["num_items"] == block["num_items"] == num_items
     assert (results["mode"], results["title"], results["runs"][0]["name"]) == (
-        "strict", "base model", "base model")
+        "strict",
+        "base model",
+        "base model",
+    )
     assert results["runs"][0]["seed"] == own_benchmark.seed
-    logs = {f"own_{method}_p{number}.json" for method in ("sum", "mean", "byte", "letter") for number in prompts}
+    logs = {
+        f"own_{method}_p{number}.json"
+        for method in ("sum", "mean", "byte", "letter")
+        for number in prompts
+    }
     assert {file.name for file in (out / "logs").iterdir()} == logs
     printed = capsys.readouterr().out
-    assert f"{num_items} items, {' '.join(languages)}" in printed and str(out / "report.html") in printed
+    assert (
+        f"{num_items} items, {' '.join(languages)}" in printed
+        and str(out / "report.html") in printed
+    )
 
 
-@pytest.mark.parametrize(("given", "words"), [
-    ({"prompts": ["one"]}, "give numbers from 1 to 5"), ({"prompts": ["6"]}, "names prompt 6"),
-    ({"limit": 0}, "evaluation.limit=0")])
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"prompts": ["one"]}, "give numbers from 1 to 5"),
+        ({"prompts": ["6"]}, r"evaluation.prompts=\(6,\) must be at most 5"),
+        ({"limit": 0}, "evaluation.limit=0"),
+    ],
+)
 def test_short_flags_are_checked_like_settings(own_benchmark, given, words):
     with pytest.raises(UserError, match=words):
         program.main(own_benchmark, flags(**given))
     assert not Path(own_benchmark.output_dir).exists()
 
 
-def test_a_checkpoint_is_reported_by_the_name_of_its_run(adapted, pretrained, tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_is_reported_by_the_name_of_its_run(
+    adapted, pretrained, tmp_path, monkeypatch, capsys
+):
     """The report goes into --out, under the run's name; two reports are compared with --compare."""
     silence(monkeypatch)
     config = config_in(adapted, str(pretrained / "model"))
     for checkpoint, name in ((str(adapted), "tuned"), (None, "base")):
         program.main(config, flags(checkpoint=checkpoint, out=str(tmp_path / name)))
         results = json.loads((tmp_path / name / "results.json").read_text())
-        assert results["runs"][0]["name"] == results["title"] == ("tiny_lora" if checkpoint else "base model")
+        assert (
+            results["runs"][0]["name"]
+            == results["title"]
+            == ("tiny_lora" if checkpoint else "base model")
+        )
     program.compare(flags(compare=str(tmp_path / "base"), after=str(tmp_path / "tuned")))
     results = json.loads((tmp_path / "tuned" / "comparison" / "results.json").read_text())
     assert [run["name"] for run in results["runs"]] == ["base model", "tiny_lora"]

@@ -21,7 +21,8 @@ from crossin_jax.checks import check
 from crossin_jax.config import Component, Config, Data, Source, Train, UserError
 from crossin_jax.data import loader as loading
 from crossin_jax.data.corpus import load_corpus
-from crossin_jax.data.pipeline import open_asker, open_pipeline, open_tokenizer
+from crossin_jax.data.pipeline import open_eval_renderer, open_pipeline, open_tokenizer
+from crossin_jax.evaluation import during_training
 from crossin_jax.parallel.mesh import leaf_name, make_mesh
 from crossin_jax.training.optim import make_optimizer, make_schedule
 from crossin_jax.training.state import abstract_model, abstract_state, model_spec
@@ -34,19 +35,30 @@ from tests.test_config import SECTIONS
 def shapes(config: Config) -> dict:
     """The parameters that train and those that are frozen, with shapes and types."""
     model = abstract_model(config, model_spec(config), make_mesh(config.mesh))
-    return {leaf_name(path): (leaf.shape, leaf.dtype, tree is model.frozen) for tree in (model.trainable, model.frozen)
-            for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    return {
+        leaf_name(path): (leaf.shape, leaf.dtype, tree is model.frozen)
+        for tree in (model.trainable, model.frozen)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
 
 
 def program(config: Config) -> str:
     """The training step as JAX traces it."""
     mesh, spec = make_mesh(config.mesh), model_spec(config)
     model, optimizer = abstract_model(config, spec, mesh), make_optimizer(config.optim, 6)
-    static = StepSettings(config.train.accumulation, config.train.loss_chunk, config.model.remat,
-                          config.model.attention, config.seed, 2)
+    static = StepSettings(
+        config.train.accumulation,
+        config.train.loss_chunk,
+        config.model.remat,
+        config.model.attention,
+        config.seed,
+        2,
+    )
     int_BT = jax.ShapeDtypeStruct((16, config.data.length), jnp.int32)
-    batch = dict.fromkeys(("tokens_BT", "targets_BT", "segment_ids_BT", "positions_BT", "group_BT"), int_BT)
-    batch["learned_BT"] = jax.ShapeDtypeStruct(int_BT.shape, bool)
+    batch = dict.fromkeys(
+        ("tokens_BT", "targets_BT", "segment_ids_BT", "positions_BT", "group_BT"), int_BT
+    )
+    batch["loss_mask_BT"] = jax.ShapeDtypeStruct(int_BT.shape, bool)
     step = make_train_step(model.graphdef, optimizer, static)
     return str(jax.make_jaxpr(step)(abstract_state(model, optimizer, mesh), batch))
 
@@ -56,8 +68,10 @@ def optimizer(config: Config) -> tuple:
     params = {"embed_tokens": {"weight": jnp.ones((4, 4))}, "norm": {"scale": jnp.ones(4)}}
     rule = make_optimizer(config.optim, 20)
     schedule = make_schedule(config.optim, 20)
-    return (str(jax.make_jaxpr(rule.update)(params, jax.eval_shape(rule.init, params), params)),
-            [float(schedule(i)) for i in range(20)])
+    return (
+        str(jax.make_jaxpr(rule.update)(params, jax.eval_shape(rule.init, params), params)),
+        [float(schedule(i)) for i in range(20)],
+    )
 
 
 def corpus(config: Config) -> tuple:
@@ -73,7 +87,9 @@ def digest(rows: np.ndarray) -> str:
 def batches(config: Config) -> list[str]:
     """Three batches of the mixture, and how it is made."""
     data = open_pipeline(config)
-    made = loading.make_loader(data.mixture, data.renderer, config.data, batch_size=4, seed=config.seed)
+    made = loading.make_loader(
+        data.mixture, data.renderer, config.data, batch_size=4, seed=config.seed
+    )
     texts = [digest(rows) for _ in range(3) for rows in next(made).values()]
     made.close()
     return [*texts, str(made._workers), str(data.held_out is not None), str(made.groups)]
@@ -121,10 +137,12 @@ def benchmark(config: Config) -> tuple:
     ENGINES.clear()
     model = types.SimpleNamespace(graphdef=None, spec=None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_program, "Engine", Engine)
-        patch.setattr(train_program.nnx, "merge_state", lambda *_: None)
-        asker = open_asker(config, pipeline(repr(config.data), config).tokenizer)
-        scores = train_program.Benchmarks(config, asker, model, None)(types.SimpleNamespace(trainable=0, frozen=0))
+        patch.setattr(during_training, "Engine", Engine)
+        patch.setattr(during_training.nnx, "merge_state", lambda *_: None)
+        asker = open_eval_renderer(config, pipeline(repr(config.data), config).tokenizer)
+        scores = during_training.Benchmarks(config, asker, model, None)(
+            types.SimpleNamespace(trainable=0, frozen=0)
+        )
     return repr(scores), repr(ENGINES)
 
 
@@ -156,8 +174,13 @@ def run(config: Config) -> list:
         """Tells how it is made and called; false where it is asked for something."""
 
         def __init__(self, *arguments, **options):
-            told.append((self.name, [a for a in arguments if isinstance(a, str | tuple | int)],
-                         {k: v for k, v in options.items() if isinstance(v, str | int | bool)}))
+            told.append(
+                (
+                    self.name,
+                    [a for a in arguments if isinstance(a, str | tuple | int)],
+                    {k: v for k, v in options.items() if isinstance(v, str | int | bool)},
+                )
+            )
 
         def __call__(self, *_):
             told.append(self.name)
@@ -166,6 +189,7 @@ def run(config: Config) -> list:
         def __getattr__(self, name):
             def call(*arguments, **_):
                 told.append((self.name, name, [a for a in arguments if isinstance(a, int)]))
+
             return call
 
         def __enter__(self):
@@ -178,13 +202,22 @@ def run(config: Config) -> list:
         told.append((state.step, batch["tokens_BT"].shape))
         return types.SimpleNamespace(step=state.step + 1), {}
 
-    stand_ins = {name: type(name, (Recorder,), {"name": name})
-                 for name in ("Telemetry", "HeldOut", "Benchmarks", "Profiler", "Store")}
+    stand_ins = {
+        name: type(name, (Recorder,), {"name": name})
+        for name in ("Telemetry", "HeldOut", "Benchmarks", "Profiler", "Store")
+    }
+    guest = types.SimpleNamespace(Benchmarks=stand_ins.pop("Benchmarks"))
     stand_ins |= {
-        "open_pipeline": lambda config: pipeline(repr(config.data), config), "abstract_model": lambda *_: MODEL,
-        "abstract_state": lambda *_: None, "make_train_step": lambda *_: None, "flops_per_token": lambda *_: 1,
-        "to_mesh": lambda batch, mesh: batch, "open_asker": lambda *_: None,
-        "start_state": lambda *_: types.SimpleNamespace(step=0)}
+        "open_guest": lambda _: guest,
+        "open_pipeline": lambda config: pipeline(repr(config.data), config),
+        "abstract_model": lambda *_: MODEL,
+        "abstract_state": lambda *_: None,
+        "make_train_step": lambda *_: None,
+        "flops_per_token": lambda *_: 1,
+        "to_mesh": lambda batch, mesh: batch,
+        "open_eval_renderer": lambda *_: types.SimpleNamespace(fit_model=lambda *_: None),
+        "start_state": lambda *_: types.SimpleNamespace(step=0, frozen={}),
+    }
     with pytest.MonkeyPatch.context() as patch:
         for name, stand_in in stand_ins.items():
             patch.setattr(train_program, name, stand_in)
@@ -193,49 +226,117 @@ def run(config: Config) -> list:
     return told
 
 
-MODEL = types.SimpleNamespace(graphdef=None)
+MODEL = types.SimpleNamespace(graphdef=None, spec=None)
 
 
 # ---- Where each field is looked at: (base, path, changed value, observation)
+
 
 @pytest.fixture(scope="module")
 def bases(pretrained, tmp_path_factory) -> dict[str, Config]:
     """A configuration of each kind, small."""
     folder = tmp_path_factory.mktemp("fields")
-    files = {"rows": write_lines(folder / "rows.jsonl", parallel_rows(40)),
-             "more": write_lines(folder / "more.jsonl", parallel_rows(30, start=100))}
+    files = {
+        "rows": write_lines(folder / "rows.jsonl", parallel_rows(40)),
+        "more": write_lines(folder / "more.jsonl", parallel_rows(30, start=100)),
+    }
     for code in ("en", "zh"):
-        rows = [{"id": f"{code}{i}", "instruction": f"{code} {i}", "output": str(i)} for i in range(9)]
+        rows = [
+            {"id": f"{code}{i}", "instruction": f"{code} {i}", "output": str(i)} for i in range(9)
+        ]
         write_lines(folder / f"apart_{code}.jsonl", rows)
-    questions = [{"id": f"q{i}"} | {name: {"question": f"{name} {i}?", "choices": ["(A) one", "(B) two"],
-                                           "answer": "(A) one"} for name in ("English", "Chinese", "Spanish")}
-                 for i in range(6)]
+    questions = [
+        {"id": f"q{i}"}
+        | {
+            name: {
+                "question": f"{name} {i}?",
+                "choices": ["(A) one", "(B) two"],
+                "answer": "(A) one",
+            }
+            for name in ("English", "Chinese", "Spanish")
+        }
+        for i in range(6)
+    ]
     files["questions"] = write_lines(folder / "questions.jsonl", questions)
     lora = config_in(folder / "lora", str(pretrained / "model"))
     new = config_in(folder / "new")
     new.train = dataclasses.replace(new.train, tensorboard=True)
-    parts = Data(sources=(Source(name="rows", path=files["rows"]), Source(name="more", path=files["more"])),
-                 components=(Component(kind="base", source="rows"), Component(kind="x2x", source="rows")), length=512,
-                 languages=("en", "zh", "vi", "es"))
+    parts = Data(
+        sources=(Source(name="rows", path=files["rows"]), Source(name="more", path=files["more"])),
+        components=(Component(kind="base", source="rows"), Component(kind="x2x", source="rows")),
+        length=512,
+        languages=("en", "zh", "vi", "es"),
+    )
     data = dataclasses.replace(lora, data=parts)
-    asks = dataclasses.replace(data, evaluation=dataclasses.replace(
-        lora.evaluation, benchmarks=(files["questions"],), languages=("en", "zh"), prompts=(1, 2), method="generate"))
-    trains = dataclasses.replace(lora, train=Train(
-        steps=6, batch_size=8, log_every=2, eval_every=2, benchmark_every=3, checkpoint_every=2, tensorboard=False))
+    asks = dataclasses.replace(
+        data,
+        evaluation=dataclasses.replace(
+            lora.evaluation,
+            benchmarks=(files["questions"],),
+            languages=("en", "zh"),
+            prompts=(1, 2),
+            method="generate",
+        ),
+    )
+    trains = dataclasses.replace(
+        lora,
+        train=Train(
+            steps=6,
+            batch_size=8,
+            log_every=2,
+            eval_every=2,
+            benchmark_every=3,
+            checkpoint_every=2,
+            tensorboard=False,
+        ),
+    )
 
     def component(kind: str) -> Config:
-        return dataclasses.replace(data, data=dataclasses.replace(parts, components=(
-            Component(kind=kind, source="rows"), Component(kind="base", source="rows"))))
+        return dataclasses.replace(
+            data,
+            data=dataclasses.replace(
+                parts,
+                components=(
+                    Component(kind=kind, source="rows"),
+                    Component(kind="base", source="rows"),
+                ),
+            ),
+        )
 
-    return {"LORA": lora, "NEW": new, "DATA": data, "ASKS": asks, "TRAINS": trains, "TRANS": component("trans"),
-            "X2X": component("x2x"), "WORLD": dataclasses.replace(lora), "files": files, "folder": str(folder)}
+    return {
+        "LORA": lora,
+        "NEW": new,
+        "DATA": data,
+        "ASKS": asks,
+        "TRAINS": trains,
+        "TRANS": component("trans"),
+        "X2X": component("x2x"),
+        "WORLD": dataclasses.replace(lora),
+        "files": files,
+        "folder": str(folder),
+    }
 
 
-ARCHITECTURE = {"width": 64, "ff_width": 64, "num_layers": 3, "num_heads": 2, "num_kv_heads": 4, "max_length": 64,
-                "tie_embeddings": False, "vocab_size": 500}
+ARCHITECTURE = {
+    "width": 64,
+    "ff_width": 64,
+    "num_layers": 3,
+    "num_heads": 2,
+    "num_kv_heads": 4,
+    "max_length": 64,
+    "tie_embeddings": False,
+    "vocab_size": 500,
+}
 TABLE = {
-    **{f"Architecture.{name}": ("NEW", f"model.architecture.{name}", value, lambda c: repr(model_spec(c)))
-       for name, value in ARCHITECTURE.items()},
+    **{
+        f"Architecture.{name}": (
+            "NEW",
+            f"model.architecture.{name}",
+            value,
+            lambda c: repr(model_spec(c)),
+        )
+        for name, value in ARCHITECTURE.items()
+    },
     "Model.path": ("LORA", "model.path", "/no/where", shapes),
     "Model.revision": ("HUB", "model.revision", "v2", shapes),
     "Model.tokenizer": ("LORA", "model.tokenizer", "/no/where", tokens),
@@ -258,7 +359,12 @@ TABLE = {
     "Source.path": ("DATA", "data.sources.0.path", "{more}", corpus),
     "Source.split": ("LORA", "data.sources.0.split", "dev", corpus),
     "Source.languages": ("DATA", "data.sources.0.languages", ("en", "zh"), corpus),
-    "Source.fields": ("DATA", "data.sources.0.fields", {"output": "instruction", "instruction": "output"}, corpus),
+    "Source.fields": (
+        "DATA",
+        "data.sources.0.fields",
+        {"output": "instruction", "instruction": "output"},
+        corpus,
+    ),
     "Source.join": ("APART", "data.sources.0.join", "position", corpus),
     "Source.portion": ("DATA", "data.sources.0.portion", (0.0, 0.5), corpus),
     "Source.limit": ("DATA", "data.sources.0.limit", 7, corpus),
@@ -270,6 +376,7 @@ TABLE = {
     "Component.allow_same": ("X2X", "data.components.0.allow_same", True, batches),
     "Component.translate": ("TRANS", "data.components.0.translate", "x2en", batches),
     "Component.translate_what": ("TRANS", "data.components.0.translate_what", "record", batches),
+    "Component.request": ("TRANS", "data.components.0.request", "prompt", batches),
     "Component.with_replacement": ("DATA", "data.components.1.with_replacement", True, batches),
     "Component.tag": ("DATA", "data.components.1.tag", "instruction", batches),
     "Component.template": ("DATA", "data.components.1.template", "plain", batches),
@@ -283,25 +390,62 @@ TABLE = {
     "Data.packing": ("DATA", "data.packing", False, batches),
     "Data.over_long": ("SHORT", "data.over_long", "shorten_input", batches),
     "Data.workers": ("DATA", "data.workers", 1, batches),
-    **{f"Optim.{name}": ("NEW", f"optim.{name}", value, optimizer) for name, value in {
-        "name": "lion", "learning_rate": 1e-3, "schedule": "linear", "warmup_share": 0.5, "final_share": 0.5,
-        "weight_decay": 0.5, "b1": 0.5, "b2": 0.5, "clip_norm": None, "moments_dtype": "bfloat16",
-        "groups": {"embed_tokens/*": {"rate": 0.5}}}.items()},
+    **{
+        f"Optim.{name}": ("NEW", f"optim.{name}", value, optimizer)
+        for name, value in {
+            "name": "lion",
+            "learning_rate": 1e-3,
+            "schedule": "linear",
+            "warmup_share": 0.5,
+            "final_share": 0.5,
+            "weight_decay": 0.5,
+            "b1": 0.5,
+            "b2": 0.5,
+            "clip_norm": None,
+            "moments_dtype": "bfloat16",
+            "groups": {"embed_tokens/*": {"rate": 0.5}},
+        }.items()
+    },
     "Mesh.data": ("NEW", "mesh.data", 4, mesh),
     "Mesh.fsdp": ("NEW", "mesh.fsdp", 2, mesh),
     "Mesh.tensor": ("NEW", "mesh.tensor", 2, mesh),
-    **{f"Train.{name}": ("TRAINS", f"train.{name}", value, run) for name, value in {
-        "steps": 5, "batch_size": 16, "log_every": 3, "eval_every": 3, "benchmark_every": 2, "checkpoint_every": 3,
-        "tensorboard": True}.items()},
+    **{
+        f"Train.{name}": ("TRAINS", f"train.{name}", value, run)
+        for name, value in {
+            "steps": 5,
+            "batch_size": 16,
+            "log_every": 3,
+            "eval_every": 3,
+            "benchmark_every": 2,
+            "checkpoint_every": 3,
+            "checkpoint_minutes": 1e-9,
+            "tensorboard": True,
+        }.items()
+    },
     "Train.epochs": ("EPOCHS", "train.epochs", 2.0, run),
     "Train.accumulation": ("LORA", "train.accumulation", 2, program),
     "Train.loss_chunk": ("LORA", "train.loss_chunk", 8, program),
     "Train.keep": ("NEW", "train.keep", 5, store),
     "Train.keep_every": ("NEW", "train.keep_every", 5, store),
-    **{f"Evaluation.{name}": ("ASKS", f"evaluation.{name}", value, benchmark) for name, value in {
-        "benchmarks": ("cross_world:dev",), "languages": ("en", "es"), "method": "both", "prompts": (1, 3), "shots": 1,
-        "mode": "strict", "template": "plain", "max_new_tokens": 9, "batch_size": 4, "temperature": 0.5, "top_k": 5,
-        "top_p": 0.5, "cache_dtype": "bfloat16", "limit": 3}.items()},
+    **{
+        f"Evaluation.{name}": ("ASKS", f"evaluation.{name}", value, benchmark)
+        for name, value in {
+            "benchmarks": ("cross_world:dev",),
+            "languages": ("en", "es"),
+            "method": "both",
+            "prompts": (1, 3),
+            "shots": 1,
+            "mode": "strict",
+            "template": "plain",
+            "max_new_tokens": 9,
+            "batch_size": 4,
+            "temperature": 0.5,
+            "top_k": 5,
+            "top_p": 0.5,
+            "cache_dtype": "bfloat16",
+            "limit": 3,
+        }.items()
+    },
     "Evaluation.over_long": ("LONG", "evaluation.over_long", "skip", benchmark),
     "Config.name": ("TRAINS", "name", "other", run),
     "Config.seed": ("DATA", "seed", 7, batches),
@@ -313,14 +457,27 @@ TABLE |= {
     "Config.lora": ("LORA", "lora", None, shapes),
     "Data.sources": ("DATA", "data.sources", (), batches),
     "Data.components": ("DATA", "data.components", (), batches),
-    "Data.eval_sources": ("DATA", "data.eval_sources", (Source(name="rows", kind="world", split="dev"),), batches),
+    "Data.eval_sources": (
+        "DATA",
+        "data.eval_sources",
+        (Source(name="rows", kind="world", split="dev"),),
+        batches,
+    ),
 }
-WHOLE = {"Config.model", "Config.data", "Config.optim", "Config.mesh", "Config.train", "Config.evaluation"}
+WHOLE = {
+    "Config.model",
+    "Config.data",
+    "Config.optim",
+    "Config.mesh",
+    "Config.train",
+    "Config.evaluation",
+}
 
 
 def test_the_table_is_complete():
-    assert TABLE.keys() | WHOLE == {f"{cls.__name__}.{field.name}" for cls in SECTIONS
-                                    for field in dataclasses.fields(cls)}
+    assert TABLE.keys() | WHOLE == {
+        f"{cls.__name__}.{field.name}" for cls in SECTIONS for field in dataclasses.fields(cls)
+    }
 
 
 def base_of(name: str, bases: dict) -> Config:
@@ -330,8 +487,11 @@ def base_of(name: str, bases: dict) -> Config:
         config.model.path = "org/model"
     elif name == "APART":
         config = copy.deepcopy(bases["DATA"])
-        config.data = dataclasses.replace(config.data, languages=("en", "zh"), sources=(
-            Source(name="rows", path=bases["folder"] + "/apart_{lang}.jsonl"),))
+        config.data = dataclasses.replace(
+            config.data,
+            languages=("en", "zh"),
+            sources=(Source(name="rows", path=bases["folder"] + "/apart_{lang}.jsonl"),),
+        )
     elif name == "SHORT":
         config = copy.deepcopy(bases["DATA"])
         config.data.length = 170
@@ -359,7 +519,11 @@ def observe(name: str, path: str | None, value: object, look, bases: dict) -> ob
     """What is seen of a configuration, or the error that it raises."""
     config = base_of(name, bases)
     if path:
-        value = value.format(**bases["files"], folder=bases["folder"]) if isinstance(value, str) else value
+        value = (
+            value.format(**bases["files"], folder=bases["folder"])
+            if isinstance(value, str)
+            else value
+        )
         change(config, path, copy.deepcopy(value))
     try:
         check(config)
@@ -377,8 +541,16 @@ def test_a_changed_field_changes_what_comes_of_it(field, bases):
     key = (name, look)
     if key not in SEEN:
         SEEN[key] = observe(name, None, None, look, bases)
-        assert observe(name, None, None, look, bases) == SEEN[key]  # the same twice, else a change says nothing
-        assert name in ("HUB", "APART", "LONG") or not str(SEEN[key]).startswith("UserError"), SEEN[key]
+        assert (
+            observe(name, None, None, look, bases) == SEEN[key]
+        )  # the same twice, else a change says nothing
+        assert name in ("HUB", "APART", "LONG") or not str(SEEN[key]).startswith("UserError"), SEEN[
+            key
+        ]
     changed = observe(name, path, value, look, bases)
     assert changed != SEEN[key]
-    assert not isinstance(changed, str) or "Error: " not in changed[:30] or changed.startswith("UserError"), changed
+    assert (
+        not isinstance(changed, str)
+        or "Error: " not in changed[:30]
+        or changed.startswith("UserError")
+    ), changed

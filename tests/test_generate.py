@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -13,70 +14,92 @@ import pytest
 
 from crossin_jax import generate as program
 from crossin_jax.config import UserError
-from crossin_jax.data.prompts import Renderer, load_tokenizer
+from crossin_jax.data.pipeline import load_tokenizer
+from crossin_jax.data.prompts import Renderer
 from crossin_jax.export import export
-from crossin_jax.generate import Speaker, open_speaker, read_prompts
+from crossin_jax.generate import read_prompts
+from crossin_jax.generation.chat import ChatModel, load_chat_model
 from tests.conftest import REPOSITORY
+from tests.helpers import as_earlier_version
 from tests.test_train import copy_run
 
-QUESTIONS = [("What is the currency of Peru?", ""), ("Name the capital", "France"), ("Say something", "")]
+QUESTIONS = [
+    ("What is the currency of Peru?", ""),
+    ("Name the capital", "France"),
+    ("Say something", ""),
+]
 
 
 @pytest.fixture(scope="module")
 def speaker(pretrained):
-    return open_speaker(str(pretrained / "model"), template="plain", batch_size=2)
+    return load_chat_model(str(pretrained / "model"), template="plain", batch_size=2)
 
 
 def test_answers_stream_as_they_are_returned(speaker):
     heard = {}
-    answers = speaker.answer(QUESTIONS, lambda i, text: heard.setdefault(i, []).append(text), max_new_tokens=20)
+    answers = speaker.answer(
+        QUESTIONS, lambda i, text: heard.setdefault(i, []).append(text), max_new_tokens=20
+    )
     assert ["".join(heard[i]) for i in range(3)] == answers and any(answers)
     assert speaker.answer(QUESTIONS[1:2], max_new_tokens=20) == answers[1:2]
 
 
 def test_stops_are_cut_from_text_and_stream(speaker):
-    whole, = speaker.answer(QUESTIONS[:1], max_new_tokens=20)
+    (whole,) = speaker.answer(QUESTIONS[:1], max_new_tokens=20)
     stop = whole[3:6]
     heard = []
-    cut, = speaker.answer(QUESTIONS[:1], lambda i, text: heard.append(text), max_new_tokens=20, stop=[stop])
-    assert cut == whole[:whole.find(stop)] == "".join(heard)
+    (cut,) = speaker.answer(
+        QUESTIONS[:1], lambda i, text: heard.append(text), max_new_tokens=20, stop=[stop]
+    )
+    assert cut == whole[: whole.find(stop)] == "".join(heard)
 
 
 def test_a_run_an_export_and_an_adapter_on_its_base_say_the_same(pretrained, adapted, tmp_path):
     export(adapted, "peft", tmp_path / "adapter")
-    base, template = str(pretrained / "model"), open_speaker(str(adapted)).renderer.template_name
+    base, template = str(pretrained / "model"), load_chat_model(str(adapted)).renderer.template_name
     options = {"max_new_tokens": 12}
-    expected = open_speaker(str(adapted), dtype="float32").answer(QUESTIONS, **options)
-    on_base = open_speaker(base, adapter=str(tmp_path / "adapter"), template=template, dtype="float32")
+    expected = load_chat_model(str(adapted), dtype="float32").answer(QUESTIONS, **options)
+    on_base = load_chat_model(
+        base, adapter=str(tmp_path / "adapter"), template=template, dtype="float32"
+    )
     assert on_base.answer(QUESTIONS, **options) == expected
-    assert open_speaker(str(tmp_path / "adapter"), template=template).answer(QUESTIONS, **options) == expected
+    assert (
+        load_chat_model(str(tmp_path / "adapter"), template=template).answer(QUESTIONS, **options)
+        == expected
+    )
     with pytest.raises(UserError, match="weights of its own"):
-        open_speaker(str(adapted), adapter=str(tmp_path / "adapter"))
+        load_chat_model(str(adapted), adapter=str(tmp_path / "adapter"))
     with pytest.raises(UserError, match="did you mean alpaca"):
-        open_speaker(base, template="alpacca")
+        load_chat_model(base, template="alpacca")
 
 
 # ---- How a model is asked
 
-@pytest.mark.parametrize(("stored", "given"), [
-    ({"template": "llama", "system": "Be brief."}, {}),
-    ({"template": "llama", "system": "Be brief."}, {"system": "Be long."}),
-    ({"template": "alpaca", "system": None}, {"template": "llama", "system": "Be long."}),
-    ({"template": "plain", "system": None, "tokenization": "apart"}, {}),
-    ({"template": "plain", "system": None, "tokenization": "apart"}, {"template": "alpaca"})],
-    ids=str)
+
+@pytest.mark.parametrize(
+    ("stored", "given"),
+    [
+        ({"template": "llama", "system": "Be brief."}, {}),
+        ({"template": "llama", "system": "Be brief."}, {"system": "Be long."}),
+        ({"template": "alpaca", "system": None}, {"template": "llama", "system": "Be long."}),
+        ({"template": "plain", "system": None, "tokenization": "apart"}, {}),
+        ({"template": "plain", "system": None, "tokenization": "apart"}, {"template": "alpaca"}),
+    ],
+    ids=str,
+)
 def test_a_run_is_asked_as_it_was_trained(stored, given, adapted, tmp_path):
     """Template, system prompt and tokenization are the run's own unless one says otherwise."""
-    folder = copy_run(adapted, tmp_path / "run")
+    folder = as_earlier_version(copy_run(adapted, tmp_path / "run"))
     for file in folder.glob("checkpoints/*/config/metadata"):
         values = json.loads(file.read_text())
         values["data"] |= stored
         file.write_text(json.dumps(values))
         tokenizer = load_tokenizer(values["model"]["path"])
     wanted = {"tokenization": "joint"} | stored | given
-    renderer = Renderer(tokenizer, wanted["template"], system=wanted["system"],
-                        tokenization=wanted["tokenization"])
-    asked = open_speaker(str(folder), **given).renderer
+    renderer = Renderer(
+        tokenizer, wanted["template"], system=wanted["system"], tokenization=wanted["tokenization"]
+    )
+    asked = load_chat_model(str(folder), **given).renderer
     for question in QUESTIONS:
         expected = renderer.render_prompt(*question)
         np.testing.assert_array_equal(asked.render_prompt(*question), expected)
@@ -87,46 +110,66 @@ def test_a_run_is_asked_as_it_was_trained(stored, given, adapted, tmp_path):
 def test_a_model_is_asked_by_its_chat_template_else_by_alpaca(pretrained, tmp_path):
     """A template that one gives goes first."""
     base = shutil.copytree(pretrained / "model", tmp_path / "model")
-    assert open_speaker(str(base)).renderer.template_name == "alpaca"
+    for name in ("prompt.json", "chat_template.jinja"):  # a model of others has no prompt of ours
+        (base / name).unlink(missing_ok=True)
     file = base / "tokenizer_config.json"
     values = json.loads(file.read_text())
-    values["chat_template"] = ("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
-                               "{% if add_generation_prompt %}[assistant]{% endif %}")
+    values.pop("chat_template", None)
     file.write_text(json.dumps(values))
-    asked = open_speaker(str(base), system="Be brief.").renderer
+    assert load_chat_model(str(base)).renderer.template_name == "alpaca"
+    values["chat_template"] = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    file.write_text(json.dumps(values))
+    asked = load_chat_model(str(base), system="Be brief.").renderer
     assert asked.template_name == "chat"
     assert asked.decode(asked.render_prompt("Who?")).endswith(
-        "[system]Be brief.[user]Who?[assistant]")
-    assert open_speaker(str(base), template="plain").renderer.template_name == "plain"
+        "[system]Be brief.[user]Who?[assistant]"
+    )
+    assert load_chat_model(str(base), template="plain").renderer.template_name == "plain"
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(pretrained, tmp_path):
+def test_a_tokenizer_with_more_tokens_than_the_model(pretrained, tmp_path):
+    """Added tokens are refused in the prompt that has one; a larger vocabulary is one of another model."""
     folder = shutil.copytree(pretrained / "model", tmp_path / "tokenizer")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    one = tokenizer["added_tokens"][0]
+    one = tokenizer["added_tokens"][0] | {"special": False}
     tokenizer["added_tokens"] += [{**one, "id": 400 + i, "content": f"<new{i}>"} for i in range(9)]
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(UserError, match="--tokenizer: 409 tokens, but the model has 400"):
-        open_speaker(str(pretrained / "model"), tokenizer=str(folder))
+    speaker = load_chat_model(str(pretrained / "model"), tokenizer=str(folder), template="plain")
+    assert len(speaker.answer([("Name", "")], max_new_tokens=2)) == 1
+    with pytest.raises(UserError, match="prompt 1: token id 403 is outside the model's vocabulary"):
+        speaker.answer([("Name", ""), ("Name <new3>", "")], max_new_tokens=2)
+    tokenizer["model"]["vocab"]["qqq"] = 400
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(
+        UserError, match="tokenizer: 401 tokens, but the model's vocabulary has 400"
+    ):
+        load_chat_model(str(pretrained / "model"), tokenizer=str(folder))
 
 
 # ---- What appears on the screen
 
+
 def test_no_part_of_a_stop_text_is_ever_shown(speaker):
     """Stops that begin with a token; what has appeared is always the beginning of the answer."""
     prompt = speaker.renderer.render_prompt(*QUESTIONS[0])
-    ids, = speaker.engine.generate([prompt], max_new_tokens=30, progress=False)
+    (ids,) = speaker.engine.generate([prompt], max_new_tokens=30, progress=False)
     whole = speaker.renderer.decode(ids)
     begins = {len(speaker.renderer.decode(ids[:n])) for n in range(1, len(ids) - 3)}
     tried = 0
     for place in begins:
-        stop, heard = whole[place:place + 6], [""]
+        stop, heard = whole[place : place + 6], [""]
         if whole.index(stop) not in begins:
             continue
-        answer, = speaker.answer(
-            QUESTIONS[:1], lambda _, text, heard=heard: heard.append(heard[-1] + text),
-            max_new_tokens=30, stop=["never", stop])
-        assert answer == whole[:whole.index(stop)] == heard[-1]
+        (answer,) = speaker.answer(
+            QUESTIONS[:1],
+            lambda _, text, heard=heard: heard.append(heard[-1] + text),
+            max_new_tokens=30,
+            stop=["never", stop],
+        )
+        assert answer == whole[: whole.index(stop)] == heard[-1]
         assert all(answer.startswith(text) for text in heard), stop
         tried += 1
     assert tried > 5
@@ -145,8 +188,8 @@ class Teller:
         for step in range(max(map(len, self.tokens))):
             for i, ids in enumerate(self.tokens):
                 if stream and step < len(ids):
-                    stream(i, ids[step:step + 1])
-        return [ids[:self.kept] for ids in self.tokens]
+                    stream(i, ids[step : step + 1])
+        return [ids[: self.kept] for ids in self.tokens]
 
 
 @pytest.mark.parametrize("stops", [["\nUser:"], ["\nUser:", "#"], ["#", "\nUser:"]], ids=str)
@@ -157,8 +200,9 @@ def test_the_beginning_of_a_stop_text_waits_until_it_is_known_to_be_none(stops, 
     ids = speaker.tokenizer("Paris is old" + "\nUser:"[:told], add_special_tokens=False).input_ids
     kept = next(n for n in range(len(ids)) if renderer.decode(ids[:n]) == "Paris is old")
     teller, shown = Teller([ids], kept=kept), [""]
-    found = Speaker(teller, renderer, None).answer(
-        QUESTIONS[:1], lambda _, text: shown.append(shown[-1] + text), max_new_tokens=9, stop=stops)
+    found = ChatModel(teller, renderer, None).answer(
+        QUESTIONS[:1], lambda _, text: shown.append(shown[-1] + text), max_new_tokens=9, stop=stops
+    )
     assert found == ["Paris is old"] == [shown[-1]]
     assert len(shown[-2]) > 4  # what cannot begin a stop does not wait
     for text in shown:
@@ -171,8 +215,9 @@ def test_a_character_of_several_tokens_appears_whole(speaker):
     renderer = speaker.renderer
     tokens = [speaker.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
     pieces = [[], []]
-    found = Speaker(Teller(tokens), renderer, None).answer(
-        QUESTIONS[:2], lambda i, text: pieces[i].append(text), max_new_tokens=9)
+    found = ChatModel(Teller(tokens), renderer, None).answer(
+        QUESTIONS[:2], lambda i, text: pieces[i].append(text), max_new_tokens=9
+    )
     assert found == texts == ["".join(parts) for parts in pieces]
     assert all("\ufffd" not in text for parts in pieces for text in parts)
     assert all(len([text for text in parts if text]) > 4 for parts in pieces)  # as it is made
@@ -183,27 +228,44 @@ def test_an_answer_is_as_long_as_one_asks_and_the_model_reads(speaker):
     lengths = [len(speaker.renderer.render_prompt("a" * n)) for n in (1, 30, 90)]
     for limit in (5, 30):
         teller = Teller([[5]] * 3)
-        Speaker(teller, speaker.renderer, None).answer([("a" * n, "") for n in (1, 30, 90)],
-                                                       max_new_tokens=limit)
+        ChatModel(teller, speaker.renderer, None).answer(
+            [("a" * n, "") for n in (1, 30, 90)], max_new_tokens=limit
+        )
         assert teller.asked == [max(1, min(limit, 40 - length)) for length in lengths]
     assert lengths[0] + 5 < 40 < lengths[0] + 40 and lengths[2] > 40
 
 
 # ---- The program's flags
 
-FLAGS = {"model": "m", "adapter": None, "tokenizer": None, "template": None, "system": None,
-         "prompt": [], "input": "", "max_new_tokens": 8, "temperature": 0.0, "top_k": None,
-         "top_p": None, "seed": 0, "stop": [], "dtype": None}
+FLAGS = {
+    "model": "m",
+    "adapter": None,
+    "base": None,
+    "tokenizer": None,
+    "template": None,
+    "system": None,
+    "prompt": [],
+    "input": "",
+    "max_new_tokens": 8,
+    "temperature": 0.0,
+    "top_k": None,
+    "top_p": None,
+    "seed": 0,
+    "stop": [],
+    "dtype": None,
+}
 
 
 @pytest.fixture
 def say(monkeypatch, capsys):
     """Runs the program with a speaker in place of the model; returns what it writes."""
+
     def say(speaker, text="", **changes):
-        monkeypatch.setattr(program, "open_speaker", lambda *options, **named: speaker)
+        monkeypatch.setattr(program, "load_chat_model", lambda *options, **named: speaker)
         monkeypatch.setattr("sys.stdin", io.StringIO(text))
         program.main(types.SimpleNamespace(**FLAGS | changes))
         return capsys.readouterr().out
+
     return say
 
 
@@ -213,16 +275,53 @@ TEXTS = [text for text, _ in QUESTIONS]
 @pytest.mark.parametrize("way", ["one", "several", "typed"])
 def test_draws_follow_the_seed_however_one_asks(way, speaker, say):
     """One --prompt, several, or lines of standard input: a prompt's answer is the same in all."""
+
     def ask(seed):
-        given = {"one": {"prompt": TEXTS[:1]}, "several": {"prompt": TEXTS},
-                 "typed": {"text": "\n".join(TEXTS)}}[way]
+        given = {
+            "one": {"prompt": TEXTS[:1]},
+            "several": {"prompt": TEXTS},
+            "typed": {"text": "\n".join(TEXTS)},
+        }[way]
         return say(speaker, seed=seed, temperature=1.0, **given)
 
     first, again, other = ask(3), ask(3), ask(4)
     assert first == again != other
-    for question in QUESTIONS[:1 if way == "one" else 3]:
-        answer, = speaker.answer([(question[0], "")], max_new_tokens=8, temperature=1.0, seeds=[3])
+    for question in QUESTIONS[: 1 if way == "one" else 3]:
+        (answer,) = speaker.answer(
+            [(question[0], "")], max_new_tokens=8, temperature=1.0, seeds=[3]
+        )
         assert answer and answer in first
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"stop": [""]}, "an empty entry"),
+        ({"stop": ["a", ""]}, "an empty entry"),
+        *(({"temperature": value}, "temperature=") for value in (math.nan, 1e-38, -1.0, math.inf)),
+        ({"top_p": 0.5}, "no effect at temperature=0"),
+    ],
+    ids=str,
+)
+def test_settings_without_sense_are_refused_before_the_model_is_loaded(given, told, say):
+    with pytest.raises(UserError, match=told):
+        say(None, **given)
+
+
+def test_a_stop_may_be_a_special_token(speaker):
+    """The answer ends before it, on the screen too; other special tokens are never shown."""
+    ids = speaker.tokenizer("Paris</s> is<s> old", add_special_tokens=False).input_ids
+    renderer = speaker.renderer
+    for stop, expected in ((["</s>"], "Paris"), (["<s>"], "Paris is"), (["x"], "Paris is old")):
+        shown = [""]
+        found = ChatModel(Teller([ids]), renderer, None).answer(
+            QUESTIONS[:1],
+            lambda _, text, shown=shown: shown.append(shown[-1] + text),
+            max_new_tokens=9,
+            stop=stop,
+        )
+        assert found == [expected] == [shown[-1]]
+        assert all(expected.startswith(text) for text in shown)
 
 
 class Listener:
@@ -235,31 +334,54 @@ class Listener:
         return [f"answer {i}" for i in range(len(prompts))]
 
 
-@pytest.mark.parametrize("flag", [
-    {"max_new_tokens": 3}, {"temperature": 0.5}, {"top_k": 4}, {"top_p": 0.5},
-    {"stop": ["a", "b"]}], ids=str)
+@pytest.mark.parametrize(
+    "flag",
+    [
+        {"max_new_tokens": 3},
+        {"temperature": 0.5},
+        {"top_k": 4, "temperature": 0.5},
+        {"top_p": 0.5, "temperature": 0.5},
+        {"stop": ["a", "b"]},
+    ],
+    ids=str,
+)
 def test_every_flag_of_an_answer_reaches_it(flag, say):
     """For one prompt, for several, and for prompts from standard input."""
-    expected = {"max_new_tokens": 8, "temperature": 0.0, "top_k": None, "top_p": None,
-                "stop": []} | flag
+    expected = {
+        "max_new_tokens": 8,
+        "temperature": 0.0,
+        "top_k": None,
+        "top_p": None,
+        "stop": [],
+    } | flag
     for given, text in ((["q"], ""), (["q", "r"], ""), ([], "q\nr\n")):
         listener = Listener()
         written = say(listener, text, prompt=given, input="in", seed=5, **flag)
         names = given or ["q", "r"]
         assert [prompt for prompts, _ in listener.asked for prompt in prompts] == [
-            (name, "in") for name in names]
+            (name, "in") for name in names
+        ]
         for prompts, options in listener.asked:
             assert options == expected | {"seeds": [5] * len(prompts)}
-        assert written == ("> q\nanswer 0\n\n> r\nanswer 1\n\n" if len(given) > 1 else
-                           "answer 0\n" * len(names))
+        assert written == (
+            "> q\nanswer 0\n\n> r\nanswer 1\n\n" if len(given) > 1 else "answer 0\n" * len(names)
+        )
 
 
 def test_every_flag_of_the_model_reaches_it(monkeypatch):
-    names = {"adapter": "a", "tokenizer": "t", "template": "plain", "system": "s",
-             "dtype": "bfloat16"}
+    names = {
+        "adapter": "a",
+        "tokenizer": "t",
+        "template": "plain",
+        "system": "s",
+        "dtype": "bfloat16",
+    }
     opened = []
-    monkeypatch.setattr(program, "open_speaker",
-                        lambda *given, **named: opened.append((given, named)) or Listener())
+    monkeypatch.setattr(
+        program,
+        "load_chat_model",
+        lambda *given, **named: opened.append((given, named)) or Listener(),
+    )
     for prompts, rows in ((["q"], 1), (["q"] * 3, 3), (["q"] * 20, 8)):
         program.main(types.SimpleNamespace(**FLAGS | names | {"prompt": prompts}))
         assert opened[-1] == (("m",), names | {"batch_size": rows})
@@ -273,8 +395,13 @@ def test_prompts_come_from_pipe_and_keyboard(monkeypatch, capsys):
 
 
 def run(*arguments, text=None):
-    return subprocess.run([sys.executable, "-m", "crossin_jax.generate", *map(str, arguments)], capture_output=True,
-                          text=True, input=text, cwd=REPOSITORY)
+    return subprocess.run(
+        [sys.executable, "-m", "crossin_jax.generate", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        input=text,
+        cwd=REPOSITORY,
+    )
 
 
 def test_the_program_answers_and_says_what_is_wrong(pretrained, speaker):
@@ -282,6 +409,11 @@ def test_the_program_answers_and_says_what_is_wrong(pretrained, speaker):
     found = run(*base, text=f"{QUESTIONS[0][0]}\n")
     assert found.returncode == 0, found.stderr
     assert found.stdout.strip() == speaker.answer(QUESTIONS[:1], max_new_tokens=8)[0].strip()
-    for arguments, words in [((), "--model is missing"), ((*base, "--top_k", 5, "-p", "a"), "temperature above 0")]:
+    for arguments, words in [
+        ((), "--model is missing"),
+        ((*base, "--top_k", 5, "-p", "a"), "temperature above 0"),
+    ]:
         found = run(*arguments)
-        assert found.returncode == 2 and words in found.stderr and "Traceback" not in found.stderr, found.stderr
+        assert (
+            found.returncode == 2 and words in found.stderr and "Traceback" not in found.stderr
+        ), found.stderr

@@ -22,19 +22,34 @@ from crossin_jax.config import Component, Config, Data, Lora, Model, Optim, Sour
 def get_config(size: str = "all") -> Config:
     """One data size of the release."""
     if size != "all" and not size.isdigit():
-        raise UserError(f"configs/paper/released_code.py:{size}: give the samples per mode (3000, 6000, 15000) or all")
+        raise UserError(
+            f"configs/paper/released_code.py:{size}: give the samples per mode (3000, 6000, 15000) or all"
+        )
     count = None if size == "all" else int(size)
     drawn = {"source": "alpaca", "count": count, "with_replacement": True}
     return Config(
-        name=f"released_code_{size}", seed=42, output_dir=f"runs/released_code_{size}",
+        name=f"released_code_{size}",
+        seed=42,
+        output_dir=f"runs/released_code_{size}",
         model=Model(path="models/Llama-2-7b-hf", remat="dots"),
         lora=Lora(released_code_compatible=True),
         data=Data(
-            sources=(Source(name="platypus", path="data/platypus/platypus_en.json", languages=("en",)),
-                     Source(name="alpaca", path="data/alpaca", kind="folder", join="position")),
-            components=(Component(kind="base", source="platypus"), Component(kind="en2x", **drawn),
-                        Component(kind="x2en", **drawn), Component(kind="trans", translate="x2en", **drawn)),
-            languages=("en", "zh", "vi", "es"), template="alpaca", tag="input_released", tokenization="apart",
-            length=4096),
+            sources=(
+                Source(name="platypus", path="data/platypus/platypus_en.json", languages=("en",)),
+                Source(name="alpaca", path="data/alpaca", kind="folder", join="position"),
+            ),
+            components=(
+                Component(kind="base", source="platypus"),
+                Component(kind="en2x", **drawn),
+                Component(kind="x2en", **drawn),
+                Component(kind="trans", translate="x2en", **drawn),
+            ),
+            languages=("en", "zh", "vi", "es"),
+            template="alpaca",
+            tag="input_released",
+            tokenization="apart",
+            length=4096,
+        ),
         optim=Optim(learning_rate=2e-4, schedule="cosine", warmup_share=0.03, weight_decay=0.01),
-        train=Train(epochs=1.0, batch_size=16, checkpoint_every=100, keep=5))
+        train=Train(epochs=1.0, batch_size=16, checkpoint_every=100, keep=5),
+    )

@@ -55,10 +55,21 @@ MODELS = {  # folder and prompt template
     "gemma-7b": ("models/gemma-7b", "gemma"),
 }
 VOLUMES = ("3000", "6000", "15000", "all")
-PLATYPUS_ROWS, ALPACA_ROWS = 24_926, 52_002  # of the published sets: one pass over the mixture is as many steps
+PLATYPUS_ROWS, ALPACA_ROWS = (
+    24_926,
+    52_002,
+)  # of the published sets: one pass over the mixture is as many steps
 ARMS = {  # what is added to the base data
-    "base": (), "base+trans": ("trans",), "en2x": ("en2x",), "x2en": ("x2en",), "x2x": ("x2x",),
-    "en2x+trans": ("en2x", "trans"), "x2en+trans": ("x2en", "trans"), "x2x+trans": ("x2x", "trans"), "mono": ("same",)}
+    "base": (),
+    "base+trans": ("trans",),
+    "en2x": ("en2x",),
+    "x2en": ("x2en",),
+    "x2x": ("x2x",),
+    "en2x+trans": ("en2x", "trans"),
+    "x2en+trans": ("x2en", "trans"),
+    "x2x+trans": ("x2x", "trans"),
+    "mono": ("same",),
+}
 ROOT = "runs/table2"
 
 
@@ -67,27 +78,48 @@ def get_config(variant: str = "llama-2-7b/x2x/3000/16") -> Config:
     parts = variant.split("/")
     for part, known in zip(parts, (MODELS, ARMS, VOLUMES), strict=False):
         if part not in known:
-            raise UserError(f"configs/paper/table2.py:{variant}: {part!r} is not one of {', '.join(known)}")
+            raise UserError(
+                f"configs/paper/table2.py:{variant}: {part!r} is not one of {', '.join(known)}"
+            )
     if len(parts) != 4 or not parts[3].isdigit():
-        raise UserError(f"configs/paper/table2.py:{variant}: give MODEL/ARM/VOLUME/CHIPS, e.g. llama-2-7b/x2x/3000/16")
+        raise UserError(
+            f"configs/paper/table2.py:{variant}: give MODEL/ARM/VOLUME/CHIPS, e.g. llama-2-7b/x2x/3000/16"
+        )
     model, arm, volume, chips = parts
     count = None if volume == "all" else int(volume)
     folder, template = MODELS[model]
     examples = PLATYPUS_ROWS + len(ARMS[arm]) * (count or ALPACA_ROWS)
     name = f"{model}/{arm}" if arm == "base" else f"{model}/{arm}-{volume}"
-    added = tuple(Component(kind=kind, source="alpaca", count=count, translate="x2en") for kind in ARMS[arm])
+    added = tuple(
+        Component(kind=kind, source="alpaca", count=count, translate="x2en") for kind in ARMS[arm]
+    )
     return Config(
-        name=arm, seed=42, output_dir=f"{ROOT}/{name}",
-        model=Model(path=folder, remat="full"), lora=Lora(), mesh=Mesh(fsdp=int(chips)),
+        name=arm,
+        seed=42,
+        output_dir=f"{ROOT}/{name}",
+        model=Model(path=folder, remat="full"),
+        lora=Lora(),
+        mesh=Mesh(fsdp=int(chips)),
         data=Data(
-            sources=(Source(name="platypus", path="data/platypus/platypus_en.json", languages=("en",)),
-                     Source(name="alpaca", path="data/alpaca", kind="folder", join="position")),
+            sources=(
+                Source(name="platypus", path="data/platypus/platypus_en.json", languages=("en",)),
+                Source(name="alpaca", path="data/alpaca", kind="folder", join="position"),
+            ),
             components=(Component(kind="base", source="platypus"), *added),
-            languages=LANGUAGES, template=template, length=4096, packing=False),
+            languages=LANGUAGES,
+            template=template,
+            length=4096,
+            packing=False,
+        ),
         optim=Optim(learning_rate=2e-4, schedule="cosine", warmup_share=0.03, weight_decay=0.01),
         train=Train(steps=math.ceil(examples / 16), batch_size=16, checkpoint_every=100),
-        evaluation=Evaluation(benchmarks=("cross_mmlu", "cross_logiqa", "cross_xquad"), method="generate",
-                              prompts=(1, 2, 3, 4, 5), batch_size=64))
+        evaluation=Evaluation(
+            benchmarks=("cross_mmlu", "cross_logiqa", "cross_xquad"),
+            method="generate",
+            prompts=(1, 2, 3, 4, 5),
+            batch_size=64,
+        ),
+    )
 
 
 def get_study(chips: str = "16", seeds: tuple[int, ...] = (42,)) -> Study:
@@ -104,9 +136,20 @@ def get_study(chips: str = "16", seeds: tuple[int, ...] = (42,)) -> Study:
                     if len(seeds) > 1:
                         config.output_dir += f"/seed{seed}"
                     stands = VOLUMES if arm == "base" else (volume,)
-                    cells.append(Cell(name=config.output_dir.removeprefix(f"{ROOT}/"), config=config,
-                                      tables=tuple(f"{model}, {each}" for each in stands)))
+                    cells.append(
+                        Cell(
+                            name=config.output_dir.removeprefix(f"{ROOT}/"),
+                            config=config,
+                            tables=tuple(f"{model}, {each}" for each in stands),
+                        )
+                    )
     amounts = {volume: float(ALPACA_ROWS if volume == "all" else volume) for volume in VOLUMES}
-    curves = {f"{model}, examples of each added kind": {amounts[volume]: f"{model}, {volume}" for volume in VOLUMES}
-              for model in MODELS}
-    return Study(name="Mixtures on four base models", output_dir=ROOT, cells=tuple(cells), curves=curves)
+    curves = {
+        f"{model}, examples of each added kind": {
+            amounts[volume]: f"{model}, {volume}" for volume in VOLUMES
+        }
+        for model in MODELS
+    }
+    return Study(
+        name="Mixtures on four base models", output_dir=ROOT, cells=tuple(cells), curves=curves
+    )

@@ -1,52 +1,236 @@
-"""A fingerprint of arrays by their content: the same on every mesh, and however many files they came from.
+"""Whether something is what it was: fingerprints of arrays, and the sizes and hashes of a checkpoint's files.
 
-Each element's bits are hashed together with its place in the array, and the hashes are added modulo 2**32, so that
-devices can add their shards in any order. Two such sums make 64 bits per array. It finds damage and
-mix-ups; it is no protection against somebody who wants two models to look alike.
+A fingerprint of an array depends on its content alone. It is the same on every mesh and however many files the array
+came from. Each element's bits are hashed together with its place in the array, and the hashes are added modulo 2**32,
+so that devices can add their shards in any order:
+
+    element   bits 0x3f800000 ─┐
+    place     17 ──────────────┴─► hash ─► + the hashes of all other elements ─► "float32[8, 24]:5d41402abc4b2a76"
+
+Two such sums make 64 bits per array. They find damage and mix-ups; they are no protection against somebody who wants
+two models to look alike.
 """
 
+import functools
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tensorstore
 from jax.sharding import NamedSharding, PartitionSpec
 
-from crossin_jax.models.layers import element_index, mix
+from crossin_jax.files import content_hash
+from crossin_jax.models.layers import element_index
 from crossin_jax.parallel.mesh import leaf_name
-from crossin_jax.provenance import content_hash
 
-WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}  # bytes of an element → the integer that holds its bits
+# bytes of an element → the integer that holds its bits
+WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+SEAL = "fingerprints"  # the item of a checkpoint that holds the fingerprints of all others
+SMALL_ITEMS = ("data", "config", "provenance")  # the items that are one JSON file each
+
+
+# ---- Arrays
 
 
 def fingerprint(tree: Any) -> str:
     """16 hexadecimal digits for the names, shapes, types and bits of all arrays of a tree, computed on device."""
-    named = jax.tree_util.tree_flatten_with_path(tree)[0]
-    leaves = [leaf for _, leaf in named]
-    meshes = {leaf.sharding.mesh for leaf in leaves if isinstance(leaf.sharding, NamedSharding)}
-    everywhere = NamedSharding(meshes.pop(), PartitionSpec()) if len(meshes) == 1 else None  # every host reads the sums
-    sums = jax.device_get(jax.jit(_sum_hashes, out_shardings=everywhere)(leaves))
-    return content_hash(sorted([leaf_name(path), list(leaf.shape), str(leaf.dtype), *map(int, pair)]
-                               for (path, leaf), pair in zip(named, sums, strict=True)))
+    leaves = flatten(tree)
+    sums = _read_sums(leaves, {})
+    return content_hash(
+        sorted(
+            [name, list(leaf.shape), str(leaf.dtype), *sums[name]] for name, leaf in leaves.items()
+        )
+    )
 
 
-def _sum_hashes(leaves: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
-    """Two uint32 sums for each array.
+def fingerprints(tree: Any) -> dict[str, str]:
+    """The fingerprint of each array of a tree, by name: "TYPE[SHAPE]:" and 16 hexadecimal digits."""
+    leaves = flatten(tree)
+    sums = _read_sums(leaves, {})
+    return {name: _describe(leaf.dtype, leaf.shape, sums[name]) for name, leaf in leaves.items()}
+
+
+def find_changed(expected: Mapping[str, str], tree: Any) -> tuple[list[str], list[str]]:
+    """The names of arrays whose content is not the expected one, and of those that cannot be compared.
+
+    An array that was stored in bfloat16 and is read in float32 is compared in bfloat16, which loses nothing. Other
+    pairs of types cannot be compared.
+    """
+    leaves = flatten(tree)
+    casts, skipped = {}, []
+    for name, leaf in leaves.items():
+        stored, now = expected.get(name, "").partition("[")[0], str(leaf.dtype)
+        if (stored, now) == ("bfloat16", "float32"):
+            casts[name] = jnp.bfloat16
+        elif stored not in ("", now):
+            skipped.append(name)
+    compared = {name: leaf for name, leaf in leaves.items() if name not in skipped}
+    found = {
+        name: _describe(casts.get(name, compared[name].dtype), compared[name].shape, sums)
+        for name, sums in _read_sums(compared, casts).items()
+    }
+    names = (expected.keys() | found.keys()) - set(skipped)
+    return sorted(name for name in names if expected.get(name) != found.get(name)), skipped
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """A tree as {"a/b/c": leaf}; the paths are the names inside a checkpoint."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    flat = {leaf_name(path): leaf for path, leaf in leaves}
+    assert len(flat) == len(leaves), "two leaves share a path"
+    return flat
+
+
+def _describe(dtype: Any, shape: Iterable[int], sums: tuple[int, int]) -> str:
+    return f"{jnp.dtype(dtype)}{list(shape)}:{sums[0]:08x}{sums[1]:08x}"
+
+
+def _read_sums(leaves: dict[str, jax.Array], casts: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """The two sums of each array, on the host."""
+    sums = {}
+    for name, leaf in leaves.items():
+        place = leaf.sharding
+        # Sums are whole on every device, so that every host can read them.
+        is_on_mesh = isinstance(place, NamedSharding)
+        everywhere = NamedSharding(place.mesh, PartitionSpec()) if is_on_mesh else None
+        sums[name] = _make_program(everywhere, casts.get(name))(leaf)
+    return {name: tuple(map(int, pair)) for name, pair in jax.device_get(sums).items()}
+
+
+@functools.lru_cache(maxsize=8)
+def _make_program(everywhere: NamedSharding | None, cast: Any) -> Any:
+    # One small program for each shape: a weight and its moments share it. One program for all
+    # arrays of a run would compile several times as long.
+    return jax.jit(functools.partial(_sum_hashes, cast=cast), out_shardings=everywhere)
+
+
+def _sum_hashes(leaf: jax.Array, cast: Any) -> tuple[jax.Array, jax.Array]:
+    """Two uint32 sums of the hashes of an array, or of what a cast makes of it.
 
     One reduction has both results: for two reductions the CPU compiler writes all hashes to memory and takes 12 times
     as long.
     """
-    sums = []
-    for leaf in leaves:
-        index = element_index(leaf.shape)
-        first = mix(_bits(leaf) ^ index * np.uint32(0x9E3779B9))
-        sums.append(jax.lax.reduce((first, mix(first + index)), (np.uint32(0), np.uint32(0)),
-                                   lambda a, b: (a[0] + b[0], a[1] + b[1]), tuple(range(leaf.ndim))))
-    return sums
+    leaf = leaf if cast is None else leaf.astype(cast)
+    mixed = _bits(leaf) ^ element_index(leaf.shape) * np.uint32(0x9E3779B9)
+    # One round of MurmurHash3's finalizer. Each step can be undone, so that one changed element always shows.
+    mixed = (mixed ^ (mixed >> 16)) * np.uint32(0x85EBCA6B)
+    hashes = mixed ^ (mixed >> 13)
+    return jax.lax.reduce(
+        (hashes, hashes * (hashes | np.uint32(1))),
+        (np.uint32(0), np.uint32(0)),
+        lambda a, b: (a[0] + b[0], a[1] + b[1]),
+        tuple(range(leaf.ndim)),
+    )
 
 
 def _bits(leaf: jax.Array) -> jax.Array:
     """The bits of each element as uint32."""
-    if leaf.dtype == bool or jnp.issubdtype(leaf.dtype, jnp.unsignedinteger):  # also the 4 bits of nf4
+    # unsigned integers include the 4 bits of nf4
+    if leaf.dtype == bool or jnp.issubdtype(leaf.dtype, jnp.unsignedinteger):
         return leaf.astype(jnp.uint32)
     return jax.lax.bitcast_convert_type(leaf, WORDS[leaf.dtype.itemsize]).astype(jnp.uint32)
+
+
+# ---- The files of a checkpoint, a folder checkpoints/STEP
+
+
+def make_seal(arrays: Any, items: dict[str, Any]) -> dict[str, Any]:
+    """What is stored beside a checkpoint's arrays and small items, to know later that they are as they were saved."""
+    plain = json.loads(json.dumps(items))  # tuples become lists, as they will when they are read
+    seal = {
+        "arrays": fingerprints(arrays),
+        "items": {name: content_hash(value) for name, value in plain.items()},
+    }
+    return seal | {"self": content_hash(seal)}
+
+
+def read_seal(folder: Path) -> dict[str, Any] | None:
+    """What `make_seal` made; None for a checkpoint of an earlier version. Raises ValueError where it is damaged."""
+    try:
+        seal = json.loads((folder / SEAL / "metadata").read_text())
+        if content_hash({name: seal[name] for name in ("arrays", "items")}) == seal["self"]:
+            return seal
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError):
+        pass
+    raise ValueError(f"{SEAL}/metadata")
+
+
+def find_damage(folder: Path) -> list[str]:
+    """The files of a checkpoint that are missing, truncated or changed.
+
+    The sizes that were noted when it was written decide first. If none were noted, every stored value is read once:
+    Orbax reads many arrays at a time, and its threads print tracebacks if it meets the damage itself. Then the small
+    items are compared with their hashes. Arrays are compared when they are read.
+    """
+    noted = read_sizes(folder.parent).get(folder.name)
+    if noted is None:
+        lost = find_unreadable(folder / "state")
+    else:
+        found = measure_files(folder)
+        lost = [name for name, size in noted.items() if found.get(name) != size]
+    return sorted(lost) or [
+        name for item in SMALL_ITEMS if (name := find_changed_item(folder, item))
+    ]
+
+
+def find_changed_item(folder: Path, item: str) -> str | None:
+    """The file of a small item, where it or the hash that belongs to it is not what was saved; else None."""
+    try:
+        seal = read_seal(folder)
+    except ValueError as damage:
+        return str(damage)
+    file = folder / item / "metadata"
+    try:
+        same = seal is None or content_hash(json.loads(file.read_text())) == seal["items"][item]
+    except (OSError, ValueError, LookupError):
+        same = False
+    return None if same else str(file.relative_to(folder))
+
+
+def read_sizes(checkpoints: Path) -> dict[str, dict[str, int]]:
+    """{step: {path below its folder: bytes}} as noted when they were written; empty where nothing was noted."""
+    try:
+        noted = json.loads((checkpoints / "files.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(noted, dict):
+        return {}
+    return {step: sizes for step, sizes in noted.items() if isinstance(sizes, dict)}
+
+
+def measure_files(folder: Path) -> dict[str, int]:
+    """{path below the folder: bytes} of every file."""
+    return {
+        str(file.relative_to(folder)): file.stat().st_size
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+
+
+def find_unreadable(state: Path) -> list[str]:
+    """The values below a checkpoint's `state` folder that cannot be read; empty if there is no such folder."""
+    if not (state / "manifest.ocdbt").is_file():
+        return []
+    base = {"driver": "file", "path": f"{state.resolve()}/"}
+    try:
+        values = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+        keys = values.list().result()
+    except ValueError as error:
+        return [f"{state.name}: {str(error).splitlines()[0][:120]}"]
+    lost = []
+    for i in range(0, len(keys), 16):  # a few at a time, since a value can be large
+        reads = {key: values.read(key) for key in keys[i : i + 16]}
+        for key, read in reads.items():
+            try:
+                is_there = bool(read.result().value)  # a value whose file is missing is empty
+            except ValueError:
+                is_there = False
+            if not is_there:
+                lost.append(f"{state.name}/{key.decode()}")
+    return sorted(lost)

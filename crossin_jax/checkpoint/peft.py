@@ -1,4 +1,6 @@
-"""PEFT adapters in both directions: low-rank pairs, DoRA magnitudes and the modules that were trained in full."""
+"""PEFT adapters in both directions: low-rank pairs, DoRA magnitudes and the modules that were
+trained in full.
+"""
 
 import contextlib
 import dataclasses
@@ -15,40 +17,82 @@ from crossin_jax.checkpoint.hf import (
     copy_tokenizer,
     fill,
     misfits,
-    read_json,
+    read_model_json,
     resolve_folder,
     state_leaves,
+    take_part,
     write_json,
     write_leaves,
 )
 from crossin_jax.checkpoint.hf_map import (
     PEFT_PREFIX,
-    PROJECTIONS,
-    Key,
     adapter_keys,
     canonical_name,
+    file_name,
     saved_keys,
     weight_keys,
 )
 from crossin_jax.checkpoint.tensors import Tensor, read_header, same_bytes
 from crossin_jax.config import Lora, UserError
+from crossin_jax.files import check_fields, join_some
+from crossin_jax.models.modules import OUTER, TARGETS
+from crossin_jax.models.rope import drop_nulls
 from crossin_jax.models.spec import ModelSpec
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-# settings of PEFT that change the model and have no counterpart here; "off" values are accepted
-_REFUSED = ("alora_invocation_tokens", "alpha_pattern", "arrow_config", "fan_in_fan_out", "kasa_config",
-            "layer_replication", "layers_to_transform", "lora_bias", "monteclora_config", "rank_pattern",
-            "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config")
-_STARTS = (True, False, "gaussian", "orthogonal", "eva")  # others (pissa, olora, loftq …) also change the base weights
+# Settings of PEFT that change the model and have no counterpart here; "off" values are accepted.
+_REFUSED = (
+    "alora_invocation_tokens",
+    "alpha_pattern",
+    "arrow_config",
+    "fan_in_fan_out",
+    "kasa_config",
+    "layer_replication",
+    "layers_to_transform",
+    "lora_bias",
+    "monteclora_config",
+    "rank_pattern",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
+# Ways to start an adapter that leave the base as it is. Others (pissa, olora, loftq …) change its
+# weights too.
+_STARTS = (
+    True,
+    False,
+    "gaussian",
+    "orthogonal",
+    "eva",
+)
+_FIELDS = {
+    "peft_type": str,
+    "r": (int, {"at_least": 1}),
+    "lora_alpha": (float, {"above": 0}),
+    "lora_dropout": (float, {"at_least": 0, "at_most": 1}),
+    "bias": str,
+    "init_lora_weights": bool | str,
+    "use_rslora": bool,
+    "use_dora": bool,
+}
+# The name of an adapter within a tensor's name, e.g. lora_A.default.weight.
+_ADAPTER_NAME = re.compile(
+    r"(?P<kept>\.lora_[AB]|\.lora_magnitude_vector)\.(?P<adapter>(?!weight$)[^.]+)(?=\.weight$|$)"
+    r"|\.modules_to_save\.(?P<saved>[^.]+)(?=\.(weight|bias)$)"
+)
 _HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
-_TEXT_PART = "model.language_model."  # where transformers 5 keeps the text part of a multimodal model
+# Where transformers 5 keeps the text part of a multimodal model.
+_TEXT_PART = "model.language_model."
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterFile:
     """A PEFT adapter whose tensors fit its model: what to build, and where each leaf's tensors lie.
 
-    `spec` is the base model's, untied where the adapter carries an `lm_head` of its own over tied embeddings.
+    `spec` is the base model's, untied where the adapter carries an `lm_head` of its own over tied
+    embeddings.
     """
 
     folder: Path
@@ -57,62 +101,161 @@ class AdapterFile:
     tensors: dict[str, list[Tensor]]
 
 
-def read_adapter(folder: str | os.PathLike, spec: ModelSpec, lora: Lora | None = None) -> AdapterFile:
-    """Reads the headers of an adapter (folder or Hub id) for a model of this spec; strict about settings and shapes.
+def read_adapter(
+    folder: str | os.PathLike, spec: ModelSpec, lora: Lora | None = None
+) -> AdapterFile:
+    """Reads the headers of an adapter (folder or Hub id) for a model of this spec; strict about
+    settings and shapes.
 
-    Where `lora` is given, rank, alpha, targets and the like must agree with the adapter; dropout is the caller's.
+    Where `lora` is given, rank, alpha, targets and the like must agree with the adapter; dropout is
+    the caller's.
     """
     folder = resolve_folder(folder)
-    config = read_json(folder / CONFIG)
+    config = drop_nulls(read_model_json(folder / CONFIG))
     _check_config(config, folder / CONFIG)
     if not (folder / WEIGHTS).is_file():
         if (folder / "adapter_model.bin").is_file():
-            raise UserError(f"{folder}: adapter_model.bin is a pickle, which runs code when it is opened; refused\n"
-                            f"where you trust it, load it with peft and call save_pretrained('{folder}-safetensors')")
-        raise UserError(f"{folder / WEIGHTS}: no such file; copy it from where the adapter was trained")
-    found = {}
-    for name, tensor in read_header(str(folder / WEIGHTS)).items():
-        short = canonical_name(name.removeprefix(PEFT_PREFIX), spec) if name.startswith(PEFT_PREFIX) else None
-        found[name if short is None else PEFT_PREFIX + short] = tensor
+            raise UserError(
+                f"{folder}: adapter_model.bin is a pickle, which runs code when it is opened; refused\n"
+                f"where you trust it, load it with peft and call save_pretrained('{folder}-safetensors')"
+            )
+        raise UserError(
+            f"{folder / WEIGHTS}: no such file; copy it from where the adapter was trained"
+        )
+    found = _read_tensors(folder / WEIGHTS, spec)
+    # What the adapter holds is read from its tensors. `target_modules` may be a pattern, or name
+    # what is not there.
     spec = _settle_ties(found, spec, config)
-    targets = tuple(module for module, (name, *_) in PROJECTIONS.items()
-                    if any(f".{name}.lora_" in tensor for tensor in found))
-    modules = tuple(dict.fromkeys(path.split("/")[-2] for path, key in weight_keys(spec).items()
-                                  if any(PEFT_PREFIX + name in found for name in key.names(spec.num_layers))))
+    targets = tuple(
+        module
+        for module in TARGETS
+        if any(f".{file_name(module, spec)}.lora_" in tensor for tensor in found)
+    )
+    modules = tuple(
+        dict.fromkeys(
+            path.split("/")[-2]
+            for path, key in weight_keys(spec).items()
+            if any(PEFT_PREFIX + name in found for name in key.names(spec.num_layers))
+        )
+    )
     read = dataclasses.replace(
-        lora or Lora(dropout=float(config.get("lora_dropout") or 0.0)), rank=int(config["r"]),
-        alpha=float(config["lora_alpha"]), targets=targets, modules_to_save=modules, path=str(folder),
-        use_rslora=bool(config.get("use_rslora")), use_dora=bool(config.get("use_dora")))
+        lora or Lora(dropout=float(config.get("lora_dropout") or 0.0)),
+        rank=int(config["r"]),
+        alpha=float(config["lora_alpha"]),
+        targets=targets,
+        modules_to_save=modules,
+        path=str(folder),
+        use_rslora=bool(config.get("use_rslora")),
+        use_dora=bool(config.get("use_dora")),
+    )
     if lora is not None:
         _check_same(read, lora, spec, folder)
-    keys = adapter_keys(spec, targets, read.rank, use_dora=read.use_dora) | saved_keys(spec, modules)
-    faults = misfits(found, {name: key for key in keys.values() for name in key.names(spec.num_layers)})
+    # From here on as for a model: what the settings ask for against what the file holds, strict
+    # both ways.
+    keys = adapter_keys(spec, targets, read.rank, use_dora=read.use_dora) | saved_keys(
+        spec, modules
+    )
+    faults = misfits(
+        found, {name: key for key in keys.values() for name in key.names(spec.num_layers)}
+    )
     if faults:
-        raise UserError(f"{folder / WEIGHTS}: its tensors do not fit {CONFIG} and the base model ({spec.model_type}, "
-                        f"{spec.num_layers} layers)\n" + "\n".join(faults))
-    tensors = {path: [found[name].reshape(key.shape) for name in key.names(spec.num_layers)]
-               for path, key in keys.items()}
+        raise UserError(
+            f"{folder / WEIGHTS}: its tensors do not fit {CONFIG} and the base model ({spec.model_type}, "
+            f"{spec.num_layers} layers)\n" + join_some(faults)
+        )
+    tensors = {
+        path: [take_part(found[name], key) for name in key.names(spec.num_layers)]
+        for path, key in keys.items()
+    }
     return AdapterFile(folder, spec, read, tensors)
 
 
+def _read_tensors(file: Path, spec: ModelSpec) -> dict[str, Tensor]:
+    """The headers of an adapter's file under the names that PEFT saves.
+
+    Trainers that save the state of a PEFT model as it is keep the adapter's name and the weights it
+    replaces:
+
+        q_proj.lora_A.default.weight            →  q_proj.lora_A.weight
+        lm_head.modules_to_save.default.weight  →  lm_head.weight
+        lm_head.original_module.weight          →  left out
+    """
+    found, adapters = {}, set()
+    for raw, tensor in read_header(str(file)).items():
+        if ".original_module." in raw:
+            continue
+        if named := _ADAPTER_NAME.search(raw):
+            adapters.add(named["adapter"] or named["saved"])
+        name = _ADAPTER_NAME.sub(lambda match: match["kept"] or "", raw)
+        name = name.removesuffix(".weight") if "lora_magnitude_vector" in name else name
+        if name.startswith(PEFT_PREFIX):
+            short = canonical_name(name.removeprefix(PEFT_PREFIX), spec)
+            name = name if short is None else PEFT_PREFIX + short
+        for module in OUTER:
+            if re.search(rf"\b{module}\.(base_layer|lora_)", name):
+                raise UserError(
+                    f"{file}: a low-rank adapter on {module} is not supported; merge it into the base with "
+                    "peft (merge_and_unload), or train it with modules_to_save instead of target_modules"
+                )
+        found[name] = tensor
+    if len(adapters) > 1:
+        raise UserError(
+            f"{file}: holds several adapters ({', '.join(sorted(adapters))}); save one of them by itself"
+        )
+    return found
+
+
+def find_base(folder: Path) -> Path:
+    """The folder of the base model that an adapter names; `UserError` with the way to name another."""
+    named = drop_nulls(read_model_json(folder / CONFIG))
+    base, remedy = named.get("base_model_name_or_path"), f"--base=BASE --model={folder}"
+    if not base:
+        raise UserError(
+            f"{folder / CONFIG}: base_model_name_or_path is missing; pass the base model: {remedy}"
+        )
+    try:
+        return resolve_folder(base, named.get("revision"))
+    except UserError as error:
+        raise UserError(
+            f"{folder / CONFIG} names the base model {base!r}, which cannot be opened here; pass its place: "
+            f"{remedy}\n{error}"
+        ) from error
+
+
 def _check_config(config: dict[str, Any], file: Path) -> None:
+    check_fields(config, _FIELDS, str(file))
     for name in ("peft_type", "r", "lora_alpha"):
-        if name not in config:
-            raise UserError(f"{file}: the field {name!r} is missing; take the file from where the adapter was trained")
+        if config.get(name) is None:
+            raise UserError(
+                f"{file}: the field {name!r} is missing; take the file from where the adapter was trained"
+            )
     if config["peft_type"] != "LORA":
-        raise UserError(f"{file}: peft_type={config['peft_type']!r} is not supported; supported: LORA")
+        raise UserError(
+            f"{file}: peft_type={config['peft_type']!r} is not supported; supported: LORA"
+        )
     for name in _REFUSED:
         if config.get(name):
-            raise UserError(f"{file}: {name}={config[name]!r} is not supported; merge the adapter with peft")
+            raise UserError(
+                f"{file}: {name}={config[name]!r} is not supported; merge the adapter with peft"
+            )
     if config.get("bias", "none") != "none":
-        raise UserError(f"{file}: bias={config['bias']!r} is not supported; merge the adapter with peft")
+        raise UserError(
+            f"{file}: bias={config['bias']!r} is not supported; merge the adapter with peft"
+        )
     if config.get("init_lora_weights", True) not in _STARTS:
-        raise UserError(f"{file}: init_lora_weights={config['init_lora_weights']!r} changes the base weights too; save "
-                        "it as plain LoRA with peft (path_initial_model_for_weight_conversion)")
+        raise UserError(
+            f"{file}: init_lora_weights={config['init_lora_weights']!r} changes the base weights too; save "
+            "it as plain LoRA with peft (path_initial_model_for_weight_conversion)"
+        )
 
 
 def _settle_ties(found: dict[str, Tensor], spec: ModelSpec, config: dict[str, Any]) -> ModelSpec:
-    """The spec that the adapter makes of tied embeddings: PEFT unties them unless both halves are equal."""
+    """The spec that the adapter makes of tied embeddings: PEFT unties them unless both halves are
+    equal.
+    """
+    # Over a tied base, PEFT copies each module that it trains in full, and so unties it. Two cases
+    # stay tied: both copies are equal, or `ensure_weight_tying` says that the one copy is used for
+    # both.
     embed, head = found.get(PEFT_PREFIX + _EMBED), found.get(PEFT_PREFIX + _HEAD)
     if not spec.tie_embeddings or not (embed or head):
         return spec
@@ -129,62 +272,133 @@ def _check_same(read: Lora, lora: Lora, spec: ModelSpec, folder: Path) -> None:
         stored, asked = getattr(read, name), getattr(lora, name)
         if name == "targets" and lora.released_code_compatible:
             asked = tuple(target for target in asked if target != "q_proj")
-        if name == "modules_to_save" and spec.tie_embeddings and {"embed_tokens", "lm_head"} & set(asked):
+        # For tied embeddings, one of the two names means both.
+        if (
+            name == "modules_to_save"
+            and spec.tie_embeddings
+            and {"embed_tokens", "lm_head"} & set(asked)
+        ):
             asked = (*asked, "embed_tokens", "lm_head")
             stored = (*stored, "lm_head") if "embed_tokens" in stored else stored
         if (set(stored) != set(asked)) if isinstance(stored, tuple) else stored != asked:
             value = ",".join(getattr(read, name)) or "()" if isinstance(stored, tuple) else stored
             wrong.append(f"--config.lora.{name}={value}")
     if wrong:
-        raise UserError(f"lora.path={folder}: the adapter has other settings than this configuration; use\n"
-                        + " ".join(wrong))
+        raise UserError(
+            f"lora.path={folder}: the adapter has other settings than this configuration; use\n"
+            + " ".join(wrong)
+        )
 
 
 def load_adapter(adapter: AdapterFile, state: Any, *, progress: bool = True) -> Any:
-    """`state` (one or several) with the adapter's leaves: low-rank pairs and the modules trained in full."""
-    paths = {path for path in state_leaves(state)} & adapter.tensors.keys()
-    assert paths == adapter.tensors.keys(), f"the model lacks {sorted(adapter.tensors.keys() - paths)}"
-    return fill(state, adapter.tensors, str(adapter.folder), progress=progress, skip=lambda path: path not in paths)
-
-
-def save_adapter(folder: str | os.PathLike, spec: ModelSpec, lora: Lora, state: Any, *, base: str | None,
-                 revision: str | None = None, tokenizer: str | os.PathLike | None = None, card: str | None = None,
-                 multimodal: bool = False, progress: bool = True) -> None:
-    """Writes an adapter that `peft.PeftModel.from_pretrained` loads onto `base`; whole or not at all.
-
-    `lora` is as `models.lora.resolve` gives it. Tied embeddings that were trained are stored under both names and
-    marked, so that PEFT ties them too. `multimodal`: the base is the text part of a larger model.
+    """`state` (one or several) with the adapter's leaves: low-rank pairs and the modules trained in
+    full.
     """
-    keys = adapter_keys(spec, lora.targets, lora.rank, use_dora=lora.use_dora) | saved_keys(spec, lora.modules_to_save)
+    paths = {path for path in state_leaves(state)} & adapter.tensors.keys()
+    assert paths == adapter.tensors.keys(), (
+        f"the model lacks {sorted(adapter.tensors.keys() - paths)}"
+    )
+    return fill(
+        state,
+        adapter.tensors,
+        str(adapter.folder),
+        progress=progress,
+        skip=lambda path: path not in paths,
+    )
+
+
+def save_adapter(
+    folder: str | os.PathLike,
+    spec: ModelSpec,
+    lora: Lora,
+    state: Any,
+    *,
+    base: str | None,
+    revision: str | None = None,
+    tokenizer: str | os.PathLike | None = None,
+    card: str | None = None,
+    multimodal: bool = False,
+    progress: bool = True,
+) -> None:
+    """Writes an adapter that `peft.PeftModel.from_pretrained` loads onto `base`; whole or not at
+    all.
+
+    `lora` is as `models.lora.resolve` gives it. Tied embeddings that were trained are stored under
+    both names and marked, so that PEFT ties them too. `multimodal`: the base is the text part of a
+    larger model.
+    """
+    # 1. What the file holds: low-rank pairs, and whole modules
+    keys = adapter_keys(spec, lora.targets, lora.rank, use_dora=lora.use_dora) | saved_keys(
+        spec, lora.modules_to_save
+    )
     leaves = {path: leaf for path, leaf in state_leaves(state).items() if path in keys}
-    tied = spec.tie_embeddings and "embed_tokens/weight" in keys
-    if tied:
-        embed = keys["embed_tokens/weight"]
-        keys["lm_head/weight"] = Key("lm_head/weight", PEFT_PREFIX + _HEAD, embed.shape, embed.file_shape)
+    ties = spec.tie_embeddings and "embed_tokens/weight" in keys
+    if ties:
+        head = dataclasses.replace(keys["embed_tokens/weight"], name=PEFT_PREFIX + _HEAD)
+        keys["lm_head/weight"] = head
         leaves["lm_head/weight"] = leaves["embed_tokens/weight"]
-    names = {"norm": "model.norm"}  # PEFT goes by the end of a name: "norm" would mean every norm of every layer
-    modules = sorted({names.get(module, module) for module in lora.modules_to_save} | (
-        {"embed_tokens", "lm_head"} if tied else set()))
-    targets: Any = sorted(lora.targets)
-    if multimodal:  # the vision tower has projections of the same names
+    # 2. The names: in a multimodal model the text part lies one level deeper
+    if multimodal:
         text = PEFT_PREFIX + _TEXT_PART
-        keys = {path: dataclasses.replace(key, name=key.name.replace(PEFT_PREFIX + "model.", text))
-                for path, key in keys.items()}
-        targets = rf"{re.escape(_TEXT_PART)}layers\..*\.({'|'.join(targets)})"
-        modules = [re.sub(r"^model\.", _TEXT_PART, module) for module in modules]
-    alpha = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha
-    config = {
-        "alpha_pattern": {}, "base_model_name_or_path": base, "bias": "none", "fan_in_fan_out": False,
-        "inference_mode": True, "init_lora_weights": True, "lora_alpha": alpha, "lora_dropout": lora.dropout,
-        "modules_to_save": modules or None, "peft_type": "LORA", "r": lora.rank, "rank_pattern": {},
-        "revision": revision, "target_modules": targets, "task_type": "CAUSAL_LM",
-        "use_dora": lora.use_dora, "use_rslora": lora.use_rslora} | ({"ensure_weight_tying": True} if tied else {})
-    with atomic_folder(folder) if jax.process_index() == 0 else contextlib.nullcontext(Path(folder)) as target:
-        write_leaves(target, leaves, keys, spec.num_layers, name=WEIGHTS, shard_bytes=np.iinfo(np.int64).max,
-                     progress=progress)
+        keys = {
+            path: dataclasses.replace(key, name=key.name.replace(PEFT_PREFIX + "model.", text))
+            for path, key in keys.items()
+        }
+    config = _config_for_peft(spec, lora, ties=ties, multimodal=multimodal)
+    config |= {"base_model_name_or_path": base, "revision": revision}
+    # 3. Every process takes part in the transfers; the first one writes
+    with (
+        atomic_folder(folder)
+        if jax.process_index() == 0
+        else contextlib.nullcontext(Path(folder)) as target
+    ):
+        write_leaves(
+            target,
+            leaves,
+            keys,
+            spec.num_layers,
+            name=WEIGHTS,
+            shard_bytes=np.iinfo(np.int64).max,
+            progress=progress,
+        )
         if jax.process_index():
             return
         write_json(target / CONFIG, config)
         copy_tokenizer(tokenizer, target)
         if card:
             (target / "README.md").write_text(card, encoding="utf-8")
+
+
+def _config_for_peft(
+    spec: ModelSpec, lora: Lora, *, ties: bool, multimodal: bool
+) -> dict[str, Any]:
+    """The settings in adapter_config.json that do not depend on the base's place."""
+    # PEFT goes by the end of a name: "norm" alone would mean every norm of every layer.
+    modules = {
+        "model.norm" if module == "norm" else file_name(module, spec)
+        for module in lora.modules_to_save
+    }
+    targets: Any = sorted({file_name(module, spec) for module in lora.targets})
+    modules = sorted(modules | ({"embed_tokens", "lm_head"} if ties else set()))
+    # In a multimodal model the vision tower has projections of the same names: a pattern keeps to
+    # the text part.
+    if multimodal:
+        targets = rf"{re.escape(_TEXT_PART)}layers\..*\.({'|'.join(targets)})"
+        modules = [re.sub(r"^model\.", _TEXT_PART, module) for module in modules]
+    return {
+        "alpha_pattern": {},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
+        "lora_dropout": lora.dropout,
+        "modules_to_save": modules or None,
+        "peft_type": "LORA",
+        "r": lora.rank,
+        "rank_pattern": {},
+        "target_modules": targets,
+        "task_type": "CAUSAL_LM",
+        "use_dora": lora.use_dora,
+        "use_rslora": lora.use_rslora,
+    } | ({"ensure_weight_tying": True} if ties else {})

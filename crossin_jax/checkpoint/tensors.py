@@ -7,16 +7,26 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from crossin_jax.config import UserError
+from crossin_jax.files import allows, decode_text, join_some, parse_json
 
-DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-CHUNK = 4 << 20  # bytes per read: small enough for the cache, where the NaN check and the cast are free beside the read
+CHUNK = (
+    4 << 20
+)  # bytes per read: small enough for the cache, where the NaN check and the cast are free beside the read
 MAX_HEADER = 100_000_000  # bytes; the limit of the format's own reader
+# What the header says of a tensor.
+_ENTRY = {"dtype": str, "shape": list[int], "data_offsets": list[int]}
 # the largest finite bit pattern is below infinity; a pattern above it is a NaN, of either sign
 _INFINITY = {2: {"F16": 0x7C00, "BF16": 0x7F80}, 4: {"F32": 0x7F800000}}
 
@@ -37,8 +47,18 @@ class Tensor:
         return DTYPES[self.code]
 
     def reshape(self, shape: Sequence[int]) -> "Tensor":
-        assert math.prod(shape) == math.prod(self.shape), f"{self.name}: {self.shape} cannot be read as {shape}"
+        assert math.prod(shape) == math.prod(self.shape), (
+            f"{self.name}: {self.shape} cannot be read as {shape}"
+        )
         return dataclasses.replace(self, shape=tuple(shape))
+
+    def rows(self, start: int, stop: int) -> "Tensor":
+        """The rows from `start` to `stop` of the first dimension."""
+        size = self.nbytes // self.shape[0]
+        shape = (stop - start, *self.shape[1:])
+        return dataclasses.replace(
+            self, shape=shape, start=self.start + start * size, nbytes=(stop - start) * size
+        )
 
 
 def read_header(path: str) -> dict[str, Tensor]:
@@ -48,42 +68,52 @@ def read_header(path: str) -> dict[str, Tensor]:
             size = os.fstat(file.fileno()).st_size
             start = file.read(8)
             if len(start) < 8:
-                raise UserError(f"{path}: {size} bytes is too short for a safetensors file; download it again")
+                raise UserError(
+                    f"{path}: {size} bytes is too short for a safetensors file; download it again"
+                )
             (length,) = struct.unpack("<Q", start)
             if length > min(MAX_HEADER, size - 8):
-                raise UserError(f"{path}: its header claims {length} bytes but {size - 8} follow; it is cut or not "
-                                "safetensors: download it again")
+                raise UserError(
+                    f"{path}: its header claims {length} bytes but {size - 8} follow; it is cut or not "
+                    "safetensors: download it again"
+                )
             text = file.read(length)
     except OSError as error:
         raise UserError(f"{path}: {os.strerror(error.errno or 0)}") from error
-    try:
-        header = json.loads(text)
-        if not isinstance(header, dict):
-            raise ValueError("not an object")
-    except ValueError as error:
-        raise UserError(f"{path}: its header is not JSON ({error}); the length in its first 8 bytes is wrong "
-                        "or this is not a safetensors file") from error
+    hint = "; the length in its first 8 bytes is wrong or this is not a safetensors file"
+    place = f"{path}, its header"
+    header = parse_json(decode_text(text, place), place, dict, "a header", hint)
     header.pop("__metadata__", None)
     tensors, faults = {}, []
     for name, entry in header.items():
-        try:
-            code, shape, (begin, end) = entry["dtype"], tuple(map(int, entry["shape"])), entry["data_offsets"]
-        except (KeyError, TypeError, ValueError):
-            faults.append(f"{name}: malformed entry {entry!r}")
+        if not allows(dict[str, Any], entry) or not all(
+            allows(annotation, entry.get(field)) for field, annotation in _ENTRY.items()
+        ):
+            faults.append(f"{name}: malformed entry {entry!r:.80}")
             continue
+        code, shape, offsets = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        begin, end = offsets if len(offsets) == 2 else (-1, -1)
         if code not in DTYPES:
             faults.append(f"{name}: dtype {code}; this reads {', '.join(DTYPES)}")
-        elif end - begin != math.prod(shape) * DTYPES[code].itemsize or begin < 0:
+        elif (
+            end - begin != math.prod(shape) * DTYPES[code].itemsize
+            or begin < 0
+            or min(shape, default=0) < 0
+        ):
             faults.append(f"{name}: {end - begin} bytes cannot hold {code} {shape}")
         elif 8 + length + end > size:
-            faults.append(f"{name}: ends at byte {8 + length + end} of a file of {size}; it is cut, download it again")
+            faults.append(
+                f"{name}: ends at byte {8 + length + end} of a file of {size}; it is cut, download it again"
+            )
         else:
             tensors[name] = Tensor(name, path, code, shape, 8 + length + begin, end - begin)
     last = max((t.start + t.nbytes for t in tensors.values()), default=8 + length)
     if not faults and last != size:
-        faults.append(f"{size - last} bytes after the last tensor; the header's length or offsets are wrong")
+        faults.append(
+            f"{size - last} bytes after the last tensor; the header's length or offsets are wrong"
+        )
     if faults:
-        raise UserError(f"{path}: {'; '.join(faults[:5])}" + (f"; and {len(faults) - 5} more" if faults[5:] else ""))
+        raise UserError(f"{path}: {join_some(faults)}")
     return tensors
 
 
@@ -127,8 +157,10 @@ class Reader:
             return
         if not tensor.shape:
             tensor, parts = tensor.reshape((1,)), [(((0, 1),), out.reshape(1)) for _, out in parts]
-        hull = tuple((min(box[d][0] for box, _ in parts), max(box[d][1] for box, _ in parts))
-                     for d in range(len(tensor.shape)))
+        hull = tuple(
+            (min(box[d][0] for box, _ in parts), max(box[d][1] for box, _ in parts))
+            for d in range(len(tensor.shape))
+        )
         if len(parts) > 1 and sum(out.size for _, out in parts) != volume(hull):
             for part in parts:
                 yield from self.plan(tensor, [part])
@@ -143,12 +175,21 @@ class Reader:
         for box, out in parts:
             low, high = max(rows[0][0], box[0][0]), min(rows[0][1], box[0][1])
             if low < high:
-                inside = (slice(low - rows[0][0], high - rows[0][0]),
-                          *(slice(b[0] - r[0], b[1] - r[0]) for b, r in zip(box[1:], rows[1:], strict=True)))
-                targets.append((inside, out[low - box[0][0]:high - box[0][0]]))
+                inside = (
+                    slice(low - rows[0][0], high - rows[0][0]),
+                    *(
+                        slice(b[0] - r[0], b[1] - r[0])
+                        for b, r in zip(box[1:], rows[1:], strict=True)
+                    ),
+                )
+                targets.append((inside, out[low - box[0][0] : high - box[0][0]]))
         shape = tuple(stop - start for start, stop in rows)
-        direct = (len(targets) == 1 and targets[0][1].shape == shape and targets[0][1].dtype == tensor.dtype
-                  and targets[0][1].flags.c_contiguous)
+        direct = (
+            len(targets) == 1
+            and targets[0][1].shape == shape
+            and targets[0][1].dtype == tensor.dtype
+            and targets[0][1].flags.c_contiguous
+        )
         chunk = targets[0][1] if direct else np.empty(shape, tensor.dtype)
         self._fill(tensor, rows, chunk)
         if has_nan(chunk, tensor.code):
@@ -164,20 +205,24 @@ class Reader:
         inner = len(shape) - 1  # dimensions from `inner` on lie in one run
         while inner > 0 and box[inner] == (0, shape[inner]):
             inner -= 1
-        strides = [math.prod(shape[d + 1:]) * item for d in range(len(shape))]
-        first = tensor.start + sum(start * stride for (start, _), stride in zip(box, strides, strict=True))
+        strides = [math.prod(shape[d + 1 :]) * item for d in range(len(shape))]
+        first = tensor.start + sum(
+            start * stride for (start, _), stride in zip(box, strides, strict=True)
+        )
         run = (box[inner][1] - box[inner][0]) * strides[inner]
         buffer = memoryview(chunk.reshape(-1).view(np.uint8))
         for i, index in enumerate(np.ndindex(*(stop - start for start, stop in box[:inner]))):
             offset = first + sum(n * stride for n, stride in zip(index, strides, strict=False))
-            self._pread(tensor, buffer[i * run:(i + 1) * run], offset)
+            self._pread(tensor, buffer[i * run : (i + 1) * run], offset)
 
     def _pread(self, tensor: Tensor, buffer: memoryview, offset: int) -> None:
         done = 0
         while done < len(buffer):
             count = os.preadv(self._files[tensor.file], [buffer[done:]], offset + done)
             if not count:
-                raise UserError(f"{tensor.file}: ends inside {tensor.name}; it changed while it was read")
+                raise UserError(
+                    f"{tensor.file}: ends inside {tensor.name}; it changed while it was read"
+                )
             done += count
 
 
@@ -199,8 +244,11 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
         return all(left.read(size) == right.read(size) for size in sizes)
 
 
-def write_tensors(path: str, entries: Iterable[tuple[str, str, tuple[int, ...], Callable[[], np.ndarray]]],
-                  progress: Callable[[int], object] = lambda count: None) -> None:
+def write_tensors(
+    path: str,
+    entries: Iterable[tuple[str, str, tuple[int, ...], Callable[[], np.ndarray]]],
+    progress: Callable[[int], object] = lambda count: None,
+) -> None:
     """Writes a safetensors file from (name, type code, shape, function that yields the array), one tensor at a time."""
     entries, header, end = list(entries), {"__metadata__": {"format": "pt"}}, 0
     for name, code, shape, _ in entries:
@@ -212,7 +260,9 @@ def write_tensors(path: str, entries: Iterable[tuple[str, str, tuple[int, ...], 
         file.write(struct.pack("<Q", len(text)) + text)
         for name, code, shape, fetch in entries:
             array = np.ascontiguousarray(fetch())
-            assert (array.dtype, array.size) == (DTYPES[code], math.prod(shape)), f"{name}: {array.dtype} {array.shape}"
+            assert (array.dtype, array.size) == (DTYPES[code], math.prod(shape)), (
+                f"{name}: {array.dtype} {array.shape}"
+            )
             file.write(memoryview(array.reshape(-1).view(np.uint8)))
             progress(array.nbytes)
         file.flush()

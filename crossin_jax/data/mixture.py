@@ -1,7 +1,18 @@
 """The mixture: stream position → example, a pure function of (configuration, corpora, seed).
 
-Every draw is a hash of (seed, component, row id), so that 3,000 examples are a subset of 6,000, and neither the order
-of files nor the number of workers or hosts changes anything.
+Every draw is a hash of (seed, component, row id). So 3,000 examples are a subset of 6,000, and the
+order of files and the number of workers or hosts change nothing. The way of stream position 7:
+
+    7 ─ order of the epoch ─► entry 12 of the epoch ─► component x2x, its draw number 4
+      ─ order of the pool ──► unit (hash of a row's id), row 31 of the corpus, visit 0
+      ─ Kind.draw ──────────► prompt language zh, answer language en
+      ─ Kind.make ──────────► Example
+
+An epoch is a shuffled list of entries: first all of component 0, then all of component 1, and so
+on. A visit is one pass over the rows of a component. Its language pairs are drawn anew at each
+visit, except for components with a `count`.
+
+Shape letters: N examples that are drawn together, C languages of data.languages.
 """
 
 import dataclasses
@@ -14,31 +25,25 @@ from typing import Any
 import numpy as np
 
 from crossin_jax import __version__
-from crossin_jax.config import Component, Data, UserError
-from crossin_jax.data.corpus import Corpus, hash_key, load_corpus
-from crossin_jax.data.crosslingual import Example, make_example
+from crossin_jax.config import Component, Data, UserError, to_dict
+from crossin_jax.data.corpus import Corpus, describe_losses, hash_key, load_corpus
+from crossin_jax.data.kinds import (
+    KINDS,
+    Draws,
+    Example,
+    Kind,
+    asks_in_english,
+    make_example,
+    mix_bits,
+)
 
-FORMAT = 1  # raised when the same settings would draw other examples
+# Raised when the same settings would draw other examples.
+FORMAT = 1
+# draws that are counted at once
 CHUNK = 1 << 16
 
 
-def mix_bits(words: np.ndarray | int, key: int = 0) -> np.ndarray:
-    """SplitMix64 of uint64 words under a key: uniform, and the same on every machine."""
-    z = np.atleast_1d(np.asarray(words, np.uint64)) ^ np.uint64(key)
-    z = z + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-def _pick(words: np.ndarray, weights_NC: np.ndarray) -> np.ndarray:
-    """One column per row, with probability proportional to its weight."""
-    cumulative = np.cumsum(weights_NC, axis=1)
-    level = (words >> np.uint64(11)) * 2.0**-53 * cumulative[:, -1]
-    return (level[:, None] >= cumulative).sum(axis=1)
-
-
-class Recent:
+class PermutationCache:
     """The last two permutations: one epoch and the next."""
 
     def __init__(self):
@@ -48,7 +53,8 @@ class Recent:
         order = self.orders.get(number)
         if order is None:
             order = make()
-            self.orders = dict([*self.orders.items()][-1:]) | {number: order}  # whole at any time: threads read it
+            # One assignment, so that a concurrent reader never sees a half-updated dict.
+            self.orders = dict([*self.orders.items()][-1:]) | {number: order}
         return order
 
     def __getstate__(self) -> dict[str, Any]:  # workers make their own
@@ -56,12 +62,18 @@ class Recent:
 
 
 class Pool:
-    """One component's units in drawing order: rows of its corpus, or numbered draws where rows are drawn again."""
+    """One component's units in drawing order.
 
-    def __init__(self, component: Component, corpus: Corpus, data: Data, seed: int, number: int, place: str):
-        self.component, self.corpus, self.place, self._orders = component, corpus, place, Recent()
+    A unit is what the draws are hashes of: the key of a row, or a number with replacement.
+    """
+
+    def __init__(
+        self, component: Component, corpus: Corpus, data: Data, seed: int, number: int, place: str
+    ):
+        self.component, self.corpus, self.place = component, corpus, place
+        self._orders = PermutationCache()
         self.languages = tuple(data.languages)
-        # x2x, same and text need no pivot, and then it need not be among the languages
+        # A kind that needs no pivot accepts a pivot that is not among the languages.
         self.pivot = self.languages.index(data.pivot) if data.pivot in self.languages else None
         suffix = f"#{number}" if number else ""
         self.key = hash_key(f"{seed}/{component.kind}/{component.source}{suffix}")
@@ -69,94 +81,117 @@ class Pool:
         self.fixed = component.count is not None
         self.weights = self._weigh_languages()
         self.has_NC = None
-        if component.kind == "text":
-            self.has_NC = np.stack([corpus.has.get(code, np.zeros(len(corpus), bool)) for code in self.languages], 1)
+        if self.kind.fills_gaps:
+            self.has_NC = np.stack(
+                [corpus.has.get(code, np.zeros(len(corpus), bool)) for code in self.languages], 1
+            )
             rows = np.flatnonzero((self.has_NC * self.weights).any(1))
         else:
             rows = np.arange(len(corpus))
             if len(rows):
                 self._refuse_gaps()
         if not len(rows):
-            raise UserError(f"{place}: source {component.source!r} has no rows in {', '.join(self.languages)}")
+            losses = describe_losses(corpus)
+            raise UserError(
+                f"{place}: source {component.source!r} has no rows in {', '.join(self.languages)}"
+                + (f" ({losses})" if losses else "")
+            )
         if component.with_replacement:
-            # as released: the modes share draws, so a row and its language are the same in each of them
+            # as released: the modes share draws, so a row and its language are the same in each of
+            # them
             self.draw_key = hash_key(f"{seed}/again/{component.source}{suffix}")
-            units = mix_bits(np.arange(component.count or len(rows), dtype=np.uint64), self.draw_key)
-            self.rows, self.units = rows[np.argsort(corpus.keys[rows])][units % np.uint64(len(rows))], units
+            units = mix_bits(
+                np.arange(component.count or len(rows), dtype=np.uint64), self.draw_key
+            )
+            self.rows, self.units = (
+                rows[np.argsort(corpus.keys[rows])][units % np.uint64(len(rows))],
+                units,
+            )
             return
         if self.fixed and component.count > len(rows):
-            raise UserError(f"{place}.count={component.count} is above the {len(rows)} rows of {component.source!r}; "
-                            f"lower it, or set with_replacement=True")
-        order = np.lexsort((corpus.keys[rows], mix_bits(corpus.keys[rows], self.key)))[:component.count]
+            raise UserError(
+                f"{place}.count={component.count} is above the {len(rows)} rows of "
+                f"{component.source!r}; lower it, or set with_replacement=True"
+            )
+        order = np.lexsort((corpus.keys[rows], mix_bits(corpus.keys[rows], self.key)))[
+            : component.count
+        ]
         self.rows, self.units = rows[order], corpus.keys[rows[order]]
+
+    @property
+    def kind(self) -> Kind:
+        """The entry of this component's kind."""
+        return KINDS[self.component.kind]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def _weigh_languages(self) -> np.ndarray:
-        """Weight per language; the pivot takes part in x2x and text, and elsewhere only if it is named."""
-        named, kind = self.component.languages, self.component.kind
+        """Weight (C,) of each language in the draws of this kind."""
+        named, kind = self.component.languages, self.kind
         weights = np.array([named.get(code, 0.0) if named else 1.0 for code in self.languages])
-        takes_no_part = not named and kind not in ("x2x", "text", "base") or kind in ("en2x", "x2en", "trans")
-        if takes_no_part and self.pivot is not None:
+        leaves_out_pivot = kind.drawn == "others" or kind.drawn == "named" and not named
+        if leaves_out_pivot and self.pivot is not None:
             weights[self.pivot] = 0.0
         if (weights < 0).any():
             raise UserError(f"{self.place}.languages={named}: weights are not negative")
-        if kind != "base" and np.count_nonzero(weights) < (2 if kind == "x2x" and not self.component.allow_same else 1):
-            others = "a language" if self.pivot is None else f"a language besides {self.languages[self.pivot]!r}"
-            least = "two languages" if kind == "x2x" else others
-            raise UserError(f"{self.place}: {kind} needs {least} of positive weight; "
-                            f"languages={named or self.languages}")
+        draws_two = kind.draws_two and not self.component.allow_same
+        if kind.drawn != "none" and np.count_nonzero(weights) < 1 + draws_two:
+            least = "two languages" if kind.draws_two else "a language"
+            if self.pivot is not None and not kind.draws_two:
+                least += f" besides {self.languages[self.pivot]!r}"
+            raise UserError(
+                f"{self.place}: {self.component.kind} needs {least} of positive weight; "
+                f"languages={named or self.languages}"
+            )
         return weights
 
     def _refuse_gaps(self) -> None:
+        """Refuses a corpus where a record lacks a language that an example may need."""
         kind = self.component.kind
-        needed = set(np.flatnonzero(self.weights)) if kind != "base" else set()
-        if kind in ("base", "en2x", "x2en", "trans"):
+        needed = set(np.flatnonzero(self.weights)) if self.kind.drawn != "none" else set()
+        if self.kind.needs_pivot:
             needed.add(self.pivot)
         for code in (self.languages[j] for j in sorted(needed)):
             has = self.corpus.has.get(code)
             if has is None:
-                raise UserError(f"{self.place}: {kind} needs {code!r}, but {self.component.source!r} has only "
-                                f"{', '.join(self.corpus.languages)}; take {code!r} out, or add its texts: "
-                                f"python -m crossin_jax.prepare translate")
+                raise UserError(
+                    f"{self.place}: {kind} needs {code!r}, but {self.component.source!r} has only "
+                    f"{', '.join(self.corpus.languages)}; take {code!r} out, or add its texts: "
+                    f"prepare translate, with the same --config"
+                )
             if not has.all():
                 gaps = np.flatnonzero(~has)
-                raise UserError(f"{self.corpus.find_place(int(gaps[0]))}: no {code!r} version (nor in "
-                                f"{len(gaps) - 1} other rows), but {self.place} ({kind}) needs it; take {code!r} out, "
-                                f"or add its texts: python -m crossin_jax.prepare translate")
+                raise UserError(
+                    f"{self.corpus.find_place(int(gaps[0]))}: no {code!r} version (nor in "
+                    f"{len(gaps) - 1} other rows), but {self.place} ({kind}) needs it; "
+                    f"take {code!r} out, or add its texts: prepare translate, with the same --config"
+                )
 
-    def draw_pairs(self, units: np.ndarray, rows: np.ndarray, visits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Indices of prompt and answer language for units at their visits; a counted set never changes its pairs."""
-        kind, n = self.component.kind, len(units)
-        if kind == "base":
-            return np.full(n, self.pivot), np.full(n, self.pivot)
-        words = mix_bits(units, self.draw_key) ^ mix_bits(np.zeros_like(visits) if self.fixed else visits, 1)
-        weights = np.broadcast_to(self.weights, (n, len(self.languages)))
-        if kind == "text":
-            weights = weights * self.has_NC[rows]
-        first = _pick(mix_bits(words, 2), weights)
-        if kind in ("same", "text"):
-            return first, first
-        if kind == "x2x":
-            others = weights.copy()
-            if not self.component.allow_same:
-                others[np.arange(n), first] = 0
-            return first, _pick(mix_bits(words, 3), others)
-        pivot = np.full(n, self.pivot)
-        if kind == "trans" and self.component.translate == "both":
-            to_pivot = (mix_bits(words, 4) & np.uint64(1)).astype(bool)
-            return np.where(to_pivot, first, pivot), np.where(to_pivot, pivot, first)
-        if kind == "en2x" or kind == "trans" and self.component.translate == "en2x":
-            return pivot, first
-        return first, pivot
+    def draw_pairs(
+        self, units: np.ndarray, rows: np.ndarray, visits: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Prompt and answer languages (indices); a counted set has the same pairs in each visit."""
+        weights_NC = np.broadcast_to(self.weights, (len(units), len(self.languages)))
+        if self.has_NC is not None:
+            weights_NC = weights_NC * self.has_NC[rows]
+
+        def make_words() -> np.ndarray:
+            passes = np.zeros_like(visits) if self.fixed else visits
+            return mix_bits(units, self.draw_key) ^ mix_bits(passes, 1)
+
+        return self.kind.draw(Draws(self.component, make_words, weights_NC, self.pivot))
 
     def _order(self, visit: int) -> np.ndarray:
-        return self._orders.get(visit, lambda: np.lexsort((self.units, mix_bits(
-            self.units, self.key ^ hash_key(f"pass {visit}")))))
+        return self._orders.get(
+            visit,
+            lambda: np.lexsort(
+                (self.units, mix_bits(self.units, self.key ^ hash_key(f"pass {visit}")))
+            ),
+        )
 
-    def find_units(self, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(units, rows, visits) of the component's draws 0, 1, 2, …: each pass over the pool has its own order."""
+    def locate(self, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(units, rows, visits) of the component's draws; each visit has an order of its own."""
         visits, spots = np.divmod(draws, len(self))
         index = np.empty(len(draws), np.int64)
         for visit in np.unique(visits):
@@ -166,20 +201,25 @@ class Pool:
 
 
 def label_components(components: Sequence[Component]) -> list[str]:
-    """The name of each component in logs and reports: its kind, and its source where kinds repeat."""
+    """The name of each component in logs and reports: its kind, with its source if kinds repeat."""
     kinds = [component.kind for component in components]
     names = [f"{component.kind}:{component.source}" for component in components]
-    return [kind if kinds.count(kind) == 1 else name + (f"#{names[:i].count(name) + 1}" if name in names[:i] else "")
-            for i, (kind, name) in enumerate(zip(kinds, names, strict=True))]
+    return [
+        kind
+        if kinds.count(kind) == 1
+        else name + (f"#{names[:i].count(name) + 1}" if name in names[:i] else "")
+        for i, (kind, name) in enumerate(zip(kinds, names, strict=True))
+    ]
 
 
 class Mixture(Sequence):
     """Examples by stream position; positions beyond `len` are further epochs, each shuffled anew.
 
-    An epoch has as many examples as the components have rows (or `count`). Without shares each component gives all of
-    its own once per epoch; with shares they divide the epoch, and a component goes on through its rows where the last
-    epoch left it. A component with `count` is a fixed set of examples; one without redraws its language pairs at each
-    pass. Raises `UserError` where a component asks for what its corpus lacks.
+    An epoch has as many examples as the components have rows (or `count`). Without shares each
+    component gives all of its own once per epoch; with shares they divide the epoch, and a
+    component goes on through its rows where the last epoch left it. A component with `count` is a
+    fixed set of examples; one without redraws its language pairs at each pass. Raises `UserError`
+    where a component asks for what its corpus lacks.
     """
 
     def __init__(self, data: Data, corpora: dict[str, Corpus], seed: int):
@@ -188,11 +228,20 @@ class Mixture(Sequence):
         self.data, self.corpora, self.seed = data, corpora, seed
         names = [f"{c.kind}/{c.source}" for c in data.components]
         self.labels = label_components(data.components)
-        self.pools = [Pool(component, corpora[component.source], data, seed, names[:i].count(names[i]),
-                           f"data.components[{i}]") for i, component in enumerate(data.components)]
+        self.pools = [
+            Pool(
+                component,
+                corpora[component.source],
+                data,
+                seed,
+                names[:i].count(names[i]),
+                f"data.components[{i}]",
+            )
+            for i, component in enumerate(data.components)
+        ]
         self.sizes = self._divide([component.share for component in data.components])
         self._starts = np.concatenate([[0], np.cumsum(self.sizes)])
-        self._orders, self._manifest = Recent(), None
+        self._orders, self._manifest = PermutationCache(), None
 
     def _divide(self, shares: list[float | None]) -> np.ndarray:
         """Examples of each component per epoch: largest remainders, and at least one."""
@@ -201,7 +250,8 @@ class Mixture(Sequence):
             return lengths
         exact = np.array(shares, float) * lengths.sum()
         sizes = np.floor(exact).astype(np.int64)
-        sizes[np.argsort(sizes - exact, kind="stable")[:lengths.sum() - sizes.sum()]] += 1
+        # Shares of .5, .5 of 5 examples: floors 2 and 2, and the largest remainder gets the fifth.
+        sizes[np.argsort(sizes - exact, kind="stable")[: lengths.sum() - sizes.sum()]] += 1
         return np.maximum(sizes, 1)
 
     def __len__(self) -> int:
@@ -216,15 +266,26 @@ class Mixture(Sequence):
         return [(label, code) for label in self.labels for code in self.data.languages]
 
     def _order(self, epoch: int) -> np.ndarray:
-        return self._orders.get(epoch, lambda: np.argsort(np.concatenate([
-            mix_bits(np.arange(size, dtype=np.uint64), pool.key ^ hash_key(f"epoch {epoch}"))
-            for pool, size in zip(self.pools, self.sizes, strict=True)]), kind="stable"))
+        return self._orders.get(
+            epoch,
+            lambda: np.argsort(
+                np.concatenate(
+                    [
+                        mix_bits(
+                            np.arange(size, dtype=np.uint64), pool.key ^ hash_key(f"epoch {epoch}")
+                        )
+                        for pool, size in zip(self.pools, self.sizes, strict=True)
+                    ]
+                ),
+                kind="stable",
+            ),
+        )
 
     def __getitem__(self, i: int) -> Example:
         return self.take(np.array([i]))[0]
 
     def draw(self, positions: np.ndarray) -> np.ndarray:
-        """What stands at these stream positions: (n, 4) int64 of component, row, prompt language, answer language."""
+        """(N, 4) int64 of component, row, prompt language, answer language at stream positions."""
         positions = np.asarray(positions, np.int64)
         if (positions < 0).any():
             raise IndexError(f"stream position {positions.min()} is negative")
@@ -237,7 +298,7 @@ class Mixture(Sequence):
         for c in np.unique(owners):
             here = np.flatnonzero(owners == c)
             numbers = epochs[here] * self.sizes[c] + entries[here] - self._starts[c]
-            units, rows, visits = self.pools[c].find_units(numbers)
+            units, rows, visits = self.pools[c].locate(numbers)
             pairs = self.pools[c].draw_pairs(units, rows, visits)
             draws[here] = np.stack([np.full(len(here), c), rows, *pairs], axis=1)
         return draws
@@ -245,69 +306,144 @@ class Mixture(Sequence):
     def make(self, component: int, row: int, prompt: int, answer: int) -> Example:
         """The example of one line of `draw`."""
         pool, codes = self.pools[component], self.data.languages
-        record = pool.corpus.pick(row, (codes[prompt], codes[answer]) if prompt != answer else (codes[prompt],))
-        return make_example(record, pool.component.kind, codes[prompt], codes[answer],
-                            tag=pool.component.tag or self.data.tag, component=self.labels[component],
-                            translate_what=pool.component.translate_what)
+        record = pool.corpus.pick(
+            row, (codes[prompt], codes[answer]) if prompt != answer else (codes[prompt],)
+        )
+        return make_example(
+            record,
+            pool.component.kind,
+            codes[prompt],
+            codes[answer],
+            tag=pool.component.tag or self.data.tag,
+            component=self.labels[component],
+            translate_what=pool.component.translate_what,
+            request=pool.component.request,
+        )
 
     def take(self, positions: np.ndarray) -> list[Example]:
         """The examples at these stream positions, in their order."""
         return [self.make(*draw) for draw in self.draw(positions).tolist()]
 
     def count_pairs(self, c: int) -> Counter[tuple[str, str]]:
-        """How often each (prompt language, answer language) occurs in component c's part of the first epoch."""
+        """Counts of (prompt language, answer language) of component c in the first epoch."""
         counts: Counter[tuple[str, str]] = Counter()
         codes = self.data.languages
         for start in range(0, int(self.sizes[c]), CHUNK):
-            units = self.pools[c].find_units(np.arange(start, min(start + CHUNK, int(self.sizes[c]))))
+            units = self.pools[c].locate(np.arange(start, min(start + CHUNK, int(self.sizes[c]))))
             prompt, answer = self.pools[c].draw_pairs(*units)
             pairs, numbers = np.unique(prompt * len(codes) + answer, return_counts=True)
-            counts.update({(codes[p // len(codes)], codes[p % len(codes)]): int(n)
-                           for p, n in zip(pairs, numbers, strict=True)})
+            counts.update(
+                {
+                    (codes[p // len(codes)], codes[p % len(codes)]): int(n)
+                    for p, n in zip(pairs, numbers, strict=True)
+                }
+            )
         return counts
 
-    def manifest(self) -> dict[str, Any]:
-        """What the mixture is made of: sources with fingerprints, counts per component and language pair, seed, hash.
+    def count_english_requests(self) -> dict[str, int]:
+        """Examples of the first epoch that ask in English, by the language of their prompt.
 
-        The hash covers everything that decides the stream, and neither paths nor the version of the code.
+        Those are prompts in languages without a request sentence of their own.
+        """
+        counts: Counter[str] = Counter()
+        entries = self.manifest()["components"]
+        for component, entry in zip(self.data.components, entries, strict=True):
+            for pair, count in entry["pairs"].items():
+                languages = pair.split(">")
+                if asks_in_english(component, self.data.tag, tuple(languages)):
+                    counts[languages[0]] += count
+        return dict(counts)
+
+    def manifest(self) -> dict[str, Any]:
+        """Sources with fingerprints, counts per component and language pair, seed, and hash.
+
+        The hash covers everything that decides the stream, and neither paths nor the version of the
+        code.
         """
         if self._manifest is not None:
             return self._manifest
         sources = {source.name: source for source in self.data.sources}
         used = dict.fromkeys(component.source for component in self.data.components)
         components = []
-        for c, (label, pool, size) in enumerate(zip(self.labels, self.pools, self.sizes, strict=True)):
-            chosen = dataclasses.asdict(pool.component)
-            del chosen["template"]  # how a text is laid out is the renderer's; its hash travels beside this one
+        for c, (label, pool, size) in enumerate(
+            zip(self.labels, self.pools, self.sizes, strict=True)
+        ):
+            chosen = to_dict(pool.component)
+            del chosen[
+                "template"
+            ]  # how a text is laid out is the renderer's; its hash travels beside this one
             if chosen["tag"] is None:  # then `data.tag` below decides
                 del chosen["tag"]
-            components.append({"name": label, **chosen, "rows": len(pool), "examples": int(size),
-                               "pairs": {f"{a}>{b}": n for (a, b), n in sorted(self.count_pairs(c).items())}})
+            components.append(
+                {
+                    "name": label,
+                    **chosen,
+                    "rows": len(pool),
+                    "examples": int(size),
+                    "pairs": {f"{a}>{b}": n for (a, b), n in sorted(self.count_pairs(c).items())},
+                }
+            )
         decides = {
-            "format": FORMAT, "seed": self.seed, "languages": list(self.data.languages), "pivot": self.data.pivot,
-            "tag": self.data.tag, "components": components,
-            "sources": [{"name": name, "fingerprint": self.corpora[name].fingerprint, "rows": len(self.corpora[name]),
-                         "dropped": dict(self.corpora[name].dropped)} for name in used]}
-        digest = hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=16).hexdigest()
-        paths = {name: {"path": sources[name].path, "split": sources[name].split} for name in used if name in sources}
-        self._manifest = {"hash": digest, "version": __version__, "examples": len(self), **decides, "paths": paths}
+            "format": FORMAT,
+            "seed": self.seed,
+            "languages": list(self.data.languages),
+            "pivot": self.data.pivot,
+            "tag": self.data.tag,
+            "components": components,
+            "sources": [
+                {
+                    "name": name,
+                    "fingerprint": self.corpora[name].fingerprint,
+                    "rows": len(self.corpora[name]),
+                    "dropped": dict(self.corpora[name].dropped),
+                }
+                for name in used
+            ],
+        }
+        digest = hashlib.blake2b(
+            json.dumps(decides, sort_keys=True).encode(), digest_size=16
+        ).hexdigest()
+        paths = {
+            name: {"path": sources[name].path, "split": sources[name].split}
+            for name in used
+            if name in sources
+        }
+        self._manifest = {
+            "hash": digest,
+            "version": __version__,
+            "examples": len(self),
+            **decides,
+            "paths": paths,
+        }
+        # What was not read decides nothing, so it is no part of the hash.
+        if ignored := {n: dict(self.corpora[n].ignored) for n in used if self.corpora[n].ignored}:
+            self._manifest["ignored"] = ignored
         return self._manifest
 
 
 def temper(sizes: dict[str, float], temperature: float) -> dict[str, float]:
-    """Language weights in proportion to size ** (1 / temperature): 1 keeps the proportions, more evens them out."""
+    """Language weights in proportion to size ** (1 / temperature).
+
+    Temperature 1 keeps the proportions; a higher one makes them more even.
+    """
     return {code: size ** (1 / temperature) for code, size in sizes.items()}
 
 
 def load_corpora(data: Data, seed: int) -> dict[str, Corpus]:
     """The corpora of all sources in use, by name; the embedded world is halved by the seed."""
     used = {component.source for component in data.components}
-    return {source.name: load_corpus(source, data.languages, seed=seed)
-            for source in data.sources if source.name in used}
+    return {
+        source.name: load_corpus(source, data.languages, seed=seed)
+        for source in data.sources
+        if source.name in used
+    }
 
 
 def held_out(data: Data) -> Data:
-    """The settings that read every held-out record once in each language, for the loss per language."""
-    components = tuple(Component(kind="same", source=source.name, languages={code: 1.0})
-                       for source in data.eval_sources for code in source.languages or data.languages)
+    """Settings that read every held-out record once in each language, for the loss per language."""
+    components = tuple(
+        Component(kind="same", source=source.name, languages={code: 1.0})
+        for source in data.eval_sources
+        for code in source.languages or data.languages
+    )
     return dataclasses.replace(data, sources=data.eval_sources, components=components)

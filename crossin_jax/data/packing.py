@@ -1,4 +1,20 @@
-"""Examples become rows of a batch: best-fit packing, or rows of like length."""
+"""Examples become rows of a batch: best-fit packing, or rows of like length.
+
+The stream of examples is cut into windows. Each window is packed independently of its neighbours,
+so that any of them can be made alone, by any worker, and a continued run seeks instead of
+replaying:
+
+    stream    e0 e1 e2 e3 e4 e5 e6 │ e7 e8 e9 … │        positions of the mixture
+    window 0  row 0 │ e4 e4 e4 e1 e1 ·│               · is padding
+              row 1 │ e0 e0 e6 e6 e6 e6│               rows are then shuffled
+
+An example of n token ids takes n - 1 places of a row: the last id is only a target.
+
+    ids        <s>  Q   A   </s>       loss mask of ids  0 0 1 1
+    tokens     <s>  Q   A              what the model reads
+    targets    Q    A   </s>           what it should predict
+    loss_mask  0    1   1              which targets count
+"""
 
 import dataclasses
 import math
@@ -9,22 +25,36 @@ from typing import Any
 import numpy as np
 
 from crossin_jax.config import UserError
-from crossin_jax.data.crosslingual import Example
-from crossin_jax.data.mixture import Mixture, mix_bits
+from crossin_jax.data.kinds import Example, mix_bits
+from crossin_jax.data.mixture import Mixture
 from crossin_jax.data.prompts import Rendered, Renderer, RowFault
 
-# What may happen to an example on its way into a row; all but the second drop it
-REASONS = ("over-long", "input shortened", "nothing to learn", "special token in the text", "double BOS")
-WINDOW_ROWS, WINDOW_TOKENS = 128, 65536  # the least a window holds: its last row is half empty on average
-MEMORY_EXAMPLES = 1 << 15  # mixtures up to this size are tokenized once
-BUCKETS = (4, 2, 1)  # rows of an unpacked batch are padded to a quarter, half or all of the length
+# What may happen to an example on its way into a row. All but the second drop it.
+REASONS = (
+    "over-long",
+    "input shortened",
+    "nothing to learn",
+    "special token in the text",
+    "double BOS",
+    "token without an embedding",
+)
+# The minimum size of a window. On average its last row is half empty, so small windows would waste
+# more.
+WINDOW_ROWS, WINDOW_TOKENS = 128, 65536
+# Mixtures up to this size are tokenized once.
+MEMORY_EXAMPLES = 1 << 15
+# Rows of an unpacked batch are padded to a quarter, a half or all of the length.
+BUCKETS = (4, 2, 1)
 
 
 def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Best-fit decreasing: indices of the examples that share a row, each row in stream order."""
     rows: list[list[int]] = []
-    open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by free space
-    spaces = 0  # bit s is set where a row with s free positions exists
+    # open_rows[s] are the rows with s free places, and bit s of `spaces` says whether there are
+    # any. The lowest bit of `spaces >> length` is the smallest space that is large enough: the best
+    # fit.
+    open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]
+    spaces = 0
     for i in np.argsort(-np.asarray(lengths, np.int64), kind="stable").tolist():
         fits = spaces >> lengths[i]
         if fits:
@@ -42,36 +72,56 @@ def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def shorten_input(example: Example, renderer: Renderer, length: int) -> Rendered | None:
-    """Cuts the input's end, but neither its language tag nor the answer, until a row holds it; None: it cannot."""
+    """The example with the end of its input cut off, so that a row holds it; None if impossible.
+
+    Its language tag and the answer are never cut.
+    """
     tag = f"\n[{example.answer_language}]"
-    body, tag = (example.input[:-len(tag)], tag) if example.input.endswith(tag) else (example.input, "")
+    body, tag = (
+        (example.input[: -len(tag)], tag) if example.input.endswith(tag) else (example.input, "")
+    )
     rendered = renderer.render(example)
     while (excess := len(rendered.ids) - 1 - length) > 0:
         if not body or example.messages:
             return None
-        body = body[:-max(1, math.ceil(excess * len(body) / len(rendered.ids)))]
+        body = body[: -max(1, math.ceil(excess * len(body) / len(rendered.ids)))]
         rendered = renderer.render(dataclasses.replace(example, input=body.rstrip() + tag))
     return rendered
 
 
-class Windows:
-    """A list-like source of windows: each packs a stretch of the stream by itself, so any of them can be made alone.
+class PackedBlocks:
+    """A list-like source of windows: window g is a fixed range of the stream, packed alone.
 
-    A window ends with an epoch, or holds several whole epochs of a small mixture. `self[g]` is a dict of arrays
-    tokens, targets, segment_ids, positions, group (R, T) int32, learned (R, T) bool, and dropped (reasons, groups).
+    A window ends with an epoch, or contains several whole epochs of a small mixture. `self[g]` is a
+    dict of arrays: tokens, targets, segment_ids, positions, group (R, T) int32, loss_mask (R, T)
+    bool, and dropped (reasons, groups).
     """
 
-    def __init__(self, mixture: Mixture, renderer: Renderer, *, length: int, packing: bool, over_long: str,
-                 batch_size: int, seed: int, num_epochs: int | None):
+    def __init__(
+        self,
+        mixture: Mixture,
+        renderer: Renderer,
+        *,
+        length: int,
+        packing: bool,
+        over_long: str,
+        batch_size: int,
+        seed: int,
+        num_epochs: int | None,
+    ):
         self.mixture, self.renderer, self.length, self.packing = mixture, renderer, length, packing
         self.shortens, self.batch_size, self.seed = over_long == "shorten_input", batch_size, seed
         self.groups, self._memory = mixture.groups, {}
         self._group = {group: i for i, group in enumerate(self.groups)}
         mean = self._survey()
         rows = max(WINDOW_ROWS, WINDOW_TOKENS // length)
-        size = math.ceil(rows * length / mean) if packing else max(1, rows // batch_size) * batch_size
+        size = (
+            math.ceil(rows * length / mean) if packing else max(1, rows // batch_size) * batch_size
+        )
         self.per_epoch = max(1, round(len(mixture) / size))  # windows in an epoch
-        self._epochs = max(1, math.ceil(size / len(mixture))) if self.per_epoch == 1 else 1  # or epochs in a window
+        self._epochs = (
+            max(1, math.ceil(size / len(mixture))) if self.per_epoch == 1 else 1
+        )  # or epochs in a window
         if num_epochs is not None:
             self._epochs = min(self._epochs, num_epochs)
         self._end = None if num_epochs is None else num_epochs * len(mixture)
@@ -89,14 +139,16 @@ class Windows:
         return range(start + n * self._epochs * k // self.per_epoch, min(stop, self._end or stop))
 
     def render(self, positions: Sequence[int]) -> tuple[list[tuple[Rendered, int]], np.ndarray]:
-        """(ids and mask, group) of the examples that fit a row, and what happened to the others by reason and group."""
+        """(ids and mask, group) of the examples that fit a row, and counts of the others."""
         draws = list(map(tuple, self.mixture.draw(np.asarray(positions)).tolist()))
         if len(self.mixture) > MEMORY_EXAMPLES or len(self._memory) > 4 * MEMORY_EXAMPLES:
             self._memory = {}  # a small mixture keeps what its next epochs will give again
         memory = self._memory
         new = list(dict.fromkeys(draw for draw in draws if draw not in memory))
         examples = [self.mixture.make(*draw) for draw in new]
-        for draw, example, rendered in zip(new, examples, self.renderer.render_many(examples), strict=True):
+        for draw, example, rendered in zip(
+            new, examples, self.renderer.render_many(examples), strict=True
+        ):
             memory[draw] = self._fit(example, rendered)
         kept, dropped = [], np.zeros((len(REASONS), len(self.groups)), np.int32)
         for draw in draws:
@@ -107,25 +159,35 @@ class Windows:
                 kept.append((rendered, group))
         return kept, dropped
 
-    def _fit(self, example: Example, rendered: Rendered | RowFault) -> tuple[Rendered | None, int, int | None]:
+    def _fit(
+        self, example: Example, rendered: Rendered | RowFault
+    ) -> tuple[Rendered | None, int, int | None]:
         """(what goes into a row, group, index of the reason why it is not the whole example)."""
         group = self._group[example.component, example.answer_language]
         if isinstance(rendered, RowFault):
-            return None, group, next((i for i, name in enumerate(REASONS) if rendered.reason.startswith(name)), 2)
+            return (
+                None,
+                group,
+                next((i for i, name in enumerate(REASONS) if rendered.reason.startswith(name)), 2),
+            )
         if len(rendered.ids) - 1 <= self.length:
             return rendered, group, None
         short = shorten_input(example, self.renderer, self.length) if self.shortens else None
         return short, group, 1 if short else 0
 
     def _survey(self) -> float:
-        """Mean positions per example, from the first of the stream; refuses a run that could not learn anything."""
+        """Mean positions per example, from the first ones; refuses a run that could not learn."""
         count = min(len(self.mixture), 512)
         kept, dropped = self.render(range(count))
         if not kept:
-            reasons = ", ".join(f"{n} {name}" for name, n in zip(REASONS, dropped.sum(1), strict=True) if n)
-            raise UserError(f"none of the first {count} examples can be learned from ({reasons}); "
-                            f"first row: {self.mixture[0].id!r}; data.length={self.length}, "
-                            f"data.template={self.renderer.template_name!r}")
+            reasons = ", ".join(
+                f"{n} {name}" for name, n in zip(REASONS, dropped.sum(1), strict=True) if n
+            )
+            raise UserError(
+                f"none of the first {count} examples can be learned from ({reasons}); "
+                f"first row: {self.mixture[0].id!r}; data.length={self.length}, "
+                f"data.template={self.renderer.template_name!r}"
+            )
         return float(np.mean([len(rendered.ids) - 1 for rendered, _ in kept]))
 
     def __getitem__(self, g: int) -> dict[str, np.ndarray]:
@@ -133,11 +195,14 @@ class Windows:
         return self._fill(self._lay_out(kept, g), kept) | {"dropped": dropped}
 
     def name_examples(self, g: int) -> list[list[str]]:
-        """What lies in each row of window g, e.g. ["row-17 x2x en>zh", …]; made anew, for the rare case of a fault."""
+        """The examples in each row of window g, e.g. ["row-17 x2x en>zh", …], for messages."""
         positions = self.find_positions(g)
         kept, _ = self.render(positions)
-        draws = [draw for draw in map(tuple, self.mixture.draw(np.asarray(positions)).tolist())
-                 if self._memory[draw][0] is not None]
+        draws = [
+            draw
+            for draw in map(tuple, self.mixture.draw(np.asarray(positions)).tolist())
+            if self._memory[draw][0] is not None
+        ]
         examples = [self.mixture.make(*draw) for draw in draws]
         names = [f"{e.id} {e.component} {e.prompt_language}>{e.answer_language}" for e in examples]
         return [[names[i] for i in row] for row in self._lay_out(kept, g)]
@@ -151,12 +216,14 @@ class Windows:
         return [rows[i] for i in self._shuffle(len(rows), g)]
 
     def _shuffle(self, count: int, g: int) -> np.ndarray:
-        return np.argsort(mix_bits(np.arange(count, dtype=np.uint64), mix_bits(g, self.seed)[0]), kind="stable")
+        return np.argsort(
+            mix_bits(np.arange(count, dtype=np.uint64), mix_bits(g, self.seed)[0]), kind="stable"
+        )
 
     def _sort_rows(self, lengths: list[int], g: int) -> list[list[int]]:
-        """One example per row; batches of like length in shuffled order, the last one filled with empty rows."""
+        """One example per row; batches of like length, shuffled, the last one filled up."""
         order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-        batches = [order[i:i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         rows = [[i] for b in self._shuffle(len(batches), g) for i in batches[b]]
         if len(order) % self.batch_size:  # the short batch goes last, so that batches stay batches
             short = set(batches[-1])
@@ -164,13 +231,18 @@ class Windows:
             rows += [[]] * (-len(rows) % self.batch_size)
         return rows
 
-    def _fill(self, rows: list[list[int]], kept: list[tuple[Rendered, int]]) -> dict[str, np.ndarray]:
-        """Lays the examples of every row side by side; all of them at once, since there may be thousands."""
+    def _fill(
+        self, rows: list[list[int]], kept: list[tuple[Rendered, int]]
+    ) -> dict[str, np.ndarray]:
+        """Lays the examples of every row side by side."""
+        # All examples at once, without a loop: `place` is the position of every token in the
+        # flattened (R, T) arrays. With rows of 6 and lengths 3, 2 | 4:
+        #   row_of 0 0 1 · begins 0 3 0 · inside 0 1 2 0 1 0 1 2 3 · place 0 1 2 3 4 6 7 8 9
         shape, flat = (len(rows), self.length), [i for row in rows for i in row]
         names = ("tokens", "targets", "segment_ids", "positions", "group")
         arrays = {name: np.zeros(shape, np.int32) for name in names}
         arrays["tokens"][:], arrays["targets"][:] = self.renderer.pad_id, self.renderer.pad_id
-        arrays["learned"] = np.zeros(shape, bool)
+        arrays["loss_mask"] = np.zeros(shape, bool)
         if not flat:
             return arrays
         lengths = np.array([len(kept[i][0].ids) - 1 for i in flat])
@@ -178,14 +250,19 @@ class Windows:
         counts = np.array([len(row) for row in rows])
         row_of = np.repeat(np.arange(len(rows)), counts)
         first = np.cumsum(counts) - counts  # of each row, among all examples
-        begins = (ends - lengths) - (ends - lengths)[first[row_of]]  # of each example, within its row
+        begins = (ends - lengths) - (ends - lengths)[
+            first[row_of]
+        ]  # of each example, within its row
         inside = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
         place = np.repeat(row_of * self.length + begins, lengths) + inside
-        values = {"tokens": np.concatenate([kept[i][0].ids[:-1] for i in flat]),
-                  "targets": np.concatenate([kept[i][0].ids[1:] for i in flat]),
-                  "learned": np.concatenate([kept[i][0].learned[1:] for i in flat]), "positions": inside,
-                  "segment_ids": np.repeat(np.arange(len(flat)) - first[row_of] + 1, lengths),
-                  "group": np.repeat([kept[i][1] for i in flat], lengths)}
+        values = {
+            "tokens": np.concatenate([kept[i][0].ids[:-1] for i in flat]),
+            "targets": np.concatenate([kept[i][0].ids[1:] for i in flat]),
+            "loss_mask": np.concatenate([kept[i][0].loss_mask[1:] for i in flat]),
+            "positions": inside,
+            "segment_ids": np.repeat(np.arange(len(flat)) - first[row_of] + 1, lengths),
+            "group": np.repeat([kept[i][1] for i in flat], lengths),
+        }
         for name, array in arrays.items():
             array.reshape(-1)[place] = values[name]
         return arrays
@@ -195,12 +272,22 @@ class Windows:
 
     def describe(self) -> dict[str, Any]:
         """What decides the rows besides their examples."""
-        return {"mixture": self.mixture.manifest()["hash"], "template": self.renderer.hash, "length": self.length,
-                "packing": self.packing, "shortens": self.shortens, "seed": self.seed,
-                "batch_size": None if self.packing else self.batch_size}
+        return {
+            "mixture": self.mixture.manifest()["hash"],
+            "template": self.renderer.hash,
+            "length": self.length,
+            "packing": self.packing,
+            "shortens": self.shortens,
+            "seed": self.seed,
+            "batch_size": None if self.packing else self.batch_size,
+        }
 
 
 def count_dropped(dropped: np.ndarray, groups: Sequence[tuple[str, str]]) -> Counter[str]:
-    """"over-long x2x/zh": 3 and so on, from a (reasons, groups) array."""
-    return Counter({f"{REASONS[i]} {groups[j][0]}/{groups[j][1]}": int(dropped[i, j])
-                    for i, j in zip(*np.nonzero(dropped), strict=True)})
+    """ "over-long x2x/zh": 3 and so on, from a (reasons, groups) array."""
+    return Counter(
+        {
+            f"{REASONS[i]} {groups[j][0]}/{groups[j][1]}": int(dropped[i, j])
+            for i, j in zip(*np.nonzero(dropped), strict=True)
+        }
+    )

@@ -1,16 +1,24 @@
-"""From a configuration to the mixture and the renderer that training, previews and evaluation share."""
+"""From a configuration to the tokenizer, the renderer and the mixture that programs share."""
 
 import dataclasses
+import json
+import logging
+import os
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from crossin_jax.config import Config
-from crossin_jax.data.corpus import Corpus
+from crossin_jax.config import Config, UserError
+from crossin_jax.data.corpus import Corpus, describe_losses
+from crossin_jax.data.kinds import KINDS
 from crossin_jax.data.mixture import Mixture, held_out, label_components, load_corpora
-from crossin_jax.data.prompts import Renderer, load_tokenizer
+from crossin_jax.data.prompts import Renderer
 from crossin_jax.data.templates import load_template
-from crossin_jax.data.world import tokenizer_lines, train_tokenizer
+from crossin_jax.files import check_fields, read_json, write_whole
+from crossin_jax.guests import open_guest
+
+PROMPT_FILE = "prompt.json"  # in an exported folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,47 +28,211 @@ class Pipeline:
     tokenizer: Any
     renderer: Renderer
     mixture: Mixture
-    held_out: Mixture | None  # every held-out record once in each language
+    # every held-out record once in each language
+    held_out: Mixture | None
 
 
 def open_pipeline(config: Config) -> Pipeline:
-    """Reads the sources, draws the mixture and loads the tokenizer; a new model's tokenizer is trained first."""
+    """Reads the sources, draws the mixture and loads the tokenizer; a new model's tokenizer is
+    trained first.
+    """
     corpora = load_corpora(config.data, config.seed)
     mixture = Mixture(config.data, corpora, config.seed)
     tokenizer = open_tokenizer(config, corpora)
-    reserved = held_out(config.data) if config.data.eval_sources else None
-    return Pipeline(tokenizer, open_renderer(config, tokenizer), mixture,
-                    Mixture(reserved, load_corpora(reserved, config.seed), config.seed) if reserved else None)
+    reserved = None
+    if config.data.eval_sources:
+        settings = held_out(config.data)
+        reserved = Mixture(settings, load_corpora(settings, config.seed), config.seed)
+    for part in filter(None, (mixture, reserved)):
+        for name, corpus in part.corpora.items():
+            if losses := describe_losses(corpus):
+                logging.warning("source %s is not used as a whole: %s", name, losses)
+    return Pipeline(tokenizer, open_renderer(config, tokenizer), mixture, reserved)
 
 
 def open_renderer(config: Config, tokenizer: Any) -> Renderer:
     """The one renderer of an experiment, for training and evaluation alike."""
-    make = partial(Renderer, tokenizer, system=config.data.system, tokenization=config.data.tokenization)
+    make = partial(
+        Renderer, tokenizer, system=config.data.system, tokenization=config.data.tokenization
+    )
     others, components = {}, config.data.components
-    for i, (label, component) in enumerate(zip(label_components(components), components, strict=True)):
+    for i, (label, component) in enumerate(
+        zip(label_components(components), components, strict=True)
+    ):
         if component.template is not None:
-            load_template(component.template, f"data.components[{i}].template")  # a fault names this place
+            load_template(
+                component.template, f"data.components[{i}].template"
+            )  # a fault names this place
             others[label] = make(component.template)
     return make(config.data.template, others=others)
 
 
-def open_asker(config: Config, tokenizer: Any) -> Renderer:
+def open_eval_renderer(config: Config, tokenizer: Any) -> Renderer:
     """The renderer of the benchmarks: training's, or that of `evaluation.template`."""
-    data = dataclasses.replace(config.data, template=config.evaluation.template or config.data.template)
+    data = dataclasses.replace(
+        config.data, template=config.evaluation.template or config.data.template
+    )
     return open_renderer(dataclasses.replace(config, data=data), tokenizer)
 
 
 def open_tokenizer(config: Config, corpora: dict[str, Corpus] | None = None) -> Any:
-    """The tokenizer of the model; a new model's is trained on its text once and kept in `output_dir/tokenizer`."""
+    """The tokenizer of the model; a new model's is trained on its text once and kept in
+    `output_dir/tokenizer`.
+    """
     if config.model.tokenizer or config.model.path:
         return load_tokenizer(config.model.tokenizer or config.model.path, config.model.revision)
     folder = Path(config.output_dir).expanduser() / "tokenizer"
     if not (folder / "tokenizer_config.json").is_file():
         corpora = load_corpora(config.data, config.seed) if corpora is None else corpora
-        texts = [component.source for component in config.data.components if component.kind == "text"]
+        components = config.data.components
+        texts = [each.source for each in components if not KINDS[each.kind].has_prompt]
         if any(source.kind == "world" and source.name in texts for source in config.data.sources):
-            lines = tokenizer_lines(config.data.languages, config.seed)
+            lines = open_guest("world").tokenizer_lines(config.data.languages, config.seed)
         else:
-            lines = (text.output for name in texts for record in corpora[name] for text in record.texts.values())
+            lines = (
+                text.output
+                for name in texts
+                for record in corpora[name]
+                for text in record.texts.values()
+            )
         train_tokenizer(lines, config.model.architecture.vocab_size, folder)
     return load_tokenizer(str(folder))
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> Any:
+    """A fast tokenizer from a folder or the Hub; raises `UserError` where there is none."""
+    os.environ.setdefault(
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
+    )  # it would advise to install PyTorch
+    import transformers
+
+    folder = Path(path).expanduser()
+    name = str(folder) if folder.exists() else path
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
+        # The library reads tokens and lengths of any type; a wrong one fails at the first use.
+        tokenizer(tokenizer.convert_ids_to_tokens(sorted(tokenizer.all_special_ids))[:1])
+    except (
+        Exception
+    ) as error:  # the library raises many kinds; all of them mean: no tokenizer under this name
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"model.tokenizer={path!r}: no tokenizer can be read there ({reason}); "
+            f"give a folder with tokenizer.json or tokenizer.model, or a Hub id"
+        ) from None
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(
+            f"model.tokenizer={path!r}: {type(tokenizer).__name__} has no fast version, "
+            f"which masks and previews need; convert it to tokenizer.json"
+        )
+    # What else the files of a model say of its answers and questions: `Renderer` adds the ends to
+    # its own.
+    tokenizer.answer_ends = read_answer_ends(name, revision)
+    tokenizer.prompt = read_prompt(name, revision)
+    return tokenizer
+
+
+def find_file(path: str | Path, name: str, revision: str | None = None) -> Path | None:
+    """A file of a model folder or of a Hub repository; None where it is absent, or unknown without
+    a network.
+    """
+    from transformers.utils import cached_file
+
+    file = cached_file(
+        str(path),
+        name,
+        revision=revision,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if file is None else Path(file)
+
+
+def read_prompt(path: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """How an exported model wants to be asked: its template, system prompt and tokenization; empty
+    for other models.
+    """
+    file = find_file(path, PROMPT_FILE, revision)
+    if file is None:
+        return {}
+    values = read_json(file, expect=dict, what="how a model is asked")
+    values = {name: values.get(name) for name in ("template", "system", "tokenization")}
+    check_fields(
+        {name: value for name, value in values.items() if not isinstance(value, dict)},
+        {
+            "template": str,
+            "system": (str, {"may_be_empty": True}),
+            "tokenization": (str, {"choices": ("joint", "apart")}),
+        },
+        str(file),
+    )
+    load_template(values["template"] or "chat", f"{file}: template")
+    return values
+
+
+def read_answer_ends(path: str | Path, revision: str | None = None) -> tuple[int, ...]:
+    """The ids that end an answer by a model's own files: generation_config.json, else config.json;
+    often several.
+    """
+    for name in ("generation_config.json", "config.json"):
+        file = find_file(path, name, revision)
+        if file is None:
+            continue
+        values = read_json(file, expect=dict, what="a file of a model")
+        text = values.get("text_config")  # of a multimodal model
+        ids = ((text if isinstance(text, dict) else {}) | values).get("eos_token_id")
+        ids = ids if isinstance(ids, list) else [ids]
+        if not all(i is None or type(i) is int and i >= 0 for i in ids):
+            raise UserError(f"{file}: eos_token_id={ids} are not token ids; use whole numbers")
+        if found := tuple(i for i in ids if i is not None):
+            return found
+    return ()
+
+
+def train_tokenizer(lines: Iterable[str], vocab_size: int, folder: str | Path) -> None:
+    """Trains a byte-level BPE and saves it as a folder that `AutoTokenizer.from_pretrained` loads.
+
+    <pad> 0, <s> 1, </s> 2; `tokenizer(text)` puts <s> before the text once, as Llama's does;
+    decoding restores it. A text is read as if a space stood before it, so a name has the same
+    tokens at the start of a text and after a space (but others right after a line break or a
+    bracket).
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    specials = ["<pad>", "<s>", "</s>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B:1", special_tokens=[("<s>", 1)]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size < len(alphabet) + len(specials):
+        raise UserError(
+            f"vocab_size={vocab_size} is too small for {len(alphabet)} bytes and {len(specials)} special "
+            f"tokens; use {len(alphabet) + len(specials)} or more"
+        )
+    tokenizer.train_from_iterator(
+        lines,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=specials,
+            initial_alphabet=alphabet,
+            show_progress=False,
+        ),
+    )
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": "<pad>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1_000_000,
+    }
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for file, content in (
+        ("tokenizer.json", tokenizer.to_str(pretty=True)),
+        ("tokenizer_config.json", json.dumps(settings, indent=2)),
+    ):
+        write_whole(Path(folder) / file, content)

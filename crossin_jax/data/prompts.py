@@ -1,6 +1,7 @@
 """Examples become token ids and a mask of what is learned: the one source of every prompt.
 
-Training, scoring and generation call the same `Renderer`, so a model never meets a prompt that it was not trained on.
+Training, scoring and generation call the same `Renderer`, so a model never meets a prompt that it
+was not trained on.
 """
 
 import hashlib
@@ -10,22 +11,30 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from crossin_jax.config import UserError
-from crossin_jax.data.crosslingual import Example
-from crossin_jax.data.templates import TEMPLATES, load_template
+from crossin_jax.data.kinds import Example
+from crossin_jax.data.records import ANSWERING, MASKED
+from crossin_jax.data.templates import (
+    DATE,
+    MARK,
+    TemplateRefusal,
+    load_template,
+    open_chat_template,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """Token ids (T,) int32 with BOS and EOS; learned (T,) bool: token t is a target (answer and EOS)."""
+    """Token ids (T,) int32 with BOS and EOS; loss_mask (T,) bool: token t is a target."""
+
+    # "<s> Name it. Seine </s>" has the mask 0 0 0 1 1: the answer and EOS are targets.
 
     ids: np.ndarray
-    learned: np.ndarray
+    loss_mask: np.ndarray
 
 
 class RowFault(UserError):
@@ -36,30 +45,14 @@ class RowFault(UserError):
         self.reason, self.example_id = reason, example_id
 
 
-def load_tokenizer(path: str, revision: str | None = None) -> Any:
-    """A fast tokenizer from a folder or the Hub; raises `UserError` where there is none."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install PyTorch
-    import transformers
-    folder = Path(path).expanduser()
-    name = str(folder) if folder.exists() else path
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
-    except Exception as error:  # the library raises many kinds; all of them mean: no tokenizer under this name
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"model.tokenizer={path!r}: no tokenizer can be read there ({reason}); "
-                        f"give a folder with tokenizer.json or tokenizer.model, or a Hub id") from None
-    if not getattr(tokenizer, "is_fast", False):
-        raise UserError(f"model.tokenizer={path!r}: {type(tokenizer).__name__} has no fast version, "
-                        f"which masks and previews need; convert it to tokenizer.json")
-    return tokenizer
-
-
 @cache
 def _byte_alphabet() -> dict[str, int]:
     """The printable character that byte-level tokenizers write for each byte."""
     plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    return {chr(byte): byte for byte in plain} | {
+        chr(256 + i): byte for i, byte in enumerate(others)
+    }
 
 
 def token_bytes(token: str, is_byte_level: bool, is_special: bool) -> bytes:
@@ -73,70 +66,148 @@ def token_bytes(token: str, is_byte_level: bool, is_special: bool) -> bytes:
     return token.replace("▁", " ").encode("utf-8", "surrogatepass")
 
 
+def hash_parts(*parts: Any) -> str:
+    """A short name of everything that decides which tokens a prompt becomes."""
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def find_hidden(added_tokens: dict[int, Any], shown: Sequence[str] = ()) -> set[int]:
+    """Special tokens that a decoded text leaves out: all but those in a text of `shown`.
+
+    A stop text such as "<end_of_turn>" can then be found in the text.
+    """
+    return {
+        i
+        for i, token in added_tokens.items()
+        if token.special and not any(token.content in text for text in shown)
+    }
+
+
 class Piece(NamedTuple):
-    """A text to tokenize by itself, the character spans that are learned, and the token that ends it."""
+    """A text to tokenize by itself, the spans that are learned, and the token that ends it."""
 
     text: str
-    learned: tuple[tuple[int, int], ...]
+    loss_mask: tuple[tuple[int, int], ...]
     end: int | None
 
 
 class Renderer:
-    """Renders examples and prompts under one template and one tokenizer; `hash` names the combination.
+    """Renders examples and prompts under one template and tokenizer; `hash` names both.
 
-    `others` renders the examples of the components that it names; prompts of an evaluation have this template.
+    `others` renders the examples of the components that it names; prompts of an evaluation have
+    this template.
     """
 
-    def __init__(self, tokenizer: Any, template: str, *, system: str | None = None, tokenization: str = "joint",
-                 others: dict[str, "Renderer"] | None = None):
-        from tokenizers import Tokenizer
-        self.template_name, self.template = template, load_template(template)
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str | dict[str, Any],
+        *,
+        system: str | None = None,
+        tokenization: str = "joint",
+        others: dict[str, "Renderer"] | None = None,
+    ):
+        self.template = load_template(template)
+        self.template_name = template if isinstance(template, str) else "of the model"
         self.system, self.apart, self.others = system, tokenization == "apart", others or {}
-        self._tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # our own: settings do not leak
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        # whether tokens are written in the alphabet that stands for bytes
-        self.is_byte_level = "ByteLevel" in json.dumps(json.loads(self._tokenizer.to_str())["decoder"])
-        self._chat = tokenizer if self.template is None else None  # only chat templates need the whole of transformers
-        self.vocab_size = len(tokenizer)
-        self.special_ids = frozenset(tokenizer.all_special_ids) | {
-            i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
-        first = tokenizer("a").input_ids[:1]
-        self.bos_id = tokenizer.bos_token_id if first == [tokenizer.bos_token_id] else None
-        if tokenizer.eos_token_id is None:
-            raise UserError("model.tokenizer has no EOS token: an answer could not end; set eos_token in "
-                            "tokenizer_config.json")
-        self.end_id = self._find_end(tokenizer)
-        self.eos_ids = tuple(dict.fromkeys((self.end_id, tokenizer.eos_token_id)))
-        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        names = [self._tokenizer.id_to_token(i) for i in sorted(self.special_ids)]
-        self._num_bytes = np.array([len(token_bytes(token, self.is_byte_level, i in self.special_ids)) for i, token in
-                                    enumerate(map(self.id_to_token, range(self._tokenizer.get_vocab_size())))])
-        self._specials = re.compile("|".join(map(re.escape, names)))
-        # In a template without special tokens "</s>" in a row is text; in one with them such a row would forge a turn.
+        self._check_settings()
+        self.chat_template = open_chat_template(tokenizer) if self.template is None else None
+        self._open_tokenizer(tokenizer)
+        self._find_ids(tokenizer)
+        # In a template without special tokens "</s>" in a row is text; in one with them such a row
+        # would forge a turn.
         around = "" if self.template is None else "".join(map(str, asdict(self.template).values()))
         self._forgeable = self.template is None or bool(self._specials.search(around))
         self._tokenizer.encode_special_tokens = not self._forgeable
+        self.hash = hash_parts(
+            self._tokenizer.to_str(),
+            asdict(self.template) if self.template else tokenizer.chat_template,
+            system,
+            tokenization,
+            self.bos_id,
+            self.end_id,
+            *((name, r.hash) for name, r in self.others.items()),
+            *([DATE.isoformat()] if self.chat_template and self.chat_template.is_dated else []),
+        )
+
+    def _check_settings(self) -> None:
+        """Refuses settings that the template has no place for."""
         if self.apart and self.template is None:
-            raise UserError("data.tokenization='apart' is the release's form and has no meaning for template 'chat'; "
-                            "use joint")
-        if system and self.template and "{system}" not in self.template.prompt_no_input:
-            raise UserError(f"data.system is set, but template {template!r} has no place for it; "
-                            f"use llama, chatml or chat")
-        parts = [self._tokenizer.to_str(), asdict(self.template) if self.template else tokenizer.chat_template, system,
-                 tokenization, self.bos_id, self.end_id, *((name, r.hash) for name, r in self.others.items())]
-        self.hash = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+            raise UserError(
+                "data.tokenization='apart' is the release's form and has no meaning for template 'chat'; "
+                "use joint"
+            )
+        if self.system and self.template and "{system}" not in self.template.prompt_no_input:
+            raise UserError(
+                f"data.system is set, but template {self.template_name!r} has no place for it; "
+                f"use llama, chatml or chat"
+            )
+
+    def _open_tokenizer(self, tokenizer: Any) -> None:
+        """Copies the tokenizer, so that settings do not leak, and notes what its tokens are."""
+        from tokenizers import Tokenizer
+
+        self._tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # whether tokens are written in the alphabet that stands for bytes
+        self.is_byte_level = "ByteLevel" in json.dumps(
+            json.loads(self._tokenizer.to_str())["decoder"]
+        )
+        self.vocab_size = len(tokenizer)
+        self._num_rows: int | None = None  # embeddings, where the tokenizer has more
+        self._added_tokens = self._tokenizer.get_added_tokens_decoder()
+        self._hidden = find_hidden(self._added_tokens)
+        self.special_ids = frozenset(tokenizer.all_special_ids) | self._hidden
+        names = [self._tokenizer.id_to_token(i) for i in sorted(self.special_ids)]
+        self._specials = re.compile("|".join(map(re.escape, names)))
+        self._num_bytes = np.array(
+            [
+                len(token_bytes(self.id_to_token(i), self.is_byte_level, i in self.special_ids))
+                for i in range(self._tokenizer.get_vocab_size())
+            ]
+        )
+
+    def _find_ids(self, tokenizer: Any) -> None:
+        """The ids that begin a text, end an answer and fill a row."""
+        first = tokenizer("a").input_ids[:1]
+        self.bos_id = tokenizer.bos_token_id if first == [tokenizer.bos_token_id] else None
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                "model.tokenizer has no EOS token: an answer could not end; set eos_token in "
+                "tokenizer_config.json"
+            )
+        self.end_id = self._find_end(tokenizer)
+        self.eos_id = tokenizer.eos_token_id
+        answer_ends = getattr(tokenizer, "answer_ends", ())
+        self.eos_ids = tuple(dict.fromkeys((self.end_id, self.eos_id, *answer_ends)))
+        self.pad_id = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        )
 
     def _find_end(self, tokenizer: Any) -> int:
         if self.template is None:
-            if not tokenizer.chat_template:
-                raise UserError("data.template='chat', but the tokenizer has no chat template; use another template, "
-                                f"e.g. {', '.join(TEMPLATES)}")
             start, text = self._chat_texts((("user", "a"), ("assistant", "b")))[0]
             ids = [i for i in self._encode(text[start:]).ids if i in self.special_ids]
             return ids[-1] if ids else tokenizer.eos_token_id
         end = self._tokenizer.token_to_id(self.template.end) if self.template.end else None
         return end if end is not None else tokenizer.eos_token_id
+
+    def fit_model(self, num_rows: int, name: str | None) -> None:
+        """Refuses a tokenizer of another model, and notes how many embeddings the model has.
+
+        Added tokens beyond them are common (Gemma 3: <image_soft_token>): they become a `RowFault`.
+        """
+        count = 1 + max(self._tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
+        count = max(count, self.end_id + 1, (self.bos_id or 0) + 1)  # these are in every row
+        if count > num_rows:
+            sizes = f"{count} tokens, but the model's vocabulary has {num_rows}; use the tokenizer"
+            raise UserError(f"model.tokenizer={name}: {sizes} that came with the weights")
+        if self.pad_id >= num_rows:  # padding is masked, but its embedding is looked up
+            self.pad_id = self.end_id
+        self._num_rows = num_rows if self.vocab_size > num_rows else None
+        for other in self.others.values():
+            other.fit_model(num_rows, name)
 
     # ---- What others call
 
@@ -155,13 +226,16 @@ class Renderer:
         """Ids (T,) int32 up to where the answer begins."""
         if self.template is None:
             messages = self._to_messages(instruction, input)
-            return self._open(self._encode(self._chat_text(messages, True).rstrip(" ")).ids)
+            return self._open(
+                self._encode(self.chat_template.render(messages, True).rstrip(" ")).ids
+            )
         text = self.template.fill(instruction, input, self.system)
         return self._open(self._encode(text if self.apart else text.rstrip(" ")).ids)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of an answer, without special tokens."""
-        return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], shown: Sequence[str] = ()) -> str:
+        """The text of an answer, without special tokens but those in a text of `shown`."""
+        hidden = self._hidden if not shown else find_hidden(self._added_tokens, shown)
+        return self._tokenizer.decode([int(i) for i in ids if int(i) not in hidden], False)
 
     def id_to_token(self, i: int) -> str:
         """The tokenizer's own name of a token."""
@@ -169,85 +243,139 @@ class Renderer:
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text by itself."""
-        return [len(encoding) for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [
+            len(encoding)
+            for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        ]
 
     def render_many(self, examples: Sequence[Example]) -> list[Rendered | RowFault]:
-        """Renders at once, on all cores that TOKENIZERS_PARALLELISM allows; faults stand in their places."""
+        """Renders at once, on all cores that TOKENIZERS_PARALLELISM allows; returns faults too."""
         owners = [self.others.get(example.component, self) for example in examples]
-        plans = [owner._plan(example) for owner, example in zip(owners, examples, strict=True)]
+        plans = [owner._plan_row(example) for owner, example in zip(owners, examples, strict=True)]
         results: list[Any] = [None] * len(examples)
         for renderer in dict.fromkeys(owners):
             mine = [i for i, owner in enumerate(owners) if owner is renderer]
             tokens = iter(renderer._tokenize([piece for i in mine for piece in plans[i]]))
             for i in mine:
-                results[i] = renderer._close(examples[i], [(piece, *next(tokens)) for piece in plans[i]])
+                results[i] = renderer._close(
+                    examples[i], [(piece, *next(tokens)) for piece in plans[i]]
+                )
         return results
 
     def _tokenize(self, pieces: list[Piece]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """(ids, ranges of learned tokens) of each piece.
 
-        An answer at the end is found by counting bytes from there, a quarter faster than with offsets; where the bytes
-        of the tokens are not those of the text (unknown characters, a normalizer) offsets decide.
+        An answer at the end is found by counting bytes from there, a quarter faster than with
+        offsets; where the bytes of the tokens are not those of the text (unknown characters, a
+        normalizer) offsets decide.
         """
         results: list[Any] = [None] * len(pieces)
-        ends = [i for i, piece in enumerate(pieces) if [stop for _, stop in piece.learned] in ([], [len(piece.text)])]
-        encodings = self._tokenizer.encode_batch_fast([pieces[i].text for i in ends], add_special_tokens=False)
+        ends = [
+            i
+            for i, piece in enumerate(pieces)
+            if [stop for _, stop in piece.loss_mask] in ([], [len(piece.text)])
+        ]
+        encodings = self._tokenizer.encode_batch_fast(
+            [pieces[i].text for i in ends], add_special_tokens=False
+        )
         for i, encoding in zip(ends, encodings, strict=True):
             ids = encoding.ids
-            results[i] = (ids, _count_back(self._num_bytes[ids], pieces[i])) if pieces[i].learned else (ids, [])
+            results[i] = (
+                (ids, _count_back(self._num_bytes[ids], pieces[i]))
+                if pieces[i].loss_mask
+                else (ids, [])
+            )
         slow = [i for i, result in enumerate(results) if result is None or result[1] is None]
-        encodings = self._tokenizer.encode_batch([pieces[i].text for i in slow], add_special_tokens=False)
+        encodings = self._tokenizer.encode_batch(
+            [pieces[i].text for i in slow], add_special_tokens=False
+        )
         for i, encoding in zip(slow, encodings, strict=True):
             results[i] = encoding.ids, _find_tokens(encoding, pieces[i])
         return results
 
     # ---- Text and spans
 
+    def _plan_row(self, example: Example) -> list[Piece]:
+        try:
+            return self._plan(example)
+        except TemplateRefusal as error:
+            raise RowFault(str(error), example.id) from None
+
     def _plan(self, example: Example) -> list[Piece]:
         """The texts to tokenize, with what of them is learned and which token ends them."""
         if not (example.instruction or example.input or example.messages):  # kind "text"
-            return [Piece(example.output, ((0, len(example.output)),), self.eos_ids[-1])]
+            return [Piece(example.output, ((0, len(example.output)),), self.eos_id)]
         if self.template is None:
-            spans = self._chat_texts(example.messages or (*self._to_messages(example.instruction, example.input),
-                                                          ("assistant", example.output)))
+            spans = self._chat_texts(
+                example.messages
+                or (
+                    *self._to_messages(example.instruction, example.input),
+                    ("assistant", example.output),
+                )
+            )
             return [Piece(spans[-1][1], tuple((start, len(whole)) for start, whole in spans), None)]
         plan = []
-        for instruction, input, output in (_pair_turns(example.messages) if example.messages else
-                                           ((example.instruction, example.input, example.output),)):
+        for instruction, input, output, is_learned in (
+            _pair_turns(example.messages)
+            if example.messages
+            else ((example.instruction, example.input, example.output, True),)
+        ):
             prompt = self.template.fill(instruction, input, self.system)
             if self.apart:
-                plan += [Piece(prompt, (), None), Piece(output, ((0, len(output)),), self.end_id)]
+                spans = ((0, len(output)),) if is_learned else ()
+                plan += [Piece(prompt, (), None), Piece(output, spans, self.end_id)]
                 continue
             body = prompt.rstrip(" ")
-            text = body + (prompt[len(body):] or self.template.answer_prefix) + output
-            plan.append(Piece(text, ((len(body), len(text)),), self.end_id))
+            text = body + (prompt[len(body) :] or self.template.answer_prefix) + output
+            spans = ((len(body), len(text)),) if is_learned else ()
+            plan.append(Piece(text, spans, self.end_id))
         return plan
 
     def _to_messages(self, instruction: str, input: str) -> tuple[tuple[str, str], ...]:
         user = ("user", f"{instruction}\n{input}" if input else instruction)
         return (("system", self.system), user) if self.system else (user,)
 
-    def _chat_text(self, messages: Sequence[tuple[str, str]], generation: bool) -> str:
-        try:
-            return self._chat.apply_chat_template([{"role": role, "content": text} for role, text in messages],
-                                                  tokenize=False, add_generation_prompt=generation)
-        except Exception as error:  # a Jinja template may raise anything; it refuses these messages
-            roles = ", ".join(role for role, _ in messages)
-            raise UserError(f"the tokenizer's chat template refuses the turns {roles}: {error}") from None
-
     def _chat_texts(self, messages: Sequence[tuple[str, str]]) -> list[tuple[int, str]]:
         """For each assistant turn: where it starts, and the whole text up to its end."""
+        # A template writes a whole chat anew for every turn. What an answer adds is what is
+        # learned:
+        #
+        #     with the turns before it, opened    <user>Hi<end><assistant>
+        #     with the answer                     <user>Hi<end><assistant>Hello<end>
         spans = []
         if self.system and messages[0][0] != "system":
             messages = (("system", self.system), *messages)
-        for k, (role, _) in enumerate(messages):
-            if role == "assistant":
-                before, after = self._chat_text(messages[:k], True), self._chat_text(messages[:k + 1], False)
-                if not after.startswith(before) or spans and not after.startswith(spans[-1][1]):
-                    raise UserError("the tokenizer's chat template rewrites earlier turns, so it cannot be told which "
-                                    "tokens are learned; use single turns, or a template file")
-                spans.append((len(before.rstrip(" ")), after))
+        roles = [role for role, _ in messages]
+        messages = [("assistant" if role == MASKED else role, text) for role, text in messages]
+        for k, (_, answer) in enumerate(messages):
+            if roles[k] != "assistant":
+                continue
+            before = self.chat_template.render(messages[:k], True)
+            after = self.chat_template.render(messages[: k + 1], False)
+            if not after.startswith(before) and not spans and k == len(messages) - 1:
+                after = self._answer_opened(before, messages[:k], answer)
+            if not after.startswith(before) or spans and not after.startswith(spans[-1][1]):
+                raise TemplateRefusal(
+                    "the tokenizer's chat template rewrites earlier turns, so it cannot be told which "
+                    "tokens are learned; use single turns, or a template file"
+                )
+            spans.append((len(before.rstrip(" ")), after))
         return spans
+
+    def _answer_opened(self, before: str, messages: Sequence[tuple[str, str]], answer: str) -> str:
+        """A single turn under a template whose opening of an answer does not stay in the chat."""
+        # Templates of reasoning models open a thought and drop it from the chat. A model must learn
+        # what follows the opening, because that is what it is asked with:
+        #
+        #     opened      <user>Hi<end><assistant><think>
+        #     the chat    <user>Hi<end><assistant>Hello<end>
+        #     learned     <user>Hi<end><assistant><think>Hello<end>
+        chat = self.chat_template.render((*messages, ("assistant", MARK)), False)
+        start, mark, end = chat.rpartition(MARK)
+        opening = before[len(os.path.commonprefix([before, start])) :].strip()
+        if opening and answer.lstrip().startswith(opening):  # the answer brings its own thought
+            answer = answer.lstrip()[len(opening) :].lstrip("\n")
+        return before + answer + end if mark else chat
 
     # ---- Ids
 
@@ -256,10 +384,16 @@ class Renderer:
 
     def _open(self, ids: Sequence[int]) -> np.ndarray:
         """Puts BOS first unless the text brought it."""
-        bos = [self.bos_id] if self.bos_id is not None and (not len(ids) or ids[0] != self.bos_id) else []
+        bos = (
+            [self.bos_id]
+            if self.bos_id is not None and (not len(ids) or ids[0] != self.bos_id)
+            else []
+        )
         return np.array([*bos, *ids], np.int32)
 
-    def _close(self, example: Example, parts: list[tuple[Piece, list[int], list]]) -> Rendered | RowFault:
+    def _close(
+        self, example: Example, parts: list[tuple[Piece, list[int], list]]
+    ) -> Rendered | RowFault:
         """Joins the parts of an example, ends every answer, and refuses what cannot be learned."""
         ids: list[int] = []
         ranges: list[tuple[int, int]] = []  # of learned tokens
@@ -267,67 +401,104 @@ class Renderer:
             ranges += [(start + len(ids), stop + len(ids)) for start, stop in found]
             ids = ids + part
             if piece.end is not None:
-                ranges.append((len(ids), len(ids) + 1))
+                ranges += [(len(ids), len(ids) + 1)] if piece.loss_mask else []
                 ids.append(piece.end)
         if self.template is None and parts[0][0].end is None:
             ids, ranges = self._end_chat(ids, ranges)
         opened = self._open(ids)
-        shift, learned = len(opened) - len(ids), np.zeros(len(opened), bool)
+        shift, loss_mask = len(opened) - len(ids), np.zeros(len(opened), bool)
         for start, stop in ranges:
-            learned[start + shift:stop + shift] = True
+            loss_mask[start + shift : stop + shift] = True
         if self._forgeable and self._has_special(example):
             return RowFault("special token in the text: it would forge a turn", example.id)
-        answers = [text for role, text in example.messages or () if role == "assistant"] or [example.output]
-        if not any(map(str.strip, answers)) or all(i in self.special_ids for a, b in ranges for i in ids[a:b]):
+        answers = [text for role, text in example.messages or () if role == "assistant"] or [
+            example.output
+        ]
+        if not any(map(str.strip, answers)) or all(
+            i in self.special_ids for a, b in ranges for i in ids[a:b]
+        ):
             return RowFault("nothing to learn: the answer has no tokens", example.id)
-        turns = sum(role == "user" for role, _ in example.messages or ()) if self.template is None else 1
-        if self.bos_id not in (None, self.end_id) and ids.count(self.bos_id) + shift > max(turns, 1):
+        turns = (
+            sum(role == "user" for role, _ in example.messages or ())
+            if self.template is None
+            else 1
+        )
+        if self.bos_id not in (None, self.end_id) and ids.count(self.bos_id) + shift > max(
+            turns, 1
+        ):
             return RowFault("double BOS: the template or the text brings its own", example.id)
-        return Rendered(opened, learned)
+        if self._num_rows is not None and (far := opened.max(initial=0)) >= self._num_rows:
+            at = f"{self.id_to_token(far)} has id {far}, of {self._num_rows} embeddings"
+            return RowFault(f"token without an embedding: {at}", example.id)
+        return Rendered(opened, loss_mask)
 
-    def _end_chat(self, ids: list[int], ranges: list[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
-        """Each learned stretch stops at its end token; what the template writes after the last one is cut."""
-        ends = [[i + 1 for i in range(start, stop) if ids[i] == self.end_id] for start, stop in ranges]
-        ranges = [(start, end[-1] if end else stop) for (start, stop), end in zip(ranges, ends, strict=True)]
+    def _end_chat(
+        self, ids: list[int], ranges: list[tuple[int, int]]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Each learned stretch stops at its end token; what follows the last one is cut."""
+        ends = [
+            [i + 1 for i in range(start, stop) if ids[i] == self.end_id] for start, stop in ranges
+        ]
+        ranges = [
+            (start, end[-1] if end else stop)
+            for (start, stop), end in zip(ranges, ends, strict=True)
+        ]
         if ranges and ids[ranges[-1][1] - 1] == self.end_id:
-            return ids[:ranges[-1][1]], ranges
+            return ids[: ranges[-1][1]], ranges
         return [*ids, self.end_id], [*ranges, (len(ids), len(ids) + 1)]
 
     def _has_special(self, example: Example) -> bool:
-        texts = [text for _, text in example.messages or ()] or [example.instruction, example.input, example.output]
+        texts = [text for _, text in example.messages or ()] or [
+            example.instruction,
+            example.input,
+            example.output,
+        ]
         return any(self._specials.search(text) for text in texts)
 
 
 def _count_back(num_bytes: np.ndarray, piece: Piece) -> list[tuple[int, int]] | None:
-    """The tokens that reach into the end of a text, by their bytes; None where these are not the text's."""
-    start = piece.learned[0][0]
+    """The tokens that reach into the end of a text; None where their bytes are not the text's."""
+    start = piece.loss_mask[0][0]
     if not start:
         return [(0, len(num_bytes))]
     answer = len(piece.text[start:].encode("utf-8", "surrogatepass"))
     from_end = np.cumsum(num_bytes[::-1])
     total = len(piece.text[:start].encode("utf-8", "surrogatepass")) + answer
-    if not len(from_end) or from_end[-1] - total not in (0, 1):  # 1: the space that a tokenizer puts first
+    if not len(from_end) or from_end[-1] - total not in (
+        0,
+        1,
+    ):  # 1: the space that a tokenizer puts first
         return None
-    return [(len(num_bytes) - int(np.searchsorted(from_end, answer)) - 1, len(num_bytes))] if answer else []
+    return (
+        [(len(num_bytes) - int(np.searchsorted(from_end, answer)) - 1, len(num_bytes))]
+        if answer
+        else []
+    )
 
 
 def _find_tokens(encoding: Any, piece: Piece) -> list[tuple[int, int]]:
-    """Tokens of each learned span; one that also holds the prompt's last character belongs to the answer."""
+    """Tokens of each learned span; a token across its start belongs to the answer."""
     ranges = []
-    for start, end in piece.learned:
-        first = next((t for c in range(start, end) if (t := encoding.char_to_token(c)) is not None), None)
+    for start, end in piece.loss_mask:
+        first = next(
+            (t for c in range(start, end) if (t := encoding.char_to_token(c)) is not None), None
+        )
         if first is not None:
-            after = (t for c in range(end, len(piece.text)) if (t := encoding.char_to_token(c)) is not None)
+            after = (
+                t
+                for c in range(end, len(piece.text))
+                if (t := encoding.char_to_token(c)) is not None
+            )
             ranges.append((first, next(after, len(encoding))))
     return ranges
 
 
-def _pair_turns(messages: tuple[tuple[str, str], ...]) -> list[tuple[str, str, str]]:
-    """(instruction, "", answer) per exchange; a system message goes before the first instruction."""
+def _pair_turns(messages: tuple[tuple[str, str], ...]) -> list[tuple[str, str, str, bool]]:
+    """(instruction, "", answer, is it learned) per exchange; a system text goes before the first."""
     turns, pending = [], ""
     for role, text in messages:
-        if role == "assistant":
-            turns.append((pending, "", text))
+        if role in ANSWERING:
+            turns.append((pending, "", text, role != MASKED))
             pending = ""
         else:
             pending = f"{pending}\n\n{text}" if pending else text

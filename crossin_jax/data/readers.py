@@ -1,15 +1,48 @@
-"""Files, folders and Hub data sets as a stream of rows; a fault names the file, the row and the remedy."""
+"""Files, folders and Hub data sets as a stream of rows; a fault names the file, the row and the
+remedy.
+"""
 
+import ast
 import csv
+import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from crossin_jax.config import Source, UserError, hint
+from crossin_jax.files import open_unpacked, read_json, read_json_lines, read_lines, refuse_utf16
+from crossin_jax.languages import find_files as find_language_files
 
-ENDINGS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
-WHOLE_FILE_BYTES = 64 << 20  # a JSON file up to this size is parsed at once: its faults then carry line and column
+ENDINGS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "csv",
+}
+# A JSON file up to this size is parsed at once. Its faults then carry line and column.
+WHOLE_FILE_BYTES = 64 << 20
+BLOCK = 1 << 20  # characters that are read at once from a larger file
+SPACES = " \t\r\n"
+# The columns that may hold a field, the first of them before the others.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "group": (),  # named by the user alone
+    "id": ("id",),
+    "language": ("language", "lang"),
+    "messages": ("messages", "conversations", "conversation"),
+    "system": ("system", "system_prompt"),
+    "history": ("history",),
+    "instruction": ("instruction", "question", "prompt", "query", "inputs"),
+    "input": ("input", "context"),
+    "output": ("output", "response", "answer", "completion", "text", "answers", "targets"),
+}
+# What pandas and others write in a CSV file for a value that is missing; "None" and "NA" may be
+# answers.
+MISSING_CELLS = ("NaN", "nan", "null", "NULL")
+SQUAD = "squad."  # our own columns of SQuAD files start with it
+EMPTY: tuple[Any, ...] = (None, "", [], {})
 
 
 class File(NamedTuple):
@@ -21,185 +54,395 @@ class File(NamedTuple):
 
 
 def find_files(source: Source, codes: Sequence[str]) -> list[File]:
-    """Resolves `source.path` to existing inputs, one per language where the path or the folder is split by language."""
+    """Resolves `source.path` to existing inputs, one per language where the path or the folder is
+    split by language.
+    """
     place = f"data source {source.name or source.path!r}"
     if not source.path:
-        raise UserError(f"{place}: path is empty; give a file, a folder, a pattern with {{lang}}, or a Hub id")
+        raise UserError(
+            f"{place}: path is empty; give a file, a folder, a pattern with {{lang}}, or a Hub id"
+        )
     if source.kind == "hub":
         split_by_language = "{lang}" in source.path
-        return [File(source.path.replace("{lang}", code), code if split_by_language else None, "hub")
-                for code in (codes if split_by_language else codes[:1])]
+        return [
+            File(source.path.replace("{lang}", code), code if split_by_language else None, "hub")
+            for code in (codes if split_by_language else codes[:1])
+        ]
     if "{lang}" in source.path:
-        files = [(code, Path(source.path.replace("{lang}", code)).expanduser()) for code in codes]
-        missing = [code for code, path in files if not path.exists()]
-        if missing:
-            raise UserError(f"{place}: no file {files[codes.index(missing[0])][1]} for language {missing[0]!r}; "
-                            f"add it, or leave {missing[0]!r} out of the languages")
-        return [File(str(path), code, _layout(source, path, place)) for code, path in files]
+        found = find_language_files(source.path, codes)
+        if missing := [code for code in codes if not found[code]]:
+            raise UserError(
+                f"{place}: no file {source.path.replace('{lang}', missing[0])} for language {missing[0]!r}; "
+                f"add it, or leave {missing[0]!r} out of the languages"
+            )
+        return _one_per_language(source, found, place)
     path = Path(source.path).expanduser()
     if not path.exists():
-        near = hint(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
+        near = (
+            hint(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
+        )
         raise UserError(f"{place}: {path} does not exist{near}; paths start at {Path.cwd()}")
     if source.kind == "folder" and not path.is_dir():
-        raise UserError(f"{place}: kind='folder', but {path} is a file; give the folder of NAME_LANG.json files")
+        raise UserError(
+            f"{place}: kind='folder', but {path} is a file; give the folder of NAME_LANG.json files"
+        )
     if not path.is_dir():
         return [File(str(path), None, _layout(source, path, place))]
-    found = {}
-    for code in codes:
-        matches = sorted(p for p in path.iterdir() if p.suffix in ENDINGS
-                         and (p.stem == code or p.stem.endswith((f"_{code}", f".{code}", f"-{code}"))))
-        if len(matches) > 1:
-            raise UserError(f"{place}: {', '.join(p.name for p in matches)} could all be {code!r}; "
-                            f"give one file per language, or a path with {{lang}}")
-        if matches:
-            found[code] = matches[0]
-    if not found:
+    endings = [ending + packed for ending in ENDINGS for packed in ("", ".gz")]
+    found = find_language_files(source.path, codes, endings)
+    present = [code for code in codes if found[code]]
+    if not present:
         names = ", ".join(p.name for p in sorted(path.iterdir())[:5]) or "nothing"
-        raise UserError(f"{place}: {path} holds no NAME_LANG.json (or .jsonl, .parquet, .csv) for {', '.join(codes)}; "
-                        f"it holds {names}")
-    missing = [code for code in codes if code not in found]
-    if missing:
-        raise UserError(f"{place}: {path} has no file for language {missing[0]!r} (NAME_{missing[0]}.json); "
-                        f"add it, or set languages=({', '.join(repr(c) for c in found)},)")
-    return [File(str(p), code, _layout(source, p, place)) for code, p in found.items()]
+        raise UserError(
+            f"{place}: {path} holds no NAME_LANG.json (or .jsonl, .parquet, .csv) for {', '.join(codes)}; "
+            f"it holds {names}"
+        )
+    if missing := [code for code in codes if not found[code]]:
+        raise UserError(
+            f"{place}: {path} has no file for language {missing[0]!r} (NAME_{missing[0]}.json); "
+            f"add it, or set languages=({', '.join(map(repr, present))},)"
+        )
+    return _one_per_language(source, found, place)
+
+
+def _one_per_language(source: Source, found: dict[str, list[Path]], place: str) -> list[File]:
+    for code, paths in found.items():
+        if len(paths) > 1:
+            raise UserError(
+                f"{place}: {', '.join(p.name for p in paths)} could all be {code!r}; "
+                f"give one file per language, or a path with {{lang}}"
+            )
+    return [File(str(p), code, _layout(source, p, place)) for code, (p,) in found.items()]
+
+
+def _split_name(path: Path) -> tuple[str, str]:
+    """(name, ending) of a file, without ".gz"."""
+    name = Path(path.name.removesuffix(".gz"))
+    return name.stem, name.suffix
 
 
 def _layout(source: Source, path: Path, place: str) -> str:
     if source.kind in ("jsonl", "json", "parquet", "csv"):
         return source.kind
-    if path.suffix not in ENDINGS:
-        raise UserError(f"{place}: the ending {path.suffix!r} of {path} is not one of {', '.join(ENDINGS)}; set kind")
-    return ENDINGS[path.suffix]
+    ending = _split_name(path)[1]
+    if ending not in ENDINGS:
+        raise UserError(
+            f"{place}: the ending {ending!r} of {path} is not one of {', '.join(ENDINGS)}; set kind"
+        )
+    return ENDINGS[ending]
+
+
+class Fields:
+    """The columns of a row, or of one language's part of it, and which of them have been read."""
+
+    # Readers ask for fields, and what nobody asked for is named afterwards:
+    #
+    #     row       {"id": 1, "question": "Why?", "answer": "So.", "topic": "x", "note": null}
+    #     asked     id, instruction → question, output → answer
+    #     unread    topic (note has no value)
+
+    def __init__(self, row: dict[str, Any], mapped: dict[str, str], is_csv: bool):
+        self.row, self.mapped, self.is_csv = row, mapped, is_csv
+        self.read: set[str] = set()
+
+    def get(self, name: str) -> Any:
+        """The value of a column; None where it is missing, also as NaN."""
+        value = self.row.get(name)
+        if value is None or value != value or self.is_csv and value in MISSING_CELLS:
+            return None
+        self.read.add(name)
+        return value
+
+    def find(self, field: str) -> Any:
+        """The value of a field: of its mapped column, which may be a dotted path or "", else of its
+        first alias.
+        """
+        mapped = self.mapped.get(field)
+        if mapped is None:
+            values = (self.get(name) for name in ALIASES[field])
+            return next((value for value in values if value is not None), None)
+        return self.follow(mapped)
+
+    def follow(self, path: str) -> Any:
+        """The value of a column, or of a part of one: "instances.0.input"."""
+        value = self.get(path)
+        if value is None and "." in path:
+            first, *rest = path.split(".")
+            value = self.get(first)
+            for part in rest:
+                index = int(part) if isinstance(value, list) and part.isdigit() else part
+                try:
+                    value = value[index]
+                except (KeyError, IndexError, TypeError):
+                    return None
+        return value
+
+    def columns(self, field: str) -> tuple[str, ...]:
+        """The columns that may hold a field."""
+        mapped = self.mapped.get(field)
+        return ALIASES[field] if mapped is None else (mapped, mapped.partition(".")[0])
+
+    def missing_cells(self) -> Iterator[str]:
+        """What to say of cells that were taken for missing: "nan" may have been meant as a text."""
+        for name, value in self.row.items() if self.is_csv else ():
+            if value in MISSING_CELLS:
+                yield f"cells {value!r} of {name!r}, taken for missing values"
+
+    def unread(self) -> Iterator[str]:
+        """The columns that have a value and that nobody read."""
+        for name, value in self.row.items():
+            if name in self.read:
+                continue
+            is_missing = value in EMPTY or value != value or self.is_csv and value in MISSING_CELLS
+            if not is_missing and not name.startswith(SQUAD):
+                yield name
+
+
+def parse_list(value: Any) -> Any:
+    """The list in a text that JSON or Python's `repr` wrote; other values, and other texts, as they
+    are.
+    """
+    if not isinstance(value, str):
+        return value
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            found = parse(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(found, list):
+            return found
+    return value
+
+
+def parse_pairs(value: Any) -> list[tuple[str, str]] | None:
+    """Turns of a history of [question, answer] pairs; None where the value is something else."""
+    pairs = parse_list(value if value is not None else [])
+    if not isinstance(pairs, list):
+        return None
+    turns = []
+    for pair in pairs:
+        if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
+            return None
+        turns += [("user", pair[0]), ("assistant", pair[1])]
+    return turns
+
+
+def first_answer(value: Any) -> Any:
+    """The first of SQuAD's answers: {"text": […]}, or a list of texts or of {"text": …}."""
+    if isinstance(value, dict) and isinstance(value.get("text"), list):
+        value = value["text"]
+    if isinstance(value, list):
+        value = value[0] if value else ""
+    return value["text"] if isinstance(value, dict) and "text" in value else value
+
+
+def is_chat(value: Any) -> bool:
+    """Whether a value is a list of turns."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value)
+    )
 
 
 def read_rows(file: File, split: str = "train") -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (row number from 1, row) of one input in its own order, holding a bounded part of it in memory."""
-    readers = {"jsonl": _read_jsonl, "json": _read_json, "parquet": _read_parquet, "csv": _read_csv}
-    rows = _read_hub(file.path, split) if file.layout == "hub" else readers[file.layout](file.path)
+    """Yields (row number from 1, row) of one input in its own order, holding a bounded part of it
+    in memory.
+    """
+    readers = {
+        "jsonl": _read_json,
+        "json": _read_json,
+        "parquet": _read_parquet,
+        "csv": _read_csv,
+    }
+    rows = _read_hub(file.path, split) if file.layout == "hub" else readers[file.layout](file)
     for number, row in rows:
         if not isinstance(row, dict):
-            raise UserError(f"{file.path}, row {number}: rows are objects with named fields, not {type(row).__name__}")
+            raise UserError(
+                f"{file.path}, row {number}: rows are objects with named fields, not {type(row).__name__}"
+            )
         yield number, row
 
 
-def _decode(raw: bytes, path: str, number: int, unit: str = "row") -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}, {unit} {number}: byte {raw[error.start]:#04x} is not UTF-8; "
-                        f"convert the file, e.g. iconv -f latin1 -t utf-8") from None
+def _read_json(file: File) -> Iterator[tuple[int, Any]]:
+    """The rows of JSON Lines, of a list, of {"data": list}, or of SQuAD's articles.
 
-
-def _read_jsonl(path: str) -> Iterator[tuple[int, Any]]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            text = _decode(line, path, number).lstrip("\ufeff")
-            if not text.strip():
-                continue
-            try:
-                yield number, json.loads(text)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, row {number}: not JSON ({error.msg}, column {error.colno}); "
-                                f"a .jsonl file holds one object per line") from None
-
-
-def _read_json(path: str) -> Iterator[tuple[int, Any]]:
+    The content decides, since many files named .json hold one object per line.
+    """
+    path = file.path
+    if _holds_lines(file):
+        yield from read_json_lines(path)
+        return
     if Path(path).stat().st_size > WHOLE_FILE_BYTES:
         yield from _stream_json(path)
         return
-    raw = Path(path).read_bytes()
-    try:
-        content = json.loads(raw.decode("utf-8").lstrip("\ufeff"))
-    except UnicodeDecodeError as error:
-        _decode(raw, path, raw.count(b"\n", 0, error.start) + 1, unit="line")
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg}, column {error.colno})") from None
+    content = read_json(path)
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         content = content["data"]
     if not isinstance(content, list):
-        raise UserError(f"{path}: expected a list of rows, got {type(content).__name__}; "
-                        f"a .jsonl file holds one object per line")
+        raise UserError(
+            f"{path}: expected a list of rows, got {type(content).__name__}; "
+            f"a .jsonl file holds one object per line"
+        )
     if content and isinstance(content[0], dict) and "paragraphs" in content[0]:
-        content = _flatten_squad(content)
+        content = _flatten_squad(content, path)
     yield from enumerate(content, 1)
 
 
-def _stream_json(path: str) -> Iterator[tuple[int, Any]]:
-    """The elements of a top-level list, one at a time."""
-    decoder, buffer, number = json.JSONDecoder(), "", 0
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:  # escapes are found by the corpus, row by row
-        buffer = file.read(1 << 20).lstrip("\ufeff \t\r\n")
-        if not buffer.startswith("["):
-            raise UserError(f"{path}: a JSON file above {WHOLE_FILE_BYTES >> 20} MiB must be a list of rows; "
-                            f"convert it to .jsonl")
-        buffer = buffer[1:]
-        while True:
-            buffer = buffer.lstrip(", \t\r\n")
-            if buffer.startswith("]"):
-                return
-            try:
-                row, end = decoder.raw_decode(buffer)
-            except json.JSONDecodeError as error:
-                more = file.read(max(1 << 20, len(buffer)))
-                if not more:
-                    raise UserError(f"{path}, row {number + 1}: not JSON ({error.msg})") from None
-                buffer += more
-                continue
-            number, buffer = number + 1, buffer[end:]
-            yield number, row
-
-
-def _flatten_squad(articles: list[dict]) -> list[dict]:
-    return [{"id": str(qa["id"]), "instruction": qa["question"], "input": paragraph["context"],
-             "output": qa["answers"][0]["text"] if qa.get("answers") else ""}
-            for article in articles for paragraph in article["paragraphs"] for qa in paragraph["qas"]]
-
-
-def _read_csv(path: str) -> Iterator[tuple[int, Any]]:
-    csv.field_size_limit(1 << 30)
-    delimiter = "\t" if path.endswith(".tsv") else ","
-    with open(path, "rb") as file:
-        lines = (_decode(line, path, n).lstrip("\ufeff" if n == 1 else "") for n, line in enumerate(file, 1))
-        reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+def _holds_lines(file: File) -> bool:
+    """Whether each line is an object by itself; where the first lines do not say it, the layout
+    decides.
+    """
+    with open_unpacked(file.path) as opened:
+        # A list may be one line of gigabytes, so a line is read up to a limit only.
+        lines = iter(lambda: opened.readline(BLOCK), b"")
+        texts = (line.decode("utf-8-sig", "replace").strip(SPACES) for line in lines)
+        refuse_utf16(opened.peek(4)[:4], file.path)
+        first = next(filter(None, texts), "")
+        if not first.startswith("{"):
+            return file.layout == "jsonl" and not first.startswith("[")
         try:
-            for number, row in enumerate(reader, 1):
-                if None in row or None in row.values():
-                    more = "more" if None in row else "fewer"
-                    raise UserError(f"{path}, row {number}: {more} cells than the {len(reader.fieldnames or ())} "
-                                    f"of the header; quote cells that hold {delimiter!r} or line breaks")
+            json.loads(first)
+        except (ValueError, RecursionError):  # an object over several lines, or a fault
+            return file.layout == "jsonl"
+        return file.layout == "jsonl" or any(texts)
+
+
+def _stream_json(path: str) -> Iterator[tuple[int, Any]]:
+    """The elements of a top-level list, one at a time; about one element and one block are in
+    memory.
+    """
+    # The buffer holds what is read and not yet parsed. A row that it cuts is parsed again with
+    # one more block:
+    #
+    #     file      [{"a": 1}, {"a": 2}, {"a": 3}]
+    #     block 1   [{"a": 1}, {"a"              row 1, then a cut row
+    #     buffer    {"a": 2}, {"a": 3}]          the cut row with block 2: rows 2 and 3
+    decoder, number = json.JSONDecoder(), 0
+
+    def fault(reason: str) -> UserError:
+        return UserError(f"{path}, row {number + 1}: not JSON ({reason})")
+
+    # Bytes that are not UTF-8 become surrogates here; the corpus finds them row by row.
+    with (
+        open_unpacked(path) as unpacked,
+        io.TextIOWrapper(unpacked, encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        buffer = file.read(BLOCK).lstrip("\ufeff" + SPACES)
+        while not buffer and (block := file.read(BLOCK)):
+            buffer = block.lstrip(SPACES)
+        if not buffer.startswith("["):
+            raise UserError(
+                f"{path}: a JSON file above {WHOLE_FILE_BYTES >> 20} MiB must be a list of rows; "
+                f"convert it to .jsonl"
+            )
+        buffer, is_after_row = buffer[1:], False
+        while True:
+            buffer = buffer.lstrip(SPACES)
+            if not buffer:
+                if not (buffer := file.read(BLOCK)):
+                    raise fault("the list does not end")
+            elif buffer[0] == "]" and (is_after_row or not number):
+                rest = buffer[1:]
+                while not rest.strip(SPACES) and (rest := file.read(BLOCK)):
+                    pass
+                if rest.strip(SPACES):
+                    raise fault("text after the end of the list")
+                return
+            elif is_after_row:
+                if buffer[0] != ",":
+                    raise fault("no comma after the row before")
+                buffer, is_after_row = buffer[1:], False
+            else:
+                try:
+                    row, end = decoder.raw_decode(buffer)
+                except json.JSONDecodeError as error:
+                    # A row that the buffer cuts fails at the end of the buffer, or within a string.
+                    is_cut = error.pos > len(buffer) - 16 or error.msg.startswith("Unterminated")
+                    more = file.read(max(BLOCK, len(buffer))) if is_cut else ""
+                    if not more:
+                        raise fault(error.msg) from None
+                    buffer += more
+                    continue
+                except (ValueError, RecursionError) as error:
+                    raise fault(str(error).partition(";")[0][:80]) from None
+                number, buffer, is_after_row = number + 1, buffer[end:], True
                 yield number, row
-        except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num}: {error}; quote cells that hold {delimiter!r}") from None
 
 
-def _read_parquet(path: str) -> Iterator[tuple[int, Any]]:
+def _flatten_squad(articles: list[dict], path: str) -> list[dict]:
+    """One row per question, with the numbers of its article and paragraph (the same in parallel
+    files).
+    """
+    try:
+        return [
+            {
+                "id": str(qa["id"]),
+                "instruction": qa["question"],
+                "input": paragraph["context"],
+                "output": qa["answers"][0]["text"] if qa.get("answers") else "",
+                "squad.article": f"{a}",
+                "squad.paragraph": f"{a}.{p}",
+            }
+            for a, article in enumerate(articles)
+            for p, paragraph in enumerate(article["paragraphs"])
+            for qa in paragraph["qas"]
+        ]
+    except (LookupError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: not in SQuAD's layout ({type(error).__name__}: {error}); fetch it again"
+        ) from None
+
+
+def _read_csv(file: File) -> Iterator[tuple[int, Any]]:
+    csv.field_size_limit(1 << 30)
+    path = file.path
+    delimiter = "\t" if _split_name(Path(path))[1] == ".tsv" else ","
+    lines = (line for _, line in read_lines(path))
+    reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+    try:
+        for number, row in enumerate(reader, 1):
+            if None in row or None in row.values():
+                more = "more" if None in row else "fewer"
+                raise UserError(
+                    f"{path}, row {number}: {more} cells than the {len(reader.fieldnames or ())} "
+                    f"of the header; quote cells that hold {delimiter!r} or line breaks"
+                )
+            yield number, row
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, line {reader.line_num}: {error}; quote cells that hold {delimiter!r}"
+        ) from None
+
+
+def _read_parquet(source: File) -> Iterator[tuple[int, Any]]:
     import pyarrow
     import pyarrow.parquet
+
+    path = source.path
     try:
         file, number = pyarrow.parquet.ParquetFile(path, memory_map=True), 0
         for batch in file.iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 yield (number := number + 1), row
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: not a whole Parquet file ({str(error).splitlines()[0]})") from None
+        raise UserError(
+            f"{path}: not a whole Parquet file ({str(error).splitlines()[0]})"
+        ) from None
 
 
 def _read_hub(path: str, split: str) -> Iterator[tuple[int, Any]]:
     import datasets
+
     name, _, configuration = path.partition(":")
     try:
         rows = datasets.load_dataset(name, configuration or None, split=split)
-    except Exception as error:  # the library raises many kinds; all of them mean: not readable under this name
+    except (
+        Exception
+    ) as error:  # the library raises many kinds; all of them mean: not readable under this name
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"Hub data set {path!r}, split {split!r}: {reason}; "
-                        f"check the name (ID or ID:CONFIGURATION), the split, and the connection") from None
-    for number, row in enumerate(rows, 1):
-        yield number, _unnest_answers(row)
-
-
-def _unnest_answers(row: dict[str, Any]) -> dict[str, Any]:
-    """SQuAD rows of the Hub keep their answers as {"text": [...]}; other rows pass through."""
-    answers = row.get("answers")
-    if isinstance(answers, dict) and answers.get("text") and "output" not in row and "answer" not in row:
-        return {**row, "answer": answers["text"][0]}
-    return row
+        raise UserError(
+            f"Hub data set {path!r}, split {split!r}: {reason}; "
+            f"check the name (ID or ID:CONFIGURATION), the split, and the connection"
+        ) from None
+    yield from enumerate(rows, 1)

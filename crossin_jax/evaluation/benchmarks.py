@@ -1,38 +1,54 @@
 """Parallel multiple-choice benchmarks: where their items come from, and how they are asked."""
 
-import gzip
-import json
 import random
 import re
-import zlib
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from crossin_jax.config import UserError, hint
-from crossin_jax.languages import CODES, LANGUAGES
-from crossin_jax.provenance import content_hash
+from crossin_jax.files import content_hash, read_json, read_json_lines
+from crossin_jax.guests import open_guest
+from crossin_jax.languages import (
+    canonical,
+    canonical_list,
+    find_code,
+    find_files,
+    flores_code,
+    match,
+    name_of,
+)
 
-HUB = {"cross_mmlu": "SeaEval/cross_mmlu", "cross_logiqa": "SeaEval/cross_logiqa", "cross_xquad": "SeaEval/cross_xquad"}
+HUB = {
+    "cross_mmlu": "SeaEval/cross_mmlu",
+    "cross_logiqa": "SeaEval/cross_logiqa",
+    "cross_xquad": "SeaEval/cross_xquad",
+}
 LETTERS = "ABCDEFGHIJ"
 MIN_CHOICES, MAX_CHOICES = 2, len(LETTERS)
 ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-# dialects of Belebele (FLORES-200 codes)
-DIALECTS = {"eng_Latn": "en", "zho_Hans": "zh", "vie_Latn": "vi", "spa_Latn": "es", "ind_Latn": "id", "zsm_Latn": "ms",
-            "tgl_Latn": "fil", "arb_Arab": "ar", "deu_Latn": "de", "ell_Grek": "el", "hin_Deva": "hi", "ron_Latn": "ro",
-            "rus_Cyrl": "ru", "tha_Thai": "th", "tur_Latn": "tr"}
 LABEL = re.compile(r"\s*\(([A-J])\)\s*")
 
 # SeaEval v0.1, word for word: scores depend on them. (opening, empty lines between the parts)
 _SIMPLY = "Simply select the answer, no explanations required."
 PROMPTS: dict[int, tuple[str, bool]] = {
     1: ("Respond to the question by selecting the most appropriate answer.", True),
-    2: ("Kindly choose the correct answer from the options provided for the multiple-choice question.", False),
+    2: (
+        "Kindly choose the correct answer from the options provided for the multiple-choice question.",
+        False,
+    ),
     3: ("Solve the multi-choice question by selecting the accurate answer.", False),
-    4: ("Please answer the following multiple-choice question by selecting the correct option.", True),
-    5: ("As an expert, your task is to solve the following multiple-choice question. "
-        "Identify the correct response among the given choices.", True),
+    4: (
+        "Please answer the following multiple-choice question by selecting the correct option.",
+        True,
+    ),
+    5: (
+        "As an expert, your task is to solve the following multiple-choice question. "
+        "Identify the correct response among the given choices.",
+        True,
+    ),
 }
 
 
@@ -68,13 +84,27 @@ class Benchmark:
     @property
     def fingerprint(self) -> str:
         """A short hash of the items asked: results with different ones do not belong into one table."""
-        return content_hash([[item.id, {c: [v.question, v.choices, v.answer, v.context] for c, v in
-                                        item.versions.items()}, *item.tags] for item in self.items])
+        return content_hash(
+            [
+                [
+                    item.id,
+                    {
+                        c: [v.question, v.choices, v.answer, v.context]
+                        for c, v in item.versions.items()
+                    },
+                    *item.tags,
+                ]
+                for item in self.items
+            ]
+        )
 
 
 # ── prompts ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def make_prompt(version: Version, number: int, shots: Sequence[Version] = (), *, benchmark: str = "") -> str:
+
+def make_prompt(
+    version: Version, number: int, shots: Sequence[Version] = (), *, benchmark: str = ""
+) -> str:
     """The text that asks an item: SeaEval's prompt 1 to 5, its few-shot form where there are shots, or 0 for no frame.
 
     The few-shot form is one for all five numbers and ends after "Answer:"; its answers count up to their first newline.
@@ -83,15 +113,27 @@ def make_prompt(version: Version, number: int, shots: Sequence[Version] = (), *,
     """
     if number == 0:
         if shots:
-            raise UserError("evaluation.shots: a benchmark asked by its bare questions takes no solved examples; use 0")
-        return version.question if version.context is None else f"{version.context}\n\n{version.question}"
+            raise UserError(
+                "evaluation.shots: a benchmark asked by its bare questions takes no solved examples; use 0"
+            )
+        return (
+            version.question
+            if version.context is None
+            else f"{version.context}\n\n{version.question}"
+        )
     if number not in PROMPTS:
-        raise UserError(f"prompt {number}: SeaEval has 1 to {len(PROMPTS)}, and 0 is the bare question")
+        raise UserError(
+            f"prompt {number}: SeaEval has 1 to {len(PROMPTS)}, and 0 is the bare question"
+        )
     if shots:
-        solved = [f"{_frame(shot, True)}\n\nAnswer:\n{shot.choices[shot.answer]}\n\n" for shot in shots]
+        solved = [
+            f"{_frame(shot, True)}\n\nAnswer:\n{shot.choices[shot.answer]}\n\n" for shot in shots
+        ]
         return "".join(solved) + _frame(version, True) + "\n\nAnswer:\n"
     opening, airy = PROMPTS[number]
-    simply = _SIMPLY.replace("answer", "choice") if number == 1 and "xquad" in benchmark else _SIMPLY
+    simply = (
+        _SIMPLY.replace("answer", "choice") if number == 1 and "xquad" in benchmark else _SIMPLY
+    )
     return f"{opening} {simply}" + ("\n\n" if airy else "\n") + _frame(version, airy)
 
 
@@ -102,7 +144,9 @@ def _frame(version: Version, airy: bool) -> str:
     return ("\n\n" if airy else "\n").join(f"{name}:\n{text}" for name, text in parts)
 
 
-def draw_shot_items(benchmark: Benchmark, item: Item, num_shots: int, seed: int) -> tuple[Item, ...]:
+def draw_shot_items(
+    benchmark: Benchmark, item: Item, num_shots: int, seed: int
+) -> tuple[Item, ...]:
     """The items solved before `item`: the first of an order drawn by the seed that do not have its context (or
     question) in any language. So nearly all prompts of a language begin alike, and the engine reads that once."""
     if not num_shots:
@@ -113,33 +157,52 @@ def draw_shot_items(benchmark: Benchmark, item: Item, num_shots: int, seed: int)
         if len(chosen) < num_shots and other.id != item.id and not _same_text(item, other):
             chosen.append(other)
     if len(chosen) < num_shots:
-        raise UserError(f"{benchmark.source}, item {item.id!r}: evaluation.shots={num_shots}, but only {len(chosen)} "
-                        f"other items have another context; use fewer shots")
+        raise UserError(
+            f"{benchmark.source}, item {item.id!r}: evaluation.shots={num_shots}, but only {len(chosen)} "
+            f"other items have another context; use fewer shots"
+        )
     return tuple(chosen)
 
 
-def draw_shots(benchmark: Benchmark, item: Item, language: str, num_shots: int, seed: int) -> tuple[Version, ...]:
+def draw_shots(
+    benchmark: Benchmark, item: Item, language: str, num_shots: int, seed: int
+) -> tuple[Version, ...]:
     """`draw_shot_items` in one language: every language of an item sees the same ones."""
-    return tuple(shot.versions[language] for shot in draw_shot_items(benchmark, item, num_shots, seed))
+    return tuple(
+        shot.versions[language] for shot in draw_shot_items(benchmark, item, num_shots, seed)
+    )
 
 
 def list_shots(benchmark: Benchmark, num_shots: int, seed: int) -> dict[str, Any]:
     """The ids of the shots for the record: those of most items, and those of the items that have others."""
-    drawn = {item.id: tuple(shot.id for shot in draw_shot_items(benchmark, item, num_shots, seed))
-             for item in benchmark.items}
+    drawn = {
+        item.id: tuple(shot.id for shot in draw_shot_items(benchmark, item, num_shots, seed))
+        for item in benchmark.items
+    }
     usual = max(drawn.values(), key=list(drawn.values()).count)
-    return {"usual": list(usual), "others": {key: list(ids) for key, ids in drawn.items() if ids != usual}}
+    return {
+        "usual": list(usual),
+        "others": {key: list(ids) for key, ids in drawn.items() if ids != usual},
+    }
 
 
 def _same_text(a: Item, b: Item) -> bool:
     def text(version: Version) -> str:
         return version.question if version.context is None else version.context
-    return any(text(version) == text(b.versions[code]) for code, version in a.versions.items() if code in b.versions)
+
+    return any(
+        text(version) == text(b.versions[code])
+        for code, version in a.versions.items()
+        if code in b.versions
+    )
 
 
 # ── loading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-def load_benchmark(name: str, languages: Sequence[str], *, limit: int | None = None, seed: int = 0) -> Benchmark:
+
+def load_benchmark(
+    name: str, languages: Sequence[str], *, limit: int | None = None, seed: int = 0
+) -> Benchmark:
     """Reads a benchmark in the given languages.
 
     `name` is cross_mmlu, cross_logiqa or cross_xquad (from the Hub), cross_world[:split][/opaque] (embedded; `seed`
@@ -148,16 +211,18 @@ def load_benchmark(name: str, languages: Sequence[str], *, limit: int | None = N
     question, choices, answer and maybe context), MMLU's (question, choices, answer as index, letter or text) or
     Belebele's. `limit` keeps the first items. Faults raise `UserError` with file, item and language.
     """
-    codes = tuple(languages)
+    codes = canonical_list(languages, f"benchmark {name!r}")
     if not codes:
         raise UserError(f"benchmark {name!r}: no languages given; name at least one, e.g. en")
     if name.split(":")[0] == "cross_world":
-        from crossin_jax.data.world import world_benchmark
         label, source = name if ":" in name else "cross_world:test", f"embedded world, seed {seed}"
         split, subset = label.partition(":")[2], "all"
         if split.endswith("/opaque"):
             split, subset = split.removesuffix("/opaque"), "opaque"
-        items = [_read_item(row, name, codes) for row in world_benchmark(split, codes, seed, subset)]
+        items = [
+            _read_item(row, name, codes)
+            for row in open_guest("world").world_benchmark(split, codes, seed, subset)
+        ]
     else:
         label, source, items = _load_elsewhere(name, codes)
     if not items:
@@ -165,7 +230,9 @@ def load_benchmark(name: str, languages: Sequence[str], *, limit: int | None = N
     seen: set[str] = set()
     for item in items:
         if item.id in seen:
-            raise UserError(f"{source}: two items have the id {item.id!r}; ids are unique within a benchmark")
+            raise UserError(
+                f"{source}: two items have the id {item.id!r}; ids are unique within a benchmark"
+            )
         seen.add(item.id)
     return Benchmark(label, tuple(items[:limit]), codes, source, tuple(items))
 
@@ -180,121 +247,147 @@ def _load_elsewhere(name: str, codes: Sequence[str]) -> tuple[str, str, list[Ite
         return label, name, _join(rows, name, codes)
     if path.exists():
         rows, label, source = _read_file(path), path.name.split(".")[0], str(path)
-    elif name in HUB or ("/" in name and not name.startswith((".", "/", "~")) and not name.endswith(ENDINGS)):
+    elif name in HUB or (
+        "/" in name and not name.startswith((".", "/", "~")) and not name.endswith(ENDINGS)
+    ):
         source = HUB.get(name, name)
         rows = _read_hub(source, codes)
         label = name.split(":")[-1].split("/")[-1]
     else:
-        known = [*HUB, "cross_world", *([p.name for p in path.parent.iterdir()] if path.parent.is_dir() else [])]
-        raise UserError(f"benchmark {name!r}: no such file{hint(path.name, known)}; give {', '.join(HUB)}, "
-                        f"cross_world, a Hub id, or a file that ends in {', '.join(ENDINGS)}")
-    if rows and ("dialect" in rows[0] or "choices" in rows[0] or "mc_answer1" in rows[0]):
-        return label, source, _join([(_language_of(row, source), row) for row in rows], source, codes)
-    return label, source, [_read_item(row, source, codes, number) for number, row in enumerate(rows, 1)]
+        known = [
+            *HUB,
+            "cross_world",
+            *([p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []),
+        ]
+        raise UserError(
+            f"benchmark {name!r}: no such file{hint(path.name, known)}; give {', '.join(HUB)}, "
+            f"cross_world, a Hub id, or a file that ends in {', '.join(ENDINGS)}"
+        )
+    # A row with a question of its own is in one language; otherwise it has an object per language.
+    if rows and {"question", "choices"} & rows[0].keys():
+        return label, source, _join(_split_by_language(rows, source, codes), source, codes)
+    items = [_read_item(row, source, codes, number) for number, row in enumerate(rows, 1)]
+    return label, source, items
 
 
 def _files_by_language(name: str, path: Path, codes: Sequence[str]) -> dict[str, Path]:
-    files = {}
-    for code in codes:
-        if "{lang}" in name:
-            spellings = [Path(name.replace("{lang}", key)).expanduser() for key in (code, LANGUAGES.get(code, code))]
-            found = [spelling for spelling in spellings if spelling.exists()][:1]
-            want = name.replace("{lang}", code)
-        else:
-            ends = [code, LANGUAGES.get(code, code), *(d for d, c in DIALECTS.items() if c == code)]
-            found = [p for p in sorted(path.iterdir()) if p.name.endswith(ENDINGS)
-                     and any(_stem(p) == end or _stem(p).endswith(("_" + end, "-" + end, "." + end)) for end in ends)]
-            want = str(path / f"NAME_{code}.json")
+    """The file of each language, whose name has the language in any spelling: mmlu_zh.json, mmlu_ZH-CN.json."""
+    files = find_files(name, codes, ENDINGS)
+    for code, found in files.items():
         if not found:
-            raise UserError(f"benchmark {name!r}: no file {want} for language {code!r}; "
-                            f"add it, or leave {code!r} out of the languages")
+            want = name.replace("{lang}", code) if "{lang}" in name else path / f"NAME_{code}.json"
+            raise UserError(
+                f"benchmark {name!r}: no file {want} for language {code!r}; "
+                f"add it, or leave {code!r} out of the languages"
+            )
         if len(found) > 1:
-            raise UserError(f"benchmark {name!r}: {', '.join(p.name for p in found)} could all be {code!r}; "
-                            f"keep one file per language")
-        files[code] = found[0]
-    return files
-
-
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(".gz").rsplit(".", 1)[0]
+            raise UserError(
+                f"benchmark {name!r}: {', '.join(p.name for p in found)} could all be {code!r}; "
+                f"keep one file per language"
+            )
+    return {code: found[0] for code, found in files.items()}
 
 
 def _read_file(path: Path) -> list[dict[str, Any]]:
     """The rows of a .json list, a {"data": list} object or a .jsonl file, compressed or not."""
-    try:
-        raw = path.read_bytes()
-        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-        text = raw.decode("utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; paths start at {Path.cwd()}") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}: damaged gzip ({error}); fetch or write the file again") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8; convert the file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    lines = ".jsonl" in path.name
-    try:
-        content = [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)
-    except json.JSONDecodeError as error:
-        place = "one object per line" if lines else f"line {error.lineno}, column {error.colno}"
-        raise UserError(f"{path}: not JSON ({error.msg}; {place})") from None
+    if ".jsonl" in path.name:
+        content = [value for _, value in read_json_lines(path)]
+    else:
+        content = read_json(path)
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         content = content["data"]
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
-        raise UserError(f"{path}: a benchmark is a list of objects, one per item; see docs/evaluation.md")
+        raise UserError(
+            f"{path}: a benchmark is a list of objects, one per item; see docs/evaluation.md"
+        )
     return content
 
 
 def _read_hub(source: str, codes: Sequence[str]) -> list[dict[str, Any]]:
     from crossin_jax.data.readers import File, read_rows
+
     if "belebele" in source.lower() and ":" not in source:  # one configuration per language
-        names = {code: dialect for dialect, code in DIALECTS.items()}
-        return [row for code in codes for _, row in read_rows(File(f"{source}:{names[code]}", code, "hub"), "test")]
+        return [
+            row
+            for code in codes
+            for _, row in read_rows(File(f"{source}:{flores_code(code)}", code, "hub"), "test")
+        ]
     return [row for _, row in read_rows(File(source, None, "hub"), "test")]
 
 
-def _language_of(row: dict[str, Any], place: str) -> str:
-    value = row.get("dialect") or row.get("language") or row.get("lang")
-    if value is None:
-        raise UserError(f"{place}, item {row.get('id')!r}: the row does not say its language; add a field language, "
-                        f"or give one file per language with {{lang}} in the path")
-    return DIALECTS.get(str(value), CODES.get(str(value), str(value)))
+def _split_by_language(
+    rows: list[dict[str, Any]], place: str, codes: Sequence[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows in wanted languages. Where a file has "zh" and "zh-TW", only the first serves "zh"."""
+    marks = []
+    for row in rows:
+        mark = row.get("dialect") or row.get("language") or row.get("lang")
+        if mark is None:
+            raise UserError(
+                f"{place}, item {row.get('id')!r}: the row does not say its language; add a field language, "
+                f"or give one file per language with {{lang}} in the path"
+            )
+        marks.append((mark, canonical(mark, f"{place}, item {row.get('id')!r}")))
+    present = {code for _, code in marks}
+    for row, (mark, code) in zip(rows, marks, strict=True):
+        wanted = match(mark, codes)
+        if wanted and (wanted == code or wanted not in present):
+            yield wanted, row
 
 
-def _join(rows: Iterable[tuple[str, dict[str, Any]]], place: str, codes: Sequence[str]) -> list[Item]:
+def _join(
+    rows: Iterable[tuple[str, dict[str, Any]]], place: str, codes: Sequence[str]
+) -> list[Item]:
     """Rows of one language each become items: they meet by id, or by position where no row has one."""
     merged: dict[str, dict[str, Any]] = {}
     counts: dict[str, int] = {}
     for code, row in rows:
-        if code not in codes:
-            continue
         counts[code] = counts.get(code, 0) + 1
-        key = str(row.get("id") or (f"{row['link']}#{row.get('question_number')}" if "link" in row else counts[code]))
+        key = str(
+            row.get("id")
+            or (f"{row['link']}#{row.get('question_number')}" if "link" in row else counts[code])
+        )
         item = merged.setdefault(key, {"id": key, "tags": row.get("tags", ())})
         if code in item:
-            raise UserError(f"{place}, item {key!r}, {code}: given twice; ids are unique within a language")
+            raise UserError(
+                f"{place}, item {key!r}, {code}: given twice; ids are unique within a language"
+            )
         item[code] = row
     if not merged:
         raise UserError(f"{place}: no rows in {', '.join(codes)}")
     return [_read_item(row, place, codes) for row in merged.values()]
 
 
-def _read_item(row: dict[str, Any], place: str, codes: Sequence[str], number: int | None = None) -> Item:
+def _read_item(
+    row: dict[str, Any], place: str, codes: Sequence[str], number: int | None = None
+) -> Item:
     item_id = str(row.get("id", number))
     versions: dict[str, Version] = {}
+    # a language's column has its name or code in any spelling: "Chinese", "zh", "zho_Hans"
+    columns = {
+        find_code(key) or key: value for key, value in row.items() if isinstance(value, dict)
+    }
     for code in codes:
-        version = row.get(LANGUAGES.get(code, code), row.get(code))
-        if not isinstance(version, dict):
-            present = [CODES.get(key, key) for key in row if isinstance(row[key], dict)]
-            raise UserError(f"{place}, item {item_id!r}: no {LANGUAGES.get(code, code)} ({code}) version; "
-                            f"it has {', '.join(present) or 'none'}: add it, or leave {code!r} out of the languages")
-        versions[code] = _read_version(version, f"{place}, item {item_id!r}, {LANGUAGES.get(code, code)}")
+        version = columns.get(code)
+        if version is None:
+            present = list(columns)
+            raise UserError(
+                f"{place}, item {item_id!r}: no {name_of(code)} ({code}) version; "
+                f"it has {', '.join(present) or 'none'}: add it, or leave {code!r} out of the languages"
+            )
+        versions[code] = _read_version(version, f"{place}, item {item_id!r}, {name_of(code)}")
     sizes = {code: len(version.choices) for code, version in versions.items()}
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{code}: {size}" for code, size in sizes.items())
-        raise UserError(f"{place}, item {item_id!r}: languages differ in their number of choices ({listed})")
-    return Item(item_id, versions, tuple(row.get("tags") or ()))
+        raise UserError(
+            f"{place}, item {item_id!r}: languages differ in their number of choices ({listed})"
+        )
+    tags = row.get("tags") or []
+    if not isinstance(tags, list | tuple):
+        raise UserError(
+            f"{place}, item {item_id!r}: tags={tags!r:.60} is no list; give a list of texts"
+        )
+    return Item(item_id, versions, tuple(map(str, tags)))
 
 
 def _read_version(row: dict[str, Any], place: str) -> Version:
@@ -307,13 +400,21 @@ def _read_version(row: dict[str, Any], place: str) -> Version:
     question = row.get("question")
     if not isinstance(question, str) or not question.strip():
         raise UserError(f"{place}: no question")
-    if not isinstance(choices, (list, tuple)) or not all(isinstance(c, str) and c.strip() for c in choices):
+    if not isinstance(choices, (list, tuple)) or not all(
+        isinstance(c, str) and c.strip() for c in choices
+    ):
         raise UserError(f"{place}: choices must be a list of texts, got {choices!r:.80}")
     if not MIN_CHOICES <= len(choices) <= MAX_CHOICES:
-        raise UserError(f"{place}: {len(choices)} choices; an item has {MIN_CHOICES} to {MAX_CHOICES}")
+        raise UserError(
+            f"{place}: {len(choices)} choices; an item has {MIN_CHOICES} to {MAX_CHOICES}"
+        )
     labels = [LABEL.match(choice) for choice in choices]
-    if not all(label and label[1] == letter for label, letter in zip(labels, LETTERS, strict=False)):
-        choices = [f"({letter}) {choice.strip()}" for letter, choice in zip(LETTERS, choices, strict=False)]
+    if not all(
+        label and label[1] == letter for label, letter in zip(labels, LETTERS, strict=False)
+    ):
+        choices = [
+            f"({letter}) {choice.strip()}" for letter, choice in zip(LETTERS, choices, strict=False)
+        ]
     return Version(question, tuple(choices), _find_gold(answer, tuple(choices), place), context)
 
 
@@ -334,12 +435,18 @@ def _find_gold(answer: Any, choices: tuple[str, ...], place: str) -> int:
             if len(matches) == 1:
                 return matches[0]
             if matches:
-                raise UserError(f"{place}: the gold answer {answer!r} stands twice among the choices")
-    raise UserError(f"{place}: the gold answer {answer!r} is not among the choices {' | '.join(choices)}")
+                raise UserError(
+                    f"{place}: the gold answer {answer!r} stands twice among the choices"
+                )
+    raise UserError(
+        f"{place}: the gold answer {answer!r} is not among the choices {' | '.join(choices)}"
+    )
 
 
 def _readings(answer: str, choices: tuple[str, ...]) -> Iterator[list[int]]:
-    texts = [choice.strip() for choice in choices]
+    # NFC: a letter with its marks may be one character or several, and looks the same.
+    answer = unicodedata.normalize("NFC", answer)
+    texts = [unicodedata.normalize("NFC", choice.strip()) for choice in choices]
     yield [i for i, text in enumerate(texts) if text == answer]
     yield [i for i, text in enumerate(texts) if LABEL.sub("", text, count=1) == answer]
     yield [i for i in range(len(texts)) if answer.strip("().") == LETTERS[i]]

@@ -1,21 +1,26 @@
-"""Accuracy, consistency and AC3 of answers to a parallel benchmark, with coins as probabilities (SeaEval v0.1).
+"""Accuracy, consistency and AC3 of answers to a parallel benchmark, as in SeaEval v0.1.
 
-An answer in which SeaEval finds no single choice is decided by a coin there. Three modes say what it is here:
+If SeaEval finds no single choice in an answer, it tosses a coin between the candidates. Here the
+mode says what happens:
 
-- "expectation": each candidate has probability 1 / number of candidates, coins of different languages are independent,
-  and every score is exact: P(all of s languages agree) = sum over choices of the product of their probabilities.
-- "seaeval": the coin is tossed, as a hash of (seed, item id, language).
-- "strict": the answer is none: wrong, and in agreement with nothing.
+- "expectation": each candidate has the probability 1 / number of candidates, and the coins of
+  different languages are independent. Every score is exact: the probability that s languages agree
+  is the sum over choices of the product of their probabilities.
+- "seaeval": the coin is tossed; the outcome is a hash of (seed, item id, language).
+- "strict": there is no answer: it is wrong, and it agrees with nothing.
 
-Axes in names: I items, L languages, C choices, S sizes of language sets (2 to L), R resamples.
+Example: English answers A, Chinese A or B. In expectation they agree with probability 1/2.
+
+Axes in names: I items, L languages, C choices, S sizes of language sets (2 to L), O outcomes.
 """
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, combinations_with_replacement
 from typing import Literal
 
 import numpy as np
@@ -25,12 +30,15 @@ from crossin_jax.evaluation.predictions import Predictions
 
 Mode = Literal["expectation", "seaeval", "strict"]
 MODES: tuple[Mode, ...] = ("expectation", "seaeval", "strict")
-EPSILON = 1e-10  # SeaEval's guard against 0 / 0
+# Up to this number of languages their sets are listed: 12 languages have 4,083 sets, 30 a billion.
+MAX_LISTED = 12
+# SeaEval's guard against 0 / 0
+EPSILON = 1e-10
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """The four scores: shares from 0 to 1; consistency and AC3 by the number of languages s, from 2 to all."""
+    """The four scores, from 0 to 1; consistency and AC3 by the number of languages s, 2 to all."""
 
     accuracy: float
     language_accuracy: dict[str, float]
@@ -39,19 +47,24 @@ class Level:
 
     def flatten(self) -> dict[str, float]:
         """All scores under one name each: accuracy, accuracy/LANGUAGE, consistency_s, AC3_s."""
-        return ({"accuracy": self.accuracy} | {f"accuracy/{name}": v for name, v in self.language_accuracy.items()}
-                | {f"consistency_{s}": v for s, v in self.consistency.items()}
-                | {f"AC3_{s}": v for s, v in self.ac3.items()})
+        return (
+            {"accuracy": self.accuracy}
+            | {f"accuracy/{name}": v for name, v in self.language_accuracy.items()}
+            | {f"consistency_{s}": v for s, v in self.consistency.items()}
+            | {f"AC3_{s}": v for s, v in self.ac3.items()}
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Scores(Level):
     """Scores of one run on one benchmark; see `evaluate`.
 
-    combinations: consistency of every set of s languages. least, most (expectation only): what no outcome of the coins
-    goes below or above; reached by some outcome for accuracy and for consistency, but AC3's may need two different
-    ones. coin_sd (expectation only): exact standard deviation over the coins of accuracy and each consistency_s.
-    coin_share: by language and reason (tie, empty, unreadable), the share of answers that a coin decides.
+    combinations: consistency of every set of s languages; empty above MAX_LISTED languages.
+    coin_share: the share of answers that a coin decides, by language and reason (tie, empty,
+    unreadable).
+    least, most (expectation only): bounds over all outcomes of the coins. For accuracy and for
+    consistency some outcome reaches them; those of AC3 may need two different outcomes.
+    coin_sd (expectation only): exact standard deviations of accuracy and each consistency_s.
     """
 
     benchmark: str
@@ -70,31 +83,51 @@ def ac3(accuracy: float, consistency: float) -> float:
 
 
 def evaluate(predictions: Predictions, mode: Mode = "expectation", *, seed: int = 0) -> Scores:
-    """Scores of a run, averaged as SeaEval does: over items, then over languages, or over all sets of s languages.
+    """Scores of a run, averaged as SeaEval does: over items, then over languages or language sets.
 
-    Consistency compares the positions (letters) of the choices. AC3_s in expectation mode is AC3 of the expected
-    accuracy and the expected consistency_s; as AC3 is not linear, the mean of AC3 over tosses (`toss`) differs from it,
-    by less than 1e-3 on SeaEval's own logs. Where no answer needs a coin the modes agree and every number equals
-    SeaEval's in its last digit. `seed` tosses the coins of mode "seaeval". Raises UserError for an unknown mode or no
-    items.
+    Consistency compares the positions (letters) of the choices. In expectation mode, AC3_s is AC3
+    of the expected accuracy and the expected consistency_s. AC3 is not linear, so its mean over
+    many tosses differs, by less than 1e-3 on SeaEval's own logs. If no answer needs a coin, the
+    modes agree and every number equals SeaEval's to the last digit. `seed` tosses the coins of
+    mode "seaeval". Raises UserError for an unknown mode or no items.
     """
     p_ILC = choice_probabilities(predictions, mode, seed)
     languages, num_items = predictions.languages, len(p_ILC)
     correct_IL = _gold_probabilities(predictions, p_ILC)
-    combinations = {s: {names: float(total) / num_items for names, total in sets.items()}
-                    for s, sets in _agreement(p_ILC, languages).items()}
-    level = _level(languages, correct_IL.sum(0) / num_items,
-                   {s: _mean(list(sets.values())) for s, sets in combinations.items()})
+    combinations: dict[int, dict[tuple[str, ...], float]] = {}
+    if len(languages) <= MAX_LISTED:
+        combinations = {
+            s: {names: float(total) / num_items for names, total in sets.items()}
+            for s, sets in _agreement(p_ILC, languages).items()
+        }
+        consistency = {s: _mean(list(sets.values())) for s, sets in combinations.items()}
+    else:
+        consistency = {s: float(share_I.mean()) for s, share_I in _share_of_sets(p_ILC).items()}
+    level = _level(languages, correct_IL.sum(0) / num_items, consistency)
     least = most = None
     coin_sd: dict[str, float] = {}
     if mode == "expectation":
         least, most, coin_sd = _coin_range(predictions, correct_IL, level)
-    return Scores(level.accuracy, level.language_accuracy, level.consistency, level.ac3, predictions.benchmark, mode,
-                  num_items, combinations, _coin_share(predictions), least, most, coin_sd)
+    return Scores(
+        level.accuracy,
+        level.language_accuracy,
+        level.consistency,
+        level.ac3,
+        predictions.benchmark,
+        mode,
+        num_items,
+        combinations,
+        _coin_share(predictions),
+        least,
+        most,
+        coin_sd,
+    )
 
 
-def choice_probabilities(predictions: Predictions, mode: Mode = "expectation", seed: int = 0) -> np.ndarray:
-    """The probability of each choice (I, L, C) float64: rows sum to 1, or to 0 where strict mode sees no answer."""
+def choice_probabilities(
+    predictions: Predictions, mode: Mode = "expectation", seed: int = 0
+) -> np.ndarray:
+    """The probability of each choice (I, L, C) float64; the sum is 1, or 0 for "no answer"."""
     if mode not in MODES:
         raise UserError(f"mode={mode!r} is not one of {', '.join(MODES)}{hint(mode, MODES)}")
     if not predictions.items:
@@ -114,19 +147,29 @@ def choice_probabilities(predictions: Predictions, mode: Mode = "expectation", s
 
 
 def _coin(seed: int, item: str, language: str, sides: int) -> int:
-    digest = hashlib.blake2b(f"{seed}\0{item}\0{language}".encode(errors="surrogatepass"), digest_size=8).digest()
+    digest = hashlib.blake2b(
+        f"{seed}\0{item}\0{language}".encode(errors="surrogatepass"), digest_size=8
+    ).digest()
     return int.from_bytes(digest, "big") * sides >> 64
 
 
 def _gold_probabilities(predictions: Predictions, p_ILC: np.ndarray) -> np.ndarray:
-    gold_IL = np.array([[item.gold[language] for language in predictions.languages] for item in predictions.items])
+    gold_IL = np.array(
+        [[item.gold[language] for language in predictions.languages] for item in predictions.items]
+    )
     return np.take_along_axis(p_ILC, gold_IL[:, :, None], axis=2)[:, :, 0]
 
 
-def _agreement(p_ILC: np.ndarray, languages: Sequence[str]) -> dict[int, dict[tuple[str, ...], float]]:
-    """Expected number of items on which a set of languages agrees, in the order of itertools.combinations."""
+def _agreement(
+    p_ILC: np.ndarray, languages: Sequence[str]
+) -> dict[int, dict[tuple[str, ...], float]]:
+    """Expected number of items on which a set of languages agrees.
+
+    Sets are in the order of itertools.combinations, as SeaEval adds them up.
+    """
     counts: dict[int, dict[tuple[str, ...], float]] = {s: {} for s in range(2, len(languages) + 1)}
 
+    # Depth first, so that (en, zh, vi) reuses the product of (en, zh).
     def extend(names: tuple[str, ...], product_IC: np.ndarray, start: int) -> None:
         if len(names) > 1:
             counts[len(names)][names] = product_IC.sum()
@@ -137,67 +180,187 @@ def _agreement(p_ILC: np.ndarray, languages: Sequence[str]) -> dict[int, dict[tu
     return counts
 
 
+def _share_of_sets(p_ILC: np.ndarray) -> dict[int, np.ndarray]:
+    """By s, the expected share of sets of s languages that agree on an item, (I,).
+
+    The sets are not listed: the sum over all of them of the product of their probabilities is an
+    elementary symmetric polynomial. Adding one language at a time, a set of s languages either has
+    the new one or does not:
+        sums[s] = sums[s] + sums[s - 1] · p_new
+    """
+    num_languages = p_ILC.shape[1]
+    sums_SIC = np.zeros((num_languages + 1, *p_ILC[:, 0].shape))
+    sums_SIC[0] = 1
+    for l in range(num_languages):
+        sums_SIC[1:] += sums_SIC[:-1] * p_ILC[:, l]
+    return {
+        s: sums_SIC[s].sum(1) / math.comb(num_languages, s) for s in range(2, num_languages + 1)
+    }
+
+
 def _mean(values: Sequence[float]) -> float:
-    """Summed from left to right, as SeaEval's scores were: Python 3.12's `sum` rounds otherwise in the last digit."""
+    # Summed from left to right, as SeaEval did. `sum` of Python 3.12 compensates rounding errors
+    # and may differ in the last digit.
     return list(accumulate(values))[-1] / len(values)
 
 
-def _level(languages: Sequence[str], accuracy_L: np.ndarray, consistency: dict[int, float]) -> Level:
+def _level(
+    languages: Sequence[str], accuracy_L: np.ndarray, consistency: dict[int, float]
+) -> Level:
     by_language = dict(zip(languages, map(float, accuracy_L), strict=True))
     accuracy = _mean(list(by_language.values()))
-    return Level(accuracy, by_language, consistency, {s: ac3(accuracy, value) for s, value in consistency.items()})
+    return Level(
+        accuracy,
+        by_language,
+        consistency,
+        {s: ac3(accuracy, value) for s, value in consistency.items()},
+    )
 
 
 def _coin_share(predictions: Predictions) -> dict[str, dict[str, float]]:
     shares: dict[str, dict[str, float]] = {}
     for language in predictions.languages:
-        reasons = [answer.reason for item in predictions.items
-                   if len((answer := item.answers[language]).candidates) > 1]
-        shares[language] = {reason: reasons.count(reason) / len(predictions.items)
-                            for reason in dict.fromkeys(("tie", "empty", "unreadable", *reasons))}
+        reasons = [
+            answer.reason
+            for item in predictions.items
+            if len((answer := item.answers[language]).candidates) > 1
+        ]
+        shares[language] = {
+            reason: reasons.count(reason) / len(predictions.items)
+            for reason in dict.fromkeys(("tie", "empty", "unreadable", *reasons))
+        }
     return shares
 
 
-# --- one item under its coins: how many languages pick each choice decides its consistency for every s -------------
+# ---- One item under its coins
+#
+# The consistency of an item depends only on how many languages pick each choice, so the coins are
+# looked at through these counts, and their outcomes are not listed one by one. Three languages,
+# choices A and B, en and
+# zh answer A, vi has a coin between A and B:
+#
+#     counts   (2, 0)  ──coin──►  (3, 0) with p = 1/2: all pairs agree,        consistency_2 = 1
+#                            └──►  (2, 1) with p = 1/2: one of 3 pairs agrees,  consistency_2 = 1/3
 
 
-def _set_shares(counts: Sequence[int], num_languages: int) -> tuple[float, ...]:
-    """For s = 2, 3, …: the share of sets of s languages that agree, when counts[c] languages pick choice c."""
-    return tuple(sum(math.comb(n, s) for n in counts) / math.comb(num_languages, s)
-                 for s in range(2, num_languages + 1))
+@lru_cache(maxsize=256)
+def _share_table(num_languages: int) -> np.ndarray:
+    """The share of all sets of s languages that n languages make, which pick one choice; by n, s."""
+    sizes = range(2, num_languages + 1)
+    return np.array(
+        [
+            [math.comb(n, s) / math.comb(num_languages, s) for s in sizes]
+            for n in range(num_languages + 1)
+        ]
+    ).reshape(num_languages + 1, len(sizes))
 
 
 @lru_cache(maxsize=1 << 16)
-def _item_range(counts: tuple[int, ...], coins: tuple[tuple[int, ...], ...],
-                num_languages: int) -> tuple[tuple[float, ...], ...]:
-    """(least, most, variance) by s over all outcomes of an item's coins, beside its certain answers' counts.
+def _item_range(
+    counts: tuple[int, ...], coins: tuple[tuple[int, ...], ...], num_languages: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(least, most, variance) by s over all outcomes of an item's coins, each (S,).
 
-    Coins are ordered by their number of candidates: once only coins over all choices are left, which choice has which
-    count no longer matters, and outcomes are kept sorted. So ten choices in twelve languages take milliseconds.
+    `counts` are those of the certain answers. The share of agreeing sets is a sum over choices of
+    C(n, s), which is convex in the number n of languages that pick the choice. So it is least where
+    the numbers are as even as the coins allow, for every s at once. It is most where choices take
+    all the coins they can, one choice after the other, in the best order.
     """
-    outcomes = {counts: 1.0}
+    share = _share_table(num_languages)
+    even = share[_level_out(counts, coins)].sum(0)
+    # best[taken]: the most by s when these choices have taken their coins, in any order
+    groups = Counter(map(frozenset, coins))
+    best = {frozenset(): np.zeros(share.shape[1])}
+    for _ in counts:
+        longer: dict[frozenset[int], np.ndarray] = {}
+        for taken, value in best.items():
+            for c in set(range(len(counts))) - taken:
+                won = sum(n for coin, n in groups.items() if c in coin and not taken & coin)
+                after, total = taken | {c}, value + share[counts[c] + won]
+                longer[after] = np.maximum(longer.get(after, total), total)
+        best = longer
+    (most,) = best.values()
+    return even, most, _variance(counts, coins, share)
+
+
+def _level_out(counts: tuple[int, ...], coins: tuple[tuple[int, ...], ...]) -> list[int]:
+    """The most even numbers of languages by choice that the coins can make.
+
+    Each coin goes to the choice with the lowest number that it can reach: one of its candidates, or
+    one to which a coin on these can move.
+    """
+    numbers = list(counts)
+    lies_on: list[int] = []  # the choice of each coin so far
     for candidates in coins:
-        longer: dict[tuple[int, ...], float] = {}
-        for state, p in outcomes.items():
-            for c in candidates:
-                after = (*state[:c], state[c] + 1, *state[c + 1:])
-                if len(candidates) == len(counts):
-                    after = tuple(sorted(after))
-                longer[after] = longer.get(after, 0.0) + p / len(candidates)
-        outcomes = longer
-    shares_OS = np.array([_set_shares(state, num_languages) for state in outcomes]).reshape(len(outcomes), -1)
-    p_O = np.array(list(outcomes.values()))
-    variance_S = p_O @ (shares_OS - p_O @ shares_OS) ** 2
-    return tuple(shares_OS.min(0)), tuple(shares_OS.max(0)), tuple(variance_S)
+        # The coin that moves to a choice to make room where it lay; None: the new coin itself.
+        movers: dict[int, int | None] = dict.fromkeys(candidates)
+        reached = list(candidates)
+        for choice in reached:  # grows while it is read
+            if len(reached) == len(counts):
+                break
+            for other, place in enumerate(lies_on):
+                if place == choice:
+                    further = [c for c in coins[other] if c not in movers]
+                    movers |= dict.fromkeys(further, other)
+                    reached += further
+        choice = min(reached, key=lambda c: numbers[c])
+        numbers[choice] += 1
+        while (mover := movers[choice]) is not None:
+            choice, lies_on[mover] = lies_on[mover], choice
+        lies_on.append(choice)
+    return numbers
 
 
-def _coin_range(predictions: Predictions, correct_IL: np.ndarray,
-                expected: Level) -> tuple[Level, Level, dict[str, float]]:
-    """What the coins can make of a run: least, most, and standard deviations."""
+def _variance(
+    counts: tuple[int, ...], coins: tuple[tuple[int, ...], ...], share: np.ndarray
+) -> np.ndarray:
+    """The variance by s of an item's share of agreeing sets, (S,): covariances of pairs of choices."""
+    variance = np.zeros(share.shape[1])
+    for c, d in combinations_with_replacement(range(len(counts)), 2):
+        chances = [((c in coin) / len(coin), (d in coin and c != d) / len(coin)) for coin in coins]
+        joint = _joint_numbers(tuple(sorted(chance for chance in chances if any(chance))))
+        share_c, share_d = share[counts[c] :][: len(joint)], share[counts[d] :][: len(joint)]
+        share_c = share_c - joint.sum(1) @ share_c
+        if c == d:
+            variance += joint.sum(1) @ share_c**2
+        else:
+            share_d = share_d - joint.sum(0) @ share_d
+            variance += 2 * (share_c * (joint @ share_d)).sum(0)
+    return np.maximum(variance, 0)
+
+
+@lru_cache(maxsize=1 << 10)
+def _joint_numbers(chances: tuple[tuple[float, float], ...]) -> np.ndarray:
+    """[a, b]: the probability that a coins fall on one choice and b on another.
+
+    `chances` are those of each coin for the two choices.
+    """
+    joint = np.zeros((len(chances) + 1, len(chances) + 1))
+    joint[0, 0] = 1
+    for n, (p_a, p_b) in enumerate(chances, 1):
+        before = joint[:n, :n].copy()
+        joint[:n, :n] *= 1 - p_a - p_b
+        joint[1 : n + 1, :n] += p_a * before
+        joint[:n, 1 : n + 1] += p_b * before
+    return joint
+
+
+def _coin_range(
+    predictions: Predictions, correct_IL: np.ndarray, expected: Level
+) -> tuple[Level, Level, dict[str, float]]:
+    """What the coins can make of a run: the least, the most, and standard deviations."""
     languages, (num_items, num_languages) = predictions.languages, correct_IL.shape
     sizes = range(2, num_languages + 1)
-    if all(len(answer.candidates) == 1 for item in predictions.items for answer in item.answers.values()):
-        return expected, expected, dict.fromkeys(("accuracy", *(f"consistency_{s}" for s in sizes)), 0.0)
+    if all(
+        len(answer.candidates) == 1
+        for item in predictions.items
+        for answer in item.answers.values()
+    ):
+        return (
+            expected,
+            expected,
+            dict.fromkeys(("accuracy", *(f"consistency_{s}" for s in sizes)), 0.0),
+        )
     ranges = []
     for item in predictions.items:
         counts, coins = [0] * item.num_choices, []
@@ -207,60 +370,56 @@ def _coin_range(predictions: Predictions, correct_IL: np.ndarray,
                 counts[candidates[0]] += 1
             else:
                 coins.append(candidates)
-        ranges.append(_item_range(tuple(counts), tuple(sorted(coins, key=lambda c: (len(c), c))), num_languages))
+        ranges.append(
+            _item_range(
+                tuple(counts), tuple(sorted(coins, key=lambda c: (len(c), c))), num_languages
+            )
+        )
     sums_3S = np.array(ranges).sum(0)  # least, most, variance
     accuracies_2L = [(correct_IL == 1).sum(0) / num_items, (correct_IL > 0).sum(0) / num_items]
-    least, most = (_level(languages, accuracy_L, {s: bound(float(total) / num_items, expected.consistency[s])
-                                                  for s, total in zip(sizes, sums_S, strict=True)})
-                   for bound, accuracy_L, sums_S in zip((min, max), accuracies_2L, sums_3S[:2], strict=True))
+    least, most = (
+        _level(
+            languages,
+            accuracy_L,
+            {
+                s: bound(float(total) / num_items, expected.consistency[s])
+                for s, total in zip(sizes, sums_S, strict=True)
+            },
+        )
+        for bound, accuracy_L, sums_S in zip((min, max), accuracies_2L, sums_3S[:2], strict=True)
+    )
     variance = float((correct_IL * (1 - correct_IL)).sum()) / (num_items * num_languages) ** 2
-    return least, most, {"accuracy": math.sqrt(variance)} | {
-        f"consistency_{s}": math.sqrt(float(v)) / num_items for s, v in zip(sizes, sums_3S[2], strict=True)}
+    return (
+        least,
+        most,
+        {"accuracy": math.sqrt(variance)}
+        | {
+            f"consistency_{s}": math.sqrt(float(v)) / num_items
+            for s, v in zip(sizes, sums_3S[2], strict=True)
+        },
+    )
 
 
-def item_scores(predictions: Predictions, mode: Mode = "expectation", *, seed: int = 0) -> dict[str, np.ndarray]:
-    """The (expected) score of every item: accuracy, accuracy/LANGUAGE, consistency_s; each (I,) float64.
+def item_scores(
+    predictions: Predictions, mode: Mode = "expectation", *, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """The (expected) scores of every item: accuracy, accuracy/LANGUAGE, consistency_s; each (I,).
 
-    Their means over items are the scores of `evaluate` up to rounding.
+    Their means over items are the scores of `evaluate`, except for rounding.
     """
     p_ILC = choice_probabilities(predictions, mode, seed)
     correct_IL = _gold_probabilities(predictions, p_ILC)
     scores = {"accuracy": correct_IL.mean(1)}
-    scores |= {f"accuracy/{language}": correct_IL[:, l] for l, language in enumerate(predictions.languages)}
-    num_languages = p_ILC.shape[1]
-    # elementary symmetric polynomials: sums over all sets of s languages without listing them
-    sums_SIC = [np.ones_like(p_ILC[:, 0]), *(np.zeros_like(p_ILC[:, 0]) for _ in range(num_languages))]
-    for l in range(num_languages):
-        for s in range(l + 1, 0, -1):
-            sums_SIC[s] = sums_SIC[s] + sums_SIC[s - 1] * p_ILC[:, l]
-    return scores | {f"consistency_{s}": sums_SIC[s].sum(1) / math.comb(num_languages, s)
-                     for s in range(2, num_languages + 1)}
+    scores |= {
+        f"accuracy/{language}": correct_IL[:, l] for l, language in enumerate(predictions.languages)
+    }
+    return scores | {f"consistency_{s}": share_I for s, share_I in _share_of_sets(p_ILC).items()}
 
 
-def toss(predictions: Predictions, num_tosses: int = 1000, *, seed: int = 0) -> dict[str, np.ndarray]:
-    """Scores of `num_tosses` re-scorings with fresh coins, as SeaEval's would scatter; each (num_tosses,) float64.
-
-    Holds accuracy, consistency_s and AC3_s; the mean of an AC3 here is its expectation proper.
-    """
-    p_ILC = choice_probabilities(predictions)
-    rng = np.random.default_rng(seed)
-    num_items, num_languages, num_choices = p_ILC.shape
-    gold_IL = np.array([[item.gold[language] for language in predictions.languages] for item in predictions.items])
-    share = np.array([_set_shares([n], num_languages) for n in range(num_languages + 1)])  # of n that agree, by s
-    edges_ILC = p_ILC.cumsum(2)[:, :, :-1]
-    accuracy, consistency = np.empty(num_tosses), np.empty((num_tosses, num_languages - 1))
-    for r in range(num_tosses):
-        choice_IL = (rng.random((num_items, num_languages, 1)) >= edges_ILC).sum(2)
-        accuracy[r] = (choice_IL == gold_IL).mean()
-        counts_IC = (choice_IL[:, :, None] == np.arange(num_choices)).sum(1)
-        consistency[r] = share[counts_IC].sum((0, 1)) / num_items
-    scores = {"accuracy": accuracy}
-    scores |= {f"consistency_{s}": consistency[:, s - 2] for s in range(2, num_languages + 1)}
-    return scores | {f"AC3_{s}": ac3(accuracy, consistency[:, s - 2]) for s in range(2, num_languages + 1)}
-
-
-def pair_agreement(predictions: Predictions, mode: Mode = "expectation", *, seed: int = 0) -> np.ndarray:
-    """Share of items on which two languages pick the same choice, (L, L) float64 with ones on the diagonal."""
+def pair_agreement(
+    predictions: Predictions, mode: Mode = "expectation", *, seed: int = 0
+) -> np.ndarray:
+    """Share of items on which two languages pick the same choice (L, L), 1 on the diagonal."""
     p_ILC = choice_probabilities(predictions, mode, seed)
     share_LL = np.einsum("ilc,imc->lm", p_ILC, p_ILC) / len(p_ILC)
     np.fill_diagonal(share_LL, 1)

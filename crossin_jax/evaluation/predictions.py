@@ -49,19 +49,38 @@ class Predictions:
 
 def encode(predictions: Predictions) -> dict[str, Any]:
     """The predictions as plain JSON types."""
+
     def shallow(value: Any) -> dict[str, Any]:  # `asdict` copies every tuple: ten times the time
         return {field.name: getattr(value, field.name) for field in fields(value)}
-    return shallow(predictions) | {"items": [
-        shallow(item) | {"answers": {code: shallow(answer) for code, answer in item.answers.items()}}
-        for item in predictions.items]}
+
+    return shallow(predictions) | {
+        "items": [
+            shallow(item)
+            | {"answers": {code: shallow(answer) for code, answer in item.answers.items()}}
+            for item in predictions.items
+        ]
+    }
 
 
 def decode(stored: dict[str, Any]) -> Predictions:
     """What `encode` made; raises KeyError or TypeError for anything else."""
+
     def answer(a: dict[str, Any]) -> Answer:
-        scores, own = (None if a.get(name) is None else tuple(a[name]) for name in ("scores", "own"))
+        scores, own = (
+            None if a.get(name) is None else tuple(a[name]) for name in ("scores", "own")
+        )
         return Answer(tuple(a["candidates"]), a["reason"], a["text"], scores, own)
-    items = tuple(ItemAnswers(item["id"], item["gold"], item["num_choices"],
-                              {code: answer(a) for code, a in item["answers"].items()}, tuple(item["tags"]))
-                  for item in stored["items"])
-    return Predictions(stored["benchmark"], stored["method"], stored["prompt"], tuple(stored["languages"]), items)
+
+    items = tuple(
+        ItemAnswers(
+            item["id"],
+            item["gold"],
+            item["num_choices"],
+            {code: answer(a) for code, a in item["answers"].items()},
+            tuple(item["tags"]),
+        )
+        for item in stored["items"]
+    )
+    return Predictions(
+        stored["benchmark"], stored["method"], stored["prompt"], tuple(stored["languages"]), items
+    )

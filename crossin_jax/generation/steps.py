@@ -1,4 +1,9 @@
-"""The compiled programs of the engine as pure functions: prefill, insert, resize, decode, score."""
+"""The compiled programs of the engine as pure functions: prefill, insert, resize, decode, score.
+
+Shape letters: B rows that decode together, A rows that are admitted, T positions of a prompt, P of
+a shared prefix, S slots of the cache, R of them for prompts and W for the ring, C choices, K tokens
+of a choice, V vocabulary.
+"""
 
 import dataclasses
 from dataclasses import dataclass
@@ -10,7 +15,8 @@ import jax.numpy as jnp
 from crossin_jax.generation.sampling import Sampling, draw
 from crossin_jax.models.transformer import Cache, Transformer
 
-LOGITS_AT_ONCE = 1 << 24  # float32 numbers: 64 MiB
+# float32 numbers, so 64 MiB
+LOGITS_AT_ONCE = 1 << 24
 
 
 @jax.tree_util.register_dataclass
@@ -18,22 +24,33 @@ LOGITS_AT_ONCE = 1 << 24  # float32 numbers: 64 MiB
 class State:
     """Everything that decoding changes, for B rows.
 
-    The cache has a region for prompts, R slots per row, and a ring of W slots for what is drawn. One scalar,
-    cache["length"], is the slot all rows write next; a row must end before the ring comes round to its first token.
+    The cache has a region of R slots per row for prompts, and a ring of W slots for drawn tokens:
+
+        slots   0 … R-1             R … R+W-1
+        row 0   Paris is the ·      capital of France ·     started first
+        row 1   Name a river ·      ·       ·  Seine  ·     admitted two steps later
+                                                      ▲ cache["length"]: the next slot of all rows
+
+    One slot for all rows is a cheap write: dynamic_update_slice instead of a scatter. The price is
+    that rows which start later waste the slots before their start. After the last slot, writing
+    continues at R. So a row must end before the ring comes round to its first token.
     """
 
     cache: Cache
-    token_B: jax.Array  # drawn last, not yet read by the model
-    position_B: jax.Array  # of that token
-    left_B: jax.Array  # tokens that may still be drawn
-    seed_B: jax.Array  # uint32
+    # the token that was drawn last, which the model has not read yet, and its position
+    token_B: jax.Array
+    position_B: jax.Array
+    # tokens that may still be drawn
+    left_B: jax.Array
+    seed_B: jax.Array
     done_B: jax.Array
-    finite: jax.Array  # () bool: no draw has met logits that are not numbers
+    # () bool: whether all logits so far were numbers
+    finite: jax.Array
 
 
 @dataclass(frozen=True)
 class Axes:
-    """What the dimensions of one array of the cache are, as logical axes."""
+    """The dimensions of one array of the cache, as logical axes."""
 
     names: tuple[str, ...]
 
@@ -47,14 +64,20 @@ class Axes:
 
 
 def cache_axes(model: Transformer, dtype: Any) -> Any:
-    """The `Axes` of every array of the cache, read off its shape; the cache may be stacked over layers or not."""
-    B, S = 10_007, 10_009  # primes that are no size of a model
+    """The `Axes` of every array of the cache, which may be stacked over layers or not."""
+    # A cache is shaped, without memory, for sizes that no model has. Where they occur in the shape
+    # of an array is where its rows and slots are.
+    B, S = 10_007, 10_009
 
     def axes(leaf):
         others = iter(("kv_heads", "head"))
         named = {B: "batch", S: "length"}
-        return Axes(tuple(named.get(size) or ("layers" if i == 0 else next(others))
-                          for i, size in enumerate(leaf.shape)))
+        return Axes(
+            tuple(
+                named.get(size) or ("layers" if i == 0 else next(others))
+                for i, size in enumerate(leaf.shape)
+            )
+        )
 
     return jax.tree.map(axes, jax.eval_shape(lambda: model.init_cache(B, S, dtype)))
 
@@ -63,21 +86,29 @@ def empty_state(model: Transformer, B: int, R: int, W: int, dtype: Any) -> State
     """B rows with nothing to do."""
     zero = jnp.zeros((B,), jnp.int32)
     cache = model.init_cache(B, R + W, dtype) | {"length": jnp.int32(R)}
-    return State(cache, zero, zero, zero, zero.astype(jnp.uint32), jnp.ones((B,), bool), jnp.ones((), bool))
+    return State(
+        cache, zero, zero, zero, zero.astype(jnp.uint32), jnp.ones((B,), bool), jnp.ones((), bool)
+    )
 
 
-def extend_prefix(model: Transformer, axes: Any, prefix: Cache | None, rows: int, slots: int, dtype: Any) -> Cache:
-    """A cache that holds the prefix in every row and has `slots` more after its last token."""
+def extend_prefix(
+    model: Transformer, axes: Any, prefix: Cache | None, rows: int, slots: int, dtype: Any
+) -> Cache:
+    """A cache with the prefix in every row, and `slots` more slots after it."""
     if prefix is None:
         return model.init_cache(rows, slots, dtype)
 
     def put(empty, stored, names):
         if not names.names:
             return stored
-        repeated = jnp.broadcast_to(stored, [rows if i == names.batch else n for i, n in enumerate(stored.shape)])
+        repeated = jnp.broadcast_to(
+            stored, [rows if i == names.batch else n for i, n in enumerate(stored.shape)]
+        )
         return jax.lax.dynamic_update_slice(empty, repeated, (0,) * empty.ndim)
 
-    return jax.tree.map(put, model.init_cache(rows, prefix["positions"].shape[1] + slots, dtype), prefix, axes)
+    return jax.tree.map(
+        put, model.init_cache(rows, prefix["positions"].shape[1] + slots, dtype), prefix, axes
+    )
 
 
 def read_prefix(model: Transformer, tokens_1P: jax.Array, length: jax.Array, dtype: Any) -> Cache:
@@ -88,24 +119,42 @@ def read_prefix(model: Transformer, tokens_1P: jax.Array, length: jax.Array, dty
     return cache | {"length": length}
 
 
-def read_prompts(model: Transformer, cache: Cache, tokens_BT: jax.Array, lengths_B: jax.Array,
-                 attention: str, fresh: bool) -> tuple[jax.Array, Cache]:
-    """Logits (B, V) after the last token of each right-padded prompt, and the cache that holds the prompts.
+def read_prompts(
+    model: Transformer,
+    cache: Cache,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    attention: str,
+    fresh: bool,
+) -> tuple[jax.Array, Cache]:
+    """Logits (B, V) after the last token of each right-padded prompt, and the cache with them.
 
-    `fresh` promises that the cache was empty.
+    `fresh`: the caller guarantees that the cache is empty.
     """
     T = tokens_BT.shape[1]
     real = (jnp.arange(T)[None] < lengths_B[:, None]).astype(jnp.int32)
-    hidden, cache = model.hidden(tokens_BT, None, real, cache=cache, attention=attention, fresh=fresh)
+    hidden, cache = model.hidden(
+        tokens_BT, None, real, cache=cache, attention=attention, fresh=fresh
+    )
     last = jnp.take_along_axis(hidden, (lengths_B - 1)[:, None, None], axis=1)
     return model.unembed(last)[:, 0], cache
 
 
-def prefill(model: Transformer, cache: Cache, tokens_BT: jax.Array, lengths_B: jax.Array, left_B: jax.Array,
-            seed_B: jax.Array, sampling: Sampling, eos: jax.Array, attention: str,
-            fresh: bool) -> State:
+def prefill(
+    model: Transformer,
+    cache: Cache,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    left_B: jax.Array,
+    seed_B: jax.Array,
+    sampling: Sampling,
+    eos: jax.Array,
+    attention: str,
+    fresh: bool,
+) -> State:
     """Rows whose prompts are read and whose first token is drawn."""
-    position_B = cache["length"] + lengths_B  # slots are positions here
+    # In a cache of prompts alone, the slot of a token is its position.
+    position_B = cache["length"] + lengths_B
     logits, cache = read_prompts(model, cache, tokens_BT, lengths_B, attention, fresh)
     token_B = draw(logits, seed_B, position_B, sampling)
     done_B = (left_B <= 1) | _is_any(token_B, eos)
@@ -114,7 +163,8 @@ def prefill(model: Transformer, cache: Cache, tokens_BT: jax.Array, lengths_B: j
 
 
 def insert(state: State, rows: State, index_A: jax.Array, R: int, axes: Any) -> State:
-    """The state with `rows` in place of the rows `index_A`; an index past the last row is left out."""
+    """The state with `rows` in place of the rows `index_A`; indices past the end are ignored."""
+
     def put(stored, new, names):
         if not names.names:  # the slot to write belongs to all rows
             return stored
@@ -122,19 +172,32 @@ def insert(state: State, rows: State, index_A: jax.Array, R: int, axes: Any) -> 
         where[names.batch] = index_A
         if "length" in names.names:
             size = min(R, new.shape[names.length])
-            where[names.length], new = slice(size), jax.lax.slice_in_dim(new, 0, size, axis=names.length)
+            where[names.length], new = (
+                slice(size),
+                jax.lax.slice_in_dim(new, 0, size, axis=names.length),
+            )
         return stored.at[tuple(where)].set(new, mode="drop")
 
-    # slots whose position is -1 are never read, whatever an earlier row left there
+    # Slots with position -1 are never read, whatever an earlier row left there.
     cleared = state.cache | {"positions": state.cache["positions"].at[index_A].set(-1, mode="drop")}
     cache = jax.tree.map(put, cleared, rows.cache, axes)
-    vectors = {name: put(getattr(state, name), getattr(rows, name), Axes(("batch",)))
-               for name in ("token_B", "position_B", "left_B", "seed_B", "done_B")}
+    vectors = {
+        name: put(getattr(state, name), getattr(rows, name), Axes(("batch",)))
+        for name in ("token_B", "position_B", "left_B", "seed_B", "done_B")
+    }
     return State(cache, **vectors, finite=state.finite & rows.finite)
 
 
 def resize(state: State, R: int, to_R: int, to_W: int, axes: Any) -> State:
-    """The state with other sizes of prompt region and ring; the ring is turned so that its oldest slot comes first."""
+    """The state with other sizes of the prompt region and the ring.
+
+    The ring is turned so that its oldest slot comes first. Then slots can be added after the newest
+    one, or the oldest ones can be dropped:
+
+        ring   e f c d     next slot is that of c, the oldest
+        turned c d e f
+        larger c d e f · ·      smaller d e f
+    """
     slot = state.cache["length"]
     W = state.cache["positions"].shape[1] - R
 
@@ -145,24 +208,42 @@ def resize(state: State, R: int, to_R: int, to_W: int, axes: Any) -> State:
         prompts = jax.lax.slice_in_dim(stored, 0, R, axis=axis)
         ring = jnp.roll(jax.lax.slice_in_dim(stored, R, R + W, axis=axis), R - slot, axis)
         empty = -1 if stored.dtype == jnp.int32 else 0  # positions, or keys and values
-        return jnp.concatenate([_resize(prompts, axis, 0, to_R, empty),
-                                _resize(ring, axis, max(0, W - to_W), to_W, empty)], axis=axis)
+        return jnp.concatenate(
+            [
+                _resize(prompts, axis, 0, to_R, empty),
+                _resize(ring, axis, max(0, W - to_W), to_W, empty),
+            ],
+            axis=axis,
+        )
 
     cache = jax.tree.map(fit, state.cache, axes)
-    return dataclasses.replace(state, cache=cache | {"length": jnp.int32(to_R + (W if to_W > W else 0))})
+    return dataclasses.replace(
+        state, cache=cache | {"length": jnp.int32(to_R + (W if to_W > W else 0))}
+    )
 
 
 def _resize(x: jax.Array, axis: int, start: int, size: int, empty: int) -> jax.Array:
     """`size` slots of x from `start` on, with empty ones at the end."""
     x = jax.lax.slice_in_dim(x, start, min(start + size, x.shape[axis]), axis=axis)
-    return jnp.pad(x, [(0, size - n if i == axis else 0) for i, n in enumerate(x.shape)], constant_values=empty)
+    return jnp.pad(
+        x, [(0, size - n if i == axis else 0) for i, n in enumerate(x.shape)], constant_values=empty
+    )
 
 
-def decode(model: Transformer, state: State, alive_B: jax.Array, steps: jax.Array, leave_at: jax.Array,
-           sampling: Sampling, eos: jax.Array, R: int, width: int) -> tuple[State, jax.Array]:
-    """Up to `steps` tokens for every row that is alive and not done, (B, width) with -1 where there is none.
+def decode(
+    model: Transformer,
+    state: State,
+    alive_B: jax.Array,
+    steps: jax.Array,
+    leave_at: jax.Array,
+    sampling: Sampling,
+    eos: jax.Array,
+    R: int,
+    width: int,
+) -> tuple[State, jax.Array]:
+    """Up to `steps` tokens for every row that is alive and not done, (B, width); -1 means none.
 
-    Leaves as soon as `leave_at` rows are done, so that waiting prompts can take their place.
+    It stops as soon as `leave_at` rows are done, so that waiting prompts can take their place.
     """
     state = dataclasses.replace(state, done_B=state.done_B | ~alive_B)
     S = state.cache["positions"].shape[1]
@@ -174,8 +255,12 @@ def decode(model: Transformer, state: State, alive_B: jax.Array, steps: jax.Arra
     def advance(carry):
         step, state, out = carry
         active_B = ~state.done_B
-        hidden, cache = model.hidden(state.token_B[:, None], state.position_B[:, None],
-                                     active_B[:, None].astype(jnp.int32), cache=state.cache)
+        hidden, cache = model.hidden(
+            state.token_B[:, None],
+            state.position_B[:, None],
+            active_B[:, None].astype(jnp.int32),
+            cache=state.cache,
+        )
         logits = model.unembed(hidden)[:, 0]
         position_B = jnp.where(active_B, state.position_B + 1, state.position_B)
         token_B = draw(logits, state.seed_B, position_B, sampling)
@@ -193,12 +278,20 @@ def decode(model: Transformer, state: State, alive_B: jax.Array, steps: jax.Arra
     return state, out
 
 
-def score(model: Transformer, cache: Cache, tokens_BT: jax.Array, lengths_B: jax.Array, choices_CBK: jax.Array,
-          sizes_CB: jax.Array, attention: str, fresh: bool) -> tuple[jax.Array, jax.Array]:
-    """Log-likelihood of every token of every choice after its prompt, and whether it is the likeliest token there.
+def score(
+    model: Transformer,
+    cache: Cache,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    choices_CBK: jax.Array,
+    sizes_CB: jax.Array,
+    attention: str,
+    fresh: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-likelihoods of the tokens of every choice, and whether each is the likeliest token.
 
-    (C, B, K) float32 and bool; past a choice: anything. The prompts are read once. Each choice in turn is written over
-    the one before it, in slots after the prompts.
+    (C, B, K) float32 and bool; after the end of a choice the values mean nothing. The prompts are
+    read once. Each choice in turn is written over the one before it, in slots after the prompts.
     """
     start_B = cache["length"] + lengths_B
     logits, cache = read_prompts(model, cache, tokens_BT, lengths_B, attention, fresh)
@@ -210,16 +303,25 @@ def score(model: Transformer, cache: Cache, tokens_BT: jax.Array, lengths_B: jax
     def score_choice(cache, choice):
         tokens_BK, sizes_B = choice
         real = (steps[None] < sizes_B[:, None] - 1).astype(jnp.int32)
-        hidden, after = model.hidden(tokens_BK[:, :-1], start_B[:, None] + steps[None], real, cache=cache)
+        hidden, after = model.hidden(
+            tokens_BK[:, :-1], start_B[:, None] + steps[None], real, cache=cache
+        )
         return after | {"length": cache["length"]}, log_likelihoods(model, hidden, tokens_BK[:, 1:])
 
     rest = jax.lax.scan(score_choice, cache, (choices_CBK, sizes_CB))[1]
-    return tuple(jnp.concatenate([x[..., None], y], axis=-1) for x, y in zip(first, rest, strict=True))
+    return tuple(
+        jnp.concatenate([x[..., None], y], axis=-1) for x, y in zip(first, rest, strict=True)
+    )
 
 
-def log_likelihoods(model: Transformer, hidden_BTD: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """log p(target) float32, and whether no token is likelier, both (B, T), with the logits of a few positions at a
-    time."""
+def log_likelihoods(
+    model: Transformer, hidden_BTD: jax.Array, targets_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """log p(target) float32, and whether no token is likelier, both (B, T).
+
+    Only a few positions have logits at one time.
+    """
+
     def at_positions(inputs):
         hidden, targets = inputs
         return _judge(model.unembed(hidden), targets)
@@ -229,15 +331,21 @@ def log_likelihoods(model: Transformer, hidden_BTD: jax.Array, targets_BT: jax.A
     if size == T:
         return at_positions((hidden_BTD, targets_BT))
     spare = -T % size
-    hidden = jnp.pad(hidden_BTD, ((0, 0), (0, spare), (0, 0))).reshape(B, -1, size, D).swapaxes(0, 1)
+    hidden = (
+        jnp.pad(hidden_BTD, ((0, 0), (0, spare), (0, 0))).reshape(B, -1, size, D).swapaxes(0, 1)
+    )
     targets = jnp.pad(targets_BT, ((0, 0), (0, spare))).reshape(B, -1, size).swapaxes(0, 1)
-    return tuple(x.swapaxes(0, 1).reshape(B, -1)[:, :T] for x in jax.lax.map(at_positions, (hidden, targets)))
+    return tuple(
+        x.swapaxes(0, 1).reshape(B, -1)[:, :T] for x in jax.lax.map(at_positions, (hidden, targets))
+    )
 
 
 def _judge(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """log p(target), and whether no token is likelier, by logits (…, V) and targets (…) that broadcast together."""
+    """log p(target), and whether no token is likelier, for logits (…, V) and targets (…)."""
     shape = (*targets.shape, logits.shape[-1])
-    chosen = jnp.take_along_axis(jnp.broadcast_to(logits, shape), targets[..., None], axis=-1)[..., 0]
+    chosen = jnp.take_along_axis(jnp.broadcast_to(logits, shape), targets[..., None], axis=-1)[
+        ..., 0
+    ]
     return chosen - jax.nn.logsumexp(logits, axis=-1), chosen >= logits.max(axis=-1)
 
 

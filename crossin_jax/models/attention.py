@@ -1,7 +1,22 @@
-"""Causal grouped-query attention: one rule of who sees whom, one kernel per backend.
+"""Causal grouped-query attention: one rule for the mask, one kernel per backend.
 
-Queries arrive scaled. A token sees the tokens of its own segment that are not later and, in a local layer, fewer than
-`window` positions back. The fused kernels go by place in the row, so there positions must rise within each segment.
+Queries arrive scaled. A token sees the tokens of its own segment that are not later and, in a local
+layer, fewer than `window` positions before it. Two segments in a row of seven tokens, without a
+window (x: visible, rows are queries):
+
+    segment  1 1 1 2 2 2 0          x . . . . . .
+    position 0 1 2 0 1 2 0          x x . . . . .
+                                    x x x . . . .
+                                    . . . x . . .
+                                    . . . x x . .
+                                    . . . x x x .
+                                    padding sees only padding
+
+The fused kernels compare places in the row instead of positions, so positions must increase within
+each segment.
+
+B batch rows · T query positions · S key positions · N query heads · K key/value heads · G = N/K ·
+H head width
 """
 
 import functools
@@ -17,39 +32,54 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from crossin_jax.config import UserError, hint
-from crossin_jax.models.layers import precision
+from crossin_jax.models.cpu import attend_blocks
+from crossin_jax.models.layers import MASKED, attention_mask, precision
 from crossin_jax.models.spec import ModelSpec
 from crossin_jax.parallel.mesh import activation_spec
 
 KERNELS = ("auto", "reference", "blocks", "splash", "cudnn")
-SAVED = "attention"  # checkpoint name of what a remat policy may keep instead of running a kernel twice
-MASKED = -1e30  # finite: a row with no key to see stays finite
-SMALLEST, MOST = 128, 8  # of the kernel "blocks": queries in a block at least, and blocks in a row at most
-LANES = 128  # splash blocks are multiples of the TPU's vector width
+# The checkpoint name of the result, which a remat policy may keep instead of running a kernel
+# twice.
+SAVED = "attention"
+# Splash blocks are multiples of the TPU's vector width.
+LANES = 128
 _PREFERRED = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn", "cpu": "blocks"}
 
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A kernel with its tile; `interpret` runs what stands for it where its device is not there, for tests."""
+    """A kernel with its tile; `interpret` runs it without its device, for tests."""
 
     name: str
     block: int = 512
     interpret: bool = False
 
 
-def choose_kernel(attention: str, spec: ModelSpec, length: int, compute_dtype: Any, platform: str, *,
-                  required: bool = True) -> Kernel:
+def choose_kernel(
+    attention: str,
+    spec: ModelSpec,
+    length: int,
+    compute_dtype: Any,
+    platform: str,
+    *,
+    required: bool = True,
+) -> Kernel:
     """The kernel for rows of `length` on `platform` (tpu, gpu or cpu).
 
-    `auto` takes the platform's own kernel where it can do the work, else the reference; a kernel asked for by name that
-    cannot raises `UserError` with the reason, or gives way to the reference where it is not `required`. `splash:1024`
-    sets the tile.
+    `auto` is the platform's own kernel if that supports the model, else the reference. A kernel
+    that was named but does not support the model raises `UserError` with the reason; if it is not
+    `required`, the reference takes its place. `splash:1024` sets the tile.
     """
+    # "splash:1024" asks for a kernel and its tile.
     asked, _, block = attention.partition(":")
-    if attention not in KERNELS and not (re.fullmatch(r"splash:[1-9]\d*", attention) and int(block) % LANES == 0):
-        raise UserError(f"model.attention={attention!r} is not one of {', '.join(KERNELS)}, or splash:BLOCK with a "
-                        f"multiple of {LANES}{hint(attention, KERNELS)}")
+    if attention not in KERNELS and not (
+        re.fullmatch(r"splash:[1-9]\d*", attention) and int(block) % LANES == 0
+    ):
+        raise UserError(
+            f"model.attention={attention!r} is not one of {', '.join(KERNELS)}, "
+            f"or splash:BLOCK with a multiple of {LANES}{hint(attention, KERNELS)}"
+        )
+    # What keeps the kernel from this work, in words for the error.
     name = _PREFERRED.get(platform, "reference") if asked == "auto" else asked
     obstacle = None
     if name in ("splash", "cudnn") and _PREFERRED.get(platform) != name:
@@ -59,7 +89,10 @@ def choose_kernel(attention: str, spec: ModelSpec, length: int, compute_dtype: A
     elif name == "cudnn" and spec.attention_soft_cap is not None:
         obstacle = f"it has no soft cap, which {spec.model_type} needs"
     elif name == "cudnn" and (spec.head_width % 8 or spec.head_width > 256 or length % 2):
-        obstacle = f"head width {spec.head_width} or row length {length} is outside its range (8 to 256 by 8; even)"
+        obstacle = (
+            f"head width {spec.head_width} or row length {length} is outside its range "
+            "(8 to 256 by 8; even)"
+        )
     elif name == "cudnn" and jnp.dtype(compute_dtype) != jnp.bfloat16:
         obstacle = "it takes bfloat16 only; set model.compute_dtype=bfloat16"
     if obstacle is None:
@@ -69,56 +102,100 @@ def choose_kernel(attention: str, spec: ModelSpec, length: int, compute_dtype: A
     raise UserError(f"model.attention={name}: {obstacle}; use auto or reference")
 
 
-def attention_mask(query_positions_BT: jax.Array, key_positions_BS: jax.Array, query_segments_BT: jax.Array,
-                   key_segments_BS: jax.Array, window: jax.Array | int | None) -> jax.Array:
-    """Who sees whom, (B, T, S) bool."""
-    back = query_positions_BT[:, :, None] - key_positions_BS[:, None]
-    mask = (back >= 0) & (query_segments_BT[:, :, None] == key_segments_BS[:, None])
-    return mask if window is None else mask & (back < window)
-
-
-def attend_reference(q_BTNH: jax.Array, k: jax.Array, v: jax.Array, mask_BTS: jax.Array, *, soft_cap: float | None,
-                     layout: str = "BSKH") -> jax.Array:
-    """Einsum attention with scores and softmax in float32; returns (B, T, N, H). `layout` is that of k and v."""
+def attend_reference(
+    q_BTNH: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask_BTS: jax.Array,
+    *,
+    soft_cap: float | None,
+    layout: str = "BSKH",
+) -> jax.Array:
+    """Einsum attention (B, T, N, H) with scores and softmax in float32; k and v have `layout`."""
     B, T, N, H = q_BTNH.shape
     K = k.shape[layout.index("K")]
+    # Each key/value head serves a group of G = N/K neighbouring query heads.
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum(f"BTKGH,{layout}->BKGTS", q_BTKGH, k, precision=precision(q_BTNH.dtype),
-                        preferred_element_type=jnp.float32)
+    scores = jnp.einsum(
+        f"BTKGH,{layout}->BKGTS",
+        q_BTKGH,
+        k,
+        precision=precision(q_BTNH.dtype),
+        preferred_element_type=jnp.float32,
+    )
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
     probabilities = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], scores, MASKED), axis=-1)
-    context = jnp.einsum(f"BKGTS,{layout}->BTKGH", probabilities.astype(v.dtype), v, precision=precision(v.dtype))
+    context = jnp.einsum(
+        f"BKGTS,{layout}->BTKGH", probabilities.astype(v.dtype), v, precision=precision(v.dtype)
+    )
     return checkpoint_name(context.reshape(B, T, N, H), SAVED)
 
 
-def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array, segment_ids_BT: jax.Array,
-           *, kernel: Kernel, window: int | None, is_local: jax.Array | None, soft_cap: float | None) -> jax.Array:
+def attend(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    positions_BT: jax.Array,
+    segment_ids_BT: jax.Array,
+    *,
+    kernel: Kernel,
+    window: int | None,
+    is_local: jax.Array | None,
+    soft_cap: float | None,
+) -> jax.Array:
     """Attention within a row, (B, T, N, H).
 
-    `window` None: every layer is global. `is_local` None: every layer has the window; else a () bool says whether this
-    one has.
+    `window` None: every layer is global. `is_local` None: every layer has the window; otherwise a
+    () bool says whether this one has it.
     """
     if kernel.name == "reference":
-        mask_BTT = attention_mask(positions_BT, positions_BT, segment_ids_BT, segment_ids_BT,
-                                  _window_here(window, is_local))
+        mask_BTT = attention_mask(
+            positions_BT,
+            positions_BT,
+            segment_ids_BT,
+            segment_ids_BT,
+            _window_here(window, is_local),
+        )
         return attend_reference(q_BTNH, k_BTKH, v_BTKH, mask_BTT, soft_cap=soft_cap)
-    run = functools.partial({"blocks": _blocks, "splash": _splash, "cudnn": _cudnn}[kernel.name], kernel=kernel,
-                            soft_cap=soft_cap)
+    run = functools.partial(
+        {"blocks": _blocks, "splash": _splash, "cudnn": _cudnn}[kernel.name],
+        kernel=kernel,
+        soft_cap=soft_cap,
+    )
     inputs = (q_BTNH, k_BTKH, v_BTKH, positions_BT, segment_ids_BT)
     if window is None or is_local is None or window >= q_BTNH.shape[1]:
         return run(*inputs, window=window)
-    # the window of these kernels is part of the program: both are compiled and the layer takes one
-    return jax.lax.cond(is_local, functools.partial(run, window=window), functools.partial(run, window=None), *inputs)
+    # The window is part of the compiled kernel, and one program serves all layers. So both kernels
+    # are compiled, and each layer takes its branch.
+    return jax.lax.cond(
+        is_local,
+        functools.partial(run, window=window),
+        functools.partial(run, window=None),
+        *inputs,
+    )
 
 
-def attend_cached(q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, positions_BT: jax.Array,
-                  key_positions_BS: jax.Array, *, window: int | None, is_local: jax.Array | None,
-                  soft_cap: float | None) -> jax.Array:
-    """Attention to everything stored in the row of a cache, (B, T, N, H); slots of negative position are empty."""
+def attend_cached(
+    q_BTNH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    positions_BT: jax.Array,
+    key_positions_BS: jax.Array,
+    *,
+    window: int | None,
+    is_local: jax.Array | None,
+    soft_cap: float | None,
+) -> jax.Array:
+    """Attention to all tokens in a row of the cache, (B, T, N, H); negative positions are empty."""
     stored_BS = (key_positions_BS >= 0).astype(jnp.int32)
-    mask_BTS = attention_mask(positions_BT, key_positions_BS, jnp.ones_like(positions_BT), stored_BS,
-                              _window_here(window, is_local))
+    mask_BTS = attention_mask(
+        positions_BT,
+        key_positions_BS,
+        jnp.ones_like(positions_BT),
+        stored_BS,
+        _window_here(window, is_local),
+    )
     return attend_reference(q_BTNH, k_BKSH, v_BKSH, mask_BTS, soft_cap=soft_cap, layout="BKSH")
 
 
@@ -127,97 +204,52 @@ def _window_here(window: int | None, is_local: jax.Array | None) -> jax.Array | 
     return window if is_local is None else jnp.where(is_local, window, jnp.iinfo(jnp.int32).max)
 
 
-def _blocks(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, positions_BT: jax.Array,
-            segment_ids_BT: jax.Array, *, kernel: Kernel, window: int | None, soft_cap: float | None) -> jax.Array:
-    """Einsums in blocks of queries, each against the keys that it can see.
-
-    A block meets no key after it and none before its window, and the backward pass makes the scores again, so nothing
-    of T x T stays.
-    """
-    B, T, N, H = q_BTNH.shape
-    K = k_BTKH.shape[2]
-    q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    k_BKTH, v_BKTH = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
-    context_BKGTH = _in_blocks(q_BKGTH, k_BKTH, v_BKTH, positions_BT, segment_ids_BT, window, soft_cap)
-    return checkpoint_name(context_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H), SAVED)
+def _blocks(
+    *inputs: jax.Array, kernel: Kernel, window: int | None, soft_cap: float | None
+) -> jax.Array:
+    """Einsums in blocks of queries, see `models/cpu.py`."""
+    return checkpoint_name(attend_blocks(*inputs, window, soft_cap), SAVED)
 
 
-def cut(length: int, window: int | None) -> list[tuple[slice, slice]]:
-    """(queries, keys that some of them may see) of every block."""
-    size = max(SMALLEST, -(-length // MOST))
-    starts = range(0, length, size)
-    return [(slice(start, min(start + size, length)),
-             slice(0 if window is None else max(0, start - window + 1), min(start + size, length))) for start in starts]
-
-
-def _block_scores(q, k, positions_BT, segments_BT, queries, keys, window, soft_cap):
-    """Scores of a block in float32, masked, and the derivative of the soft cap."""
-    scores = jnp.einsum("BKGTH,BKSH->BKGTS", q[..., queries, :], k[..., keys, :], precision=precision(q.dtype),
-                        preferred_element_type=jnp.float32)
-    slope = None
-    if soft_cap is not None:
-        bent = jnp.tanh(scores / soft_cap)
-        scores, slope = soft_cap * bent, 1 - bent * bent
-    mask = attention_mask(positions_BT[:, queries], positions_BT[:, keys], segments_BT[:, queries],
-                          segments_BT[:, keys], window)
-    return jnp.where(mask[:, None, None], scores, MASKED), slope
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _in_blocks(q, k, v, positions_BT, segments_BT, window, soft_cap):
-    return _blocks_forward(q, k, v, positions_BT, segments_BT, window, soft_cap)[0]
-
-
-def _blocks_forward(q, k, v, positions_BT, segments_BT, window, soft_cap):
-    contexts, norms = [], []
-    for queries, keys in cut(q.shape[-2], window):
-        scores, _ = _block_scores(q, k, positions_BT, segments_BT, queries, keys, window, soft_cap)
-        highest = scores.max(axis=-1, keepdims=True)
-        weights = jnp.exp(scores - highest)
-        total = weights.sum(axis=-1, keepdims=True)
-        context = jnp.einsum("BKGTS,BKSH->BKGTH", weights.astype(v.dtype), v[..., keys, :],
-                             precision=precision(v.dtype), preferred_element_type=jnp.float32)
-        contexts.append((context / total).astype(v.dtype))
-        norms.append(highest + jnp.log(total))
-    context = jnp.concatenate(contexts, axis=-2)
-    return context, (q, k, v, positions_BT, segments_BT, context, jnp.concatenate(norms, axis=-2))
-
-
-def _blocks_backward(window, soft_cap, saved, d_context):
-    q, k, v, positions_BT, segments_BT, context, norms = saved
-    dtype, einsum = q.dtype, functools.partial(jnp.einsum, precision=precision(q.dtype),
-                                               preferred_element_type=jnp.float32)
-    inner = (d_context.astype(jnp.float32) * context.astype(jnp.float32)).sum(axis=-1, keepdims=True)
-    d_q, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    for queries, keys in cut(q.shape[-2], window):
-        scores, slope = _block_scores(q, k, positions_BT, segments_BT, queries, keys, window, soft_cap)
-        weights = jnp.exp(scores - norms[..., queries, :])
-        here = d_context[..., queries, :]
-        d_v = d_v.at[..., keys, :].add(einsum("BKGTS,BKGTH->BKSH", weights.astype(dtype), here))
-        d_scores = weights * (einsum("BKGTH,BKSH->BKGTS", here, v[..., keys, :]) - inner[..., queries, :])
-        d_scores = (d_scores if slope is None else d_scores * slope).astype(dtype)
-        d_q.append(einsum("BKGTS,BKSH->BKGTH", d_scores, k[..., keys, :]).astype(dtype))
-        d_k = d_k.at[..., keys, :].add(einsum("BKGTS,BKGTH->BKSH", d_scores, q[..., queries, :]))
-    return jnp.concatenate(d_q, axis=-2), d_k.astype(dtype), d_v.astype(dtype), None, None
-
-
-_in_blocks.defvjp(_blocks_forward, _blocks_backward)
-
-
-def _splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, _: jax.Array, segment_ids_BT: jax.Array, *,
-            kernel: Kernel, window: int | None, soft_cap: float | None) -> jax.Array:
+def _splash(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    _: jax.Array,
+    segment_ids_BT: jax.Array,
+    *,
+    kernel: Kernel,
+    window: int | None,
+    soft_cap: float | None,
+) -> jax.Array:
     """The Pallas TPU kernel, on each device's share of rows and heads."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     T, block = q_BTNH.shape[1], tile(kernel, q_BTNH.shape[1])
-    blocks = splash.BlockSizes(block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block,
-                               block_kv_dq=block)
-    mask = splash.CausalMask((T, T)) if window is None else splash.LocalMask((T, T), (window - 1, 0), 0)
+    blocks = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    mask = (
+        splash.CausalMask((T, T))
+        if window is None
+        else splash.LocalMask((T, T), (window - 1, 0), 0)
+    )
 
     def on_device(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT):
         run = splash.make_splash_mha(
-            splash.MultiHeadMask([mask] * q_BTNH.shape[2]), head_shards=1, q_seq_shards=1, block_sizes=blocks,
-            attn_logits_soft_cap=soft_cap, residual_checkpoint_name=SAVED, interpret=kernel.interpret)
+            splash.MultiHeadMask([mask] * q_BTNH.shape[2]),
+            head_shards=1,
+            q_seq_shards=1,
+            block_sizes=blocks,
+            attn_logits_soft_cap=soft_cap,
+            residual_checkpoint_name=SAVED,
+            interpret=kernel.interpret,
+        )
         heads_first = (x.swapaxes(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
         context = jax.vmap(run)(*heads_first, splash.SegmentIds(segment_ids_BT, segment_ids_BT))
         return context.swapaxes(1, 2)
@@ -225,14 +257,24 @@ def _splash(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, _: jax.Arra
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return on_device(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
-    # a Pallas call cannot be partitioned by the compiler: rows and heads are split by hand, by the same table
+    # a Pallas call cannot be partitioned by the compiler: rows and heads are split by hand, by the
+    # same table
     q_spec = activation_spec(q_BTNH.shape, ("batch", "length", "heads", "head"), mesh)
     k_spec = activation_spec(k_BTKH.shape, ("batch", "length", "kv_heads", "head"), mesh)
-    if q_spec[2] != k_spec[2]:  # fewer key/value heads than shards: every device repeats those its queries need
-        k_BTKH, v_BTKH = (jnp.repeat(x, q_BTNH.shape[2] // x.shape[2], axis=2) for x in (k_BTKH, v_BTKH))
+    if q_spec[2] != k_spec[2]:
+        # There are fewer key/value heads than shards: they are repeated until every query head has
+        # its own.
+        k_BTKH, v_BTKH = (
+            jnp.repeat(x, q_BTNH.shape[2] // x.shape[2], axis=2) for x in (k_BTKH, v_BTKH)
+        )
         k_spec = q_spec
-    return jax.shard_map(on_device, mesh=mesh, in_specs=(q_spec, k_spec, k_spec, PartitionSpec(*q_spec[:2])),
-                         out_specs=q_spec, check_vma=False)(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(q_spec, k_spec, k_spec, PartitionSpec(*q_spec[:2])),
+        out_specs=q_spec,
+        check_vma=False,
+    )(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
 
 
 def tile(kernel: Kernel, length: int) -> int:
@@ -240,17 +282,26 @@ def tile(kernel: Kernel, length: int) -> int:
     return max(b for b in range(LANES, max(kernel.block, LANES) + 1, LANES) if length % b == 0)
 
 
-def kernel_flops(spec: ModelSpec, kernel: Kernel, calls: Mapping[str, float], rows: int, length: int,
-                 shards: int) -> float:
-    """FLOPs of splash calls, counted by name, on one device: products of the tiles that the mask does not empty.
+def kernel_flops(
+    spec: ModelSpec, kernel: Kernel, calls: Mapping[str, float], rows: int, length: int, shards: int
+) -> float:
+    """FLOPs of splash calls (counted by name) on one device: tiles that the mask does not empty.
 
-    A tile has 2 products in the forward kernel, 4 in that of dk and dv, 3 in that of dq; where layers differ in their
-    window, calls are taken to be spread over them evenly.
+    A tile has 2 products in the forward kernel, 4 in that of dk and dv, 3 in that of dq; where
+    layers differ in their window, calls are taken to be spread over them evenly.
     """
-    products = sum(number * next(n for part, n in (("_fwd", 2), ("_dkv", 4), ("_dq", 3)) if part in name)
-                   for name, number in calls.items() if name.startswith("splash"))
+    products = sum(
+        number * next(n for part, n in (("_fwd", 2), ("_dkv", 4), ("_dq", 3)) if part in name)
+        for name, number in calls.items()
+        if name.startswith("splash")
+    )
     if not products:
         return 0.0
+    # Tile (i, j) is computed where some of its queries see some of its keys:
+    #
+    #     x . . .      back[i, j] = (i − j) · block is 0 on the diagonal. With a window of one block
+    #     x x . .      two tiles per row are computed, the one on the diagonal and the one before.
+    #     . x x .
     block = tile(kernel, length)
     back = np.subtract.outer(np.arange(length // block), np.arange(length // block)) * block
 
@@ -263,13 +314,30 @@ def kernel_flops(spec: ModelSpec, kernel: Kernel, calls: Mapping[str, float], ro
     return products * 2.0 * mean * block * block * spec.head_width * rows * heads
 
 
-def _cudnn(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, _: jax.Array, segment_ids_BT: jax.Array, *,
-           kernel: Kernel, window: int | None, soft_cap: float | None) -> jax.Array:
-    """cuDNN's flash attention; segments enter as a mask, causality and window as options that skip blocks."""
+def _cudnn(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    _: jax.Array,
+    segment_ids_BT: jax.Array,
+    *,
+    kernel: Kernel,
+    window: int | None,
+    soft_cap: float | None,
+) -> jax.Array:
+    """cuDNN's flash attention; segments are a mask, causality and window are options."""
     assert soft_cap is None
+    # Causality and window are options of the kernel, which skips whole blocks for them. Only
+    # segments need a mask.
     same_segment = segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None]
     context = jax.nn.dot_product_attention(
-        q_BTNH, k_BTKH, v_BTKH, mask=same_segment, scale=1.0, is_causal=True,
+        q_BTNH,
+        k_BTKH,
+        v_BTKH,
+        mask=same_segment,
+        scale=1.0,
+        is_causal=True,
         implementation="xla" if kernel.interpret else "cudnn",
-        local_window_size=None if window is None else (window - 1, 0))
+        local_window_size=None if window is None else (window - 1, 0),
+    )
     return checkpoint_name(context, SAVED)

@@ -1,11 +1,16 @@
 """Parameters (shape, logical axes, initializer: declared once) and the layers made of them.
 
-Weights keep the orientation of the safetensors file with heads split out, so an import is a reshape. A stacked layer
-has a leading L on every parameter; the transformer's scan hands each step one slice.
+Weights keep the orientation of the safetensors file with heads split out, so that an import is a
+reshape. A stacked layer has a leading L on every parameter; the transformer's scan gives each step
+one slice.
+
+B batch rows · T query positions · S key positions · D model width · N query heads · K key/value
+heads · H head width · V vocabulary · L layers · R LoRA rank
 """
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +21,9 @@ from flax import nnx
 
 from crossin_jax.config import Lora
 from crossin_jax.models.quantize import KINDS, block_size, dequantize, kind_of
-from crossin_jax.models.spec import Rope
+
+# Finite, so that the softmax of a row without any visible key stays finite.
+MASKED = -1e30
 
 
 class Weight(nnx.Param):
@@ -25,6 +32,18 @@ class Weight(nnx.Param):
 
 class Adapter(nnx.Param):
     """A parameter of a LoRA adapter; what trains beside `modules_to_save`."""
+
+
+def precision(dtype: Any) -> jax.lax.Precision:
+    """Full precision for float32, where the default is bfloat16 passes on TPU and TF32 on GPU."""
+    return (
+        jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
+    )
+
+
+def full_einsum(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """The product of a projection, e.g. "BTD,NHD->BTNH"."""
+    return jnp.einsum(equation, x, weight, precision=precision(x.dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,18 +55,22 @@ class Build:
     param_dtype: Any
     frozen_dtype: Any
     compute_dtype: Any
+    einsum: Callable[..., jax.Array] = full_einsum
 
     def trains(self, name: str) -> bool:
         """Whether the weights of the module `name` train."""
         return self.lora is None or name in self.lora.modules_to_save
 
     def dtype(self, name: str) -> Any:
-        """Storage precision of the module `name`; beside quantized projections other frozen weights are bfloat16."""
+        """Storage precision of the module `name`."""
+        # Beside quantized projections, other frozen weights are bfloat16.
         if self.trains(name):
             return self.param_dtype
         return "bfloat16" if self.frozen_dtype in KINDS else self.frozen_dtype
 
-    def stack(self, shape: tuple[int, ...], axes: tuple[str, ...]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    def stack(
+        self, shape: tuple[int, ...], axes: tuple[str, ...]
+    ) -> tuple[tuple[int, ...], tuple[str, ...]]:
         """Shape and axes with the leading L of stacked layers."""
         if self.num_layers is None:
             return shape, axes
@@ -56,12 +79,16 @@ class Build:
 
 def normal(std: float) -> Any:
     """N(0, std) initializer."""
-    return lambda key, shape, dtype: (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+    return lambda key, shape, dtype: (std * jax.random.normal(key, shape, jnp.float32)).astype(
+        dtype
+    )
 
 
 def uniform(bound: float) -> Any:
     """U(-bound, bound) initializer."""
-    return lambda key, shape, dtype: jax.random.uniform(key, shape, jnp.float32, -bound, bound).astype(dtype)
+    return lambda key, shape, dtype: jax.random.uniform(
+        key, shape, jnp.float32, -bound, bound
+    ).astype(dtype)
 
 
 def constant(value: float) -> Any:
@@ -69,78 +96,115 @@ def constant(value: float) -> Any:
     return lambda key, shape, dtype: jnp.full(shape, value, dtype)
 
 
-def declare(kind: type, shape: tuple[int, ...], axes: tuple[str, ...], dtype: Any, init: Any, rngs: nnx.Rngs) -> Any:
+def declare(
+    kind: type, shape: tuple[int, ...], axes: tuple[str, ...], dtype: Any, init: Any, rngs: nnx.Rngs
+) -> Any:
     """A parameter with its logical axes."""
     assert len(shape) == len(axes), (shape, axes)
     return kind(init(rngs.params(), shape, jnp.dtype(dtype)), axes=axes)
 
 
-def precision(dtype: Any) -> jax.lax.Precision:
-    """Products of float32 stay float32: the default would be bfloat16 passes on TPU and TF32 on GPU."""
-    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
-
-
-def along_last(vector: jax.Array, ndim: int) -> jax.Array:
-    """A vector as an array of `ndim` dimensions that broadcasts over all but the last."""
-    return vector.reshape((1,) * (ndim - 1) + vector.shape)
+def over_last(vector: jax.Array, y: jax.Array) -> jax.Array:
+    """A vector, or an array of heads, in the shape that broadcasts over all dimensions of y before
+    its own.
+    """
+    return vector.reshape((1,) * (y.ndim - vector.ndim) + vector.shape)
 
 
 class Linear(nnx.Module):
-    """A projection given by its einsum, e.g. "BTD,NHD->BTNH"; the LoRA contractions follow from the same string.
+    """A projection given by its einsum, e.g. "BTD,NHD->BTNH"; LoRA follows from the same string.
 
-    A frozen weight may be quantized: then `scale` lies beside it. With DoRA (arXiv 2402.09353) the weight and the
-    update together set the direction of each output, and `magnitude` its length.
+    A frozen weight may be quantized; then `scale` is a parameter beside it. With DoRA (arXiv
+    2402.09353) the weight and the update together give the direction of each output, and
+    `magnitude` its length.
     """
 
-    def __init__(self, name: str, equation: str, sizes: dict[str, int], axes: dict[str, str], build: Build, *,
-                 bias: bool = False, std: float = 0.02, rngs: nnx.Rngs):
+    # The letters of a weight are those that the product adds, then those that it contracts:
+    #
+    #   BTD,NHD->BTNH    weight NHD = added NH + contracted D
+    #   LoRA             down BTD,RD->BTR  (lora_a is R + contracted)
+    #                    up   BTR,NHR->BTNH (lora_b is added + R)
+
+    def __init__(
+        self,
+        name: str,
+        equation: str,
+        sizes: dict[str, int],
+        axes: dict[str, str],
+        build: Build,
+        *,
+        bias: bool = False,
+        std: float = 0.02,
+        rngs: nnx.Rngs,
+    ):
         inputs, weight, outputs = equation.replace("->", ",").split(",")
         added = "".join(c for c in weight if c in outputs)
         contracted = "".join(c for c in weight if c in inputs)
         assert weight == added + contracted and outputs.endswith(added)
         self.equation, self.letters = equation, (weight, added, contracted)
         self.compute_dtype = jnp.dtype(build.compute_dtype)
-        self.flattens = False  # see Transformer.flatten_products
+        self.einsum = build.einsum
 
         def parameter(kind, letters, dtype, init):
-            shape, names = build.stack(tuple(sizes[c] for c in letters), tuple(axes[c] for c in letters))
+            shape, names = build.stack(
+                tuple(sizes[c] for c in letters), tuple(axes[c] for c in letters)
+            )
             return declare(kind, shape, names, dtype, init, rngs)
 
-        quantized = None if build.trains(name) or build.frozen_dtype not in KINDS else build.frozen_dtype
+        quantized = (
+            None if build.trains(name) or build.frozen_dtype not in KINDS else build.frozen_dtype
+        )
         if quantized is None:
-            self.weight, self.scale = parameter(Weight, weight, build.dtype(name), normal(std)), None
-        else:  # empty: a quantized base is always loaded
+            self.weight, self.scale = (
+                parameter(Weight, weight, build.dtype(name), normal(std)),
+                None,
+            )
+        else:
+            # Placeholder values: quantized weights always come from a checkpoint.
             self.weight = parameter(Weight, weight, KINDS[quantized], constant(0))
             last = weight[-1]
-            sizes, axes = {**sizes, "b": sizes[last] // block_size(sizes[last])}, {**axes, "b": axes[last]}
-            self.scale = (parameter(Weight, added, jnp.float32, constant(1.0)) if quantized == "int8" else
-                          parameter(Weight, weight[:-1] + "b", jnp.bfloat16, constant(1.0)))
+            sizes, axes = (
+                {**sizes, "b": sizes[last] // block_size(sizes[last])},
+                {**axes, "b": axes[last]},
+            )
+            self.scale = (
+                parameter(Weight, added, jnp.float32, constant(1.0))
+                if quantized == "int8"
+                else parameter(Weight, weight[:-1] + "b", jnp.bfloat16, constant(1.0))
+            )
         self.bias = parameter(Weight, added, build.dtype(name), constant(0.0)) if bias else None
+        # A starts like the weights of torch.nn.Linear, B at zero: the update starts at zero, as in
+        # peft.
         lora = build.lora
         if lora is None or name not in lora.targets:
             self.lora_a = self.lora_b = self.magnitude = None
             return
         sizes, axes = {**sizes, "R": lora.rank}, {**axes, "R": "rank"}
         fan_in = math.prod(sizes[c] for c in contracted)
-        self.lora_a = parameter(Adapter, "R" + contracted, build.param_dtype, uniform(fan_in ** -0.5))
+        self.lora_a = parameter(Adapter, "R" + contracted, build.param_dtype, uniform(fan_in**-0.5))
         self.lora_b = parameter(Adapter, added + "R", build.param_dtype, constant(0.0))
-        self.magnitude = parameter(Adapter, added, build.param_dtype, constant(1.0)) if lora.use_dora else None
+        self.magnitude = (
+            parameter(Adapter, added, build.param_dtype, constant(1.0)) if lora.use_dora else None
+        )
         self.down, self.up = f"{inputs},R{contracted}->BTR", f"BTR,{added}R->{outputs}"
         self.factor = lora.alpha / (math.sqrt(lora.rank) if lora.use_rslora else lora.rank)
 
     def __call__(self, x: jax.Array, adapter_input: jax.Array) -> jax.Array:
         """Projects x; the adapter reads `adapter_input`, which is x after dropout."""
+        # The update goes through R numbers per token; BA itself is never formed.
         dtype = self.compute_dtype
         y = self._product(x)
         if self.lora_a is not None:
             update = self.factor * self._einsum(self.down, adapter_input, self.lora_a.get_value())
             y += self._einsum(self.up, update, self.lora_b.get_value())
         if self.magnitude is not None:
-            # the length of the direction counts as a constant, as in the paper and in peft
-            stretch = self.magnitude.get_value().astype(jnp.float32) / jax.lax.stop_gradient(self.lengths())
-            y *= self._over_outputs(stretch, y).astype(dtype)
+            # The length of the direction counts as a constant, as in the paper and in peft.
+            stretch = self.magnitude.get_value().astype(jnp.float32) / jax.lax.stop_gradient(
+                self.lengths()
+            )
+            y *= over_last(stretch, y).astype(dtype)
         if self.bias is not None:
-            y += self._over_outputs(self.bias.get_value(), y).astype(dtype)
+            y += over_last(self.bias.get_value(), y).astype(dtype)
         return y
 
     def _product(self, x: jax.Array) -> jax.Array:
@@ -150,44 +214,49 @@ class Linear(nnx.Module):
 
         def product(x, weight, scale):
             if kind_of(weight.dtype) == "int8":
-                y = jnp.einsum(self.equation, x.astype(dtype), weight.astype(dtype), precision=precision(dtype),
-                               preferred_element_type=jnp.float32)
-                return (y * self._over_outputs(scale, y)).astype(dtype)
-            return self._einsum(self.equation, x, weight if scale is None else dequantize(weight, scale, dtype))
+                # One scale per output: it is applied to the result, so the product reads the 8 bits
+                # as they are.
+                y = jnp.einsum(
+                    self.equation,
+                    x.astype(dtype),
+                    weight.astype(dtype),
+                    precision=precision(dtype),
+                    preferred_element_type=jnp.float32,
+                )
+                return (y * over_last(scale, y)).astype(dtype)
+            return self._einsum(
+                self.equation, x, weight if scale is None else dequantize(weight, scale, dtype)
+            )
 
         if weight.dtype == dtype:
             return product(x, weight, scale)
-        # the backward pass converts the weight again: kept, the copies of all layers would be a second model
+        # The backward pass converts the weight again. If the converted copies of all layers were
+        # kept, they would be as large as the model.
         return jax.checkpoint(product, prevent_cse=False)(x, weight, scale)
 
     def _einsum(self, equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
         dtype = self.compute_dtype
-        x, weight = x.astype(dtype), weight.astype(dtype)
-        product = functools.partial(jnp.einsum, precision=precision(dtype))
-        if not self.flattens:
-            return product(equation, x, weight)
-        inputs, letters, outputs = equation.replace("->", ",").split(",")
-        sizes = dict(zip(letters, weight.shape, strict=True))
-        added, contracted = ([sizes[c] for c in letters if c in side] for side in (outputs, inputs))
-        fan_in = math.prod(contracted)
-        y = matrix_product(x.reshape(-1, fan_in), weight.reshape(-1, fan_in))
-        return y.reshape(*x.shape[:2], *added)
-
-    def _over_outputs(self, vector: jax.Array, y: jax.Array) -> jax.Array:
-        """A value per output in the shape that broadcasts over rows and positions."""
-        return vector.reshape((1,) * (y.ndim - vector.ndim) + vector.shape)
+        return self.einsum(equation, x.astype(dtype), weight.astype(dtype))
 
     def _adapter(self) -> tuple[jax.Array, jax.Array]:
         """A and factor · B in float32."""
-        return self.lora_a.get_value().astype(jnp.float32), self.factor * self.lora_b.get_value().astype(jnp.float32)
+        return self.lora_a.get_value().astype(
+            jnp.float32
+        ), self.factor * self.lora_b.get_value().astype(jnp.float32)
 
     def lengths(self) -> jax.Array:
-        """Euclidean length of each output's row of W + factor · BA in float32, without forming the sum."""
+        """Euclidean length of each output's row of W + factor · BA in float32."""
+        # |w + ba|² = |w|² + 2 w·(ba) + |ba|², so that the sum itself, as large as W, is never
+        # formed.
         weight_letters, added, contracted = self.letters
         einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-        weight, (a, b) = self._wide_weight(), self._adapter()
+        weight, (a, b) = self.wide_weight(), self._adapter()
         squares = einsum(f"{weight_letters},{weight_letters}->{added}", weight, weight)
-        cross = einsum(f"{added}R,{added}R->{added}", einsum(f"{weight_letters},R{contracted}->{added}R", weight, a), b)
+        cross = einsum(
+            f"{added}R,{added}R->{added}",
+            einsum(f"{weight_letters},R{contracted}->{added}R", weight, a),
+            b,
+        )
         gram = einsum(f"R{contracted},S{contracted}->RS", a, a)
         update = einsum(f"{added}R,{added}R->{added}", einsum(f"{added}S,RS->{added}R", b, gram), b)
         return jnp.sqrt(squares + 2 * cross + update)
@@ -196,81 +265,98 @@ class Linear(nnx.Module):
         """W + factor · BA in float32, with DoRA at the trained lengths; one layer, not a stack."""
         weight_letters, added, contracted = self.letters
         a, b = self._adapter()
-        merged = self._wide_weight() + jnp.einsum(f"{added}R,R{contracted}->{weight_letters}", b, a,
-                                                  precision=jax.lax.Precision.HIGHEST)
+        merged = self.wide_weight() + jnp.einsum(
+            f"{added}R,R{contracted}->{weight_letters}", b, a, precision=jax.lax.Precision.HIGHEST
+        )
         if self.magnitude is None:
             return merged
         stretch = self.magnitude.get_value().astype(jnp.float32) / self.lengths()
         return merged * stretch.reshape(stretch.shape + (1,) * len(contracted))
 
-    def _wide_weight(self) -> jax.Array:
+    def wide_weight(self) -> jax.Array:
+        """The frozen weight in float32."""
         weight = self.weight.get_value()
-        return weight.astype(jnp.float32) if self.scale is None else dequantize(
-            weight, self.scale.get_value(), jnp.float32)
-
-
-@jax.custom_vjp
-def matrix_product(x_MX: jax.Array, weight_YX: jax.Array) -> jax.Array:
-    """(M, Y); the gradient of the weight is taken so that the narrower factor is the one that CPUs transpose."""
-    return jnp.einsum("MX,YX->MY", x_MX, weight_YX, precision=precision(x_MX.dtype))
-
-
-def _matrix_product_backward(factors: tuple[jax.Array, jax.Array], d_MY: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x_MX, weight_YX = factors
-    product = functools.partial(jnp.einsum, precision=precision(x_MX.dtype))
-    narrow_first = x_MX.shape[1] < d_MY.shape[1]
-    d_weight = product("MX,MY->XY", x_MX, d_MY).T if narrow_first else product("MY,MX->YX", d_MY, x_MX)
-    return product("MY,YX->MX", d_MY, weight_YX), d_weight
-
-
-matrix_product.defvjp(lambda x, weight: (matrix_product(x, weight), (x, weight)), _matrix_product_backward)
+        return (
+            weight.astype(jnp.float32)
+            if self.scale is None
+            else dequantize(weight, self.scale.get_value(), jnp.float32)
+        )
 
 
 class Norm(nnx.Module):
     """Root-mean-square norm over the last dimension, in float32; `offset` is Gemma's 1 + weight."""
 
-    def __init__(self, name: str, width: int, axis: str, build: Build, *, eps: float, offset: bool, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        name: str,
+        width: int,
+        axis: str,
+        build: Build,
+        *,
+        eps: float,
+        offset: bool,
+        rngs: nnx.Rngs,
+    ):
         shape, axes = build.stack((width,), (axis,))
-        self.weight = declare(Weight, shape, axes, build.dtype(name), constant(0.0 if offset else 1.0), rngs)
+        self.weight = declare(
+            Weight, shape, axes, build.dtype(name), constant(0.0 if offset else 1.0), rngs
+        )
         self.eps, self.offset = eps, float(offset)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        # The mean of squares in bfloat16 would lose what small components add.
         wide = x.astype(jnp.float32)
         wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * (along_last(self.weight.get_value().astype(jnp.float32), x.ndim) + self.offset)).astype(x.dtype)
+        return (
+            wide * (over_last(self.weight.get_value().astype(jnp.float32), x) + self.offset)
+        ).astype(x.dtype)
 
 
 class Embedding(nnx.Module):
     """A (V, D) matrix: rows by token id, and the product with its transpose."""
 
     def __init__(self, name: str, vocab_size: int, width: int, build: Build, *, rngs: nnx.Rngs):
-        self.weight = declare(Weight, (vocab_size, width), ("vocab", "embed"), build.dtype(name), normal(0.02), rngs)
+        self.weight = declare(
+            Weight, (vocab_size, width), ("vocab", "embed"), build.dtype(name), normal(0.02), rngs
+        )
         self.compute_dtype = jnp.dtype(build.compute_dtype)
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
-        """(B, T, D); an id outside the vocabulary gives NaN, which training and evaluation refuse."""
-        return jnp.take(self.weight.get_value(), tokens_BT, axis=0, mode="fill").astype(self.compute_dtype)
+        """(B, T, D); an id outside the vocabulary gives NaN, which is refused later."""
+        return jnp.take(self.weight.get_value(), tokens_BT, axis=0, mode="fill").astype(
+            self.compute_dtype
+        )
 
     def unembed(self, hidden_BTD: jax.Array, weight_VD: jax.Array | None = None) -> jax.Array:
         """(B, T, V) in float32: bfloat16 steps near a logit of 20 are 0.125."""
-        dtype, weight_VD = self.compute_dtype, self.weight.get_value() if weight_VD is None else weight_VD
-        return jnp.einsum("BTD,VD->BTV", hidden_BTD.astype(dtype), weight_VD.astype(dtype),
-                          precision=precision(dtype), preferred_element_type=jnp.float32)
+        dtype, weight_VD = (
+            self.compute_dtype,
+            self.weight.get_value() if weight_VD is None else weight_VD,
+        )
+        return jnp.einsum(
+            "BTD,VD->BTV",
+            hidden_BTD.astype(dtype),
+            weight_VD.astype(dtype),
+            precision=precision(dtype),
+            preferred_element_type=jnp.float32,
+        )
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Inverted dropout; the identity where there is no key."""
     if key is None or rate == 0:
         return x
+    # A uint32 is below rate · 2³² with probability rate.
     kept = hashed_bits(key, x.shape) >= np.uint32(round(rate * 2**32))
     return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
 
 
 def hashed_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """32 random bits per element, uint32: the element's place and the key, mixed twice as MurmurHash3 ends.
+    """32 random bits per element: hash of (index, key), two rounds of MurmurHash3's finalizer.
 
-    `jax.random.bits` mixes each number twenty times: beside it the step of Llama-2-7B with LoRA compiles for v5e 4x4
-    in four times the time and has a fifth more cycles. Masks need no more than this, and every sharding gives the same.
+    `jax.random.bits` mixes each number twenty times: beside it the step of Llama-2-7B with LoRA
+    compiles for v5e 4x4 in four times the time and has a fifth more cycles. Masks need no more than
+    this, and every sharding gives the same.
     """
     first, second = jax.random.key_data(key).reshape(-1)[:2].astype(jnp.uint32)
     return mix(mix(element_index(shape) ^ first) ^ second)
@@ -291,29 +377,15 @@ def mix(h: jax.Array) -> jax.Array:
     return h ^ (h >> 16)
 
 
-def rope_frequencies(rope: Rope, head_width: int) -> np.ndarray:
-    """Radians per position of each rotated pair, (H/2,) float32 (Su et al. 2021; llama3: Llama 3.1 model card)."""
-    exponents = np.arange(0, head_width, 2, dtype=np.float32) / np.float32(head_width)
-    # each step rounded to float32 as in torch: one ulp here is 1e-3 radians at position 9000
-    frequencies = np.float32(1) / (rope.theta ** exponents.astype(np.float64)).astype(np.float32)
-    if rope.kind == "linear":
-        return frequencies / np.float32(rope.factor)
-    if rope.kind == "llama3":
-        # turns of a pair over the original context: few turns are stretched, many are kept, between them a ramp
-        turns = rope.original_max_length * frequencies / (2 * math.pi)
-        kept = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
-        return ((1 - kept) * frequencies / rope.factor + kept * frequencies).astype(np.float32)
-    return frequencies
-
-
-def rope_tables(positions_BT: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine, each (B, T, H/2) float32: in bfloat16 position 257 becomes 256."""
-    angles = positions_BT.astype(jnp.float32)[..., None] * jnp.asarray(frequencies)[None, None]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array, scale: float = 1.0) -> jax.Array:
-    """Applies rotary positions to the two halves of H, and a scale, in float32: one rounding for both."""
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    cos, sin = scale * cos[:, :, None], scale * sin[:, :, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
+def attention_mask(
+    query_positions_BT: jax.Array,
+    key_positions_BS: jax.Array,
+    query_segments_BT: jax.Array,
+    key_segments_BS: jax.Array,
+    window: jax.Array | int | None,
+) -> jax.Array:
+    """Who sees whom, (B, T, S) bool."""
+    # How many positions the key lies behind the query: below 0 it is the future.
+    back = query_positions_BT[:, :, None] - key_positions_BS[:, None]
+    mask = (back >= 0) & (query_segments_BT[:, :, None] == key_segments_BS[:, None])
+    return mask if window is None else mask & (back < window)

@@ -1,7 +1,8 @@
 """Frozen weights in 8 or 4 bits: what is stored, and how a product reads it.
 
-int8: one float32 scale per output channel, applied to the result of the product. nf4 (QLoRA, arXiv 2305.14314): blocks
-along the last dimension, a code into the 16 quantiles of a normal distribution and one bfloat16 scale each.
+int8: one float32 scale per output channel, applied to the result of the product. nf4 (QLoRA, arXiv
+2305.14314): blocks along the last dimension, a code into the 16 quantiles of a normal distribution
+and one bfloat16 scale each.
 """
 
 import functools
@@ -12,15 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# The kinds of quantized weights, by the type that stores their codes.
 KINDS = {"int8": jnp.int8, "nf4": jnp.uint4}
 BLOCK = 64
 
 
 @functools.cache
 def nf4_values() -> np.ndarray:
-    """The 16 values of the code, ascending from -1 to 1: quantiles of a normal distribution, with an exact zero."""
+    """The 16 values of the code, ascending from -1 to 1: quantiles of a normal distribution, with
+    an exact zero.
+    """
     quantile = statistics.NormalDist().inv_cdf
-    outermost = 0.9677083  # keeps the last quantile finite; the mean of 1 - 1/32 and 1 - 1/30
+    # The mean of 1 - 1/32 and 1 - 1/30: it keeps the last quantile finite.
+    outermost = 0.9677083
     positive = [quantile(p) for p in np.linspace(outermost, 0.5, 9)[:-1]]
     negative = [-quantile(p) for p in np.linspace(outermost, 0.5, 8)[:-1]]
     values = np.array(sorted(negative + [0.0] + positive))
@@ -29,7 +34,9 @@ def nf4_values() -> np.ndarray:
 
 def kind_of(dtype: Any) -> str | None:
     """The kind of quantized weight that a storage dtype stands for."""
-    return next((kind for kind, stored in KINDS.items() if jnp.dtype(stored) == jnp.dtype(dtype)), None)
+    return next(
+        (kind for kind, stored in KINDS.items() if jnp.dtype(stored) == jnp.dtype(dtype)), None
+    )
 
 
 def block_size(width: int) -> int:
@@ -37,20 +44,25 @@ def block_size(width: int) -> int:
     return max(b for b in range(1, min(BLOCK, width) + 1) if width % b == 0)
 
 
-def quantize(weight: jax.Array, scale_shape: tuple[int, ...], kind: str) -> tuple[jax.Array, jax.Array]:
+def quantize(
+    weight: jax.Array, scale_shape: tuple[int, ...], kind: str
+) -> tuple[jax.Array, jax.Array]:
     """(codes, scales) of a weight (added…, contracted…), stacked or not.
 
-    The shape of the scales says how: for int8 the dimensions that the product keeps, for nf4 the weight's with blocks
-    in place of the last dimension.
+    The shape of the scales says how: for int8 the dimensions that the product keeps, for nf4 the
+    weight's with blocks in place of the last dimension.
     """
     wide = weight.astype(jnp.float32)
     if kind == "int8":
         contracted = tuple(range(len(scale_shape), wide.ndim))
         scale = jnp.maximum(jnp.max(jnp.abs(wide), axis=contracted) / 127, 1e-30)
-        return jnp.round(wide / scale.reshape(scale.shape + (1,) * len(contracted))).astype(jnp.int8), scale
+        return jnp.round(wide / scale.reshape(scale.shape + (1,) * len(contracted))).astype(
+            jnp.int8
+        ), scale
     blocks = wide.reshape(*scale_shape, -1)
     scale = jnp.maximum(jnp.max(jnp.abs(blocks), axis=-1), 1e-30).astype(jnp.bfloat16)
     code = nf4_values()
+    # The nearest value of the code: borders lie halfway between neighbours.
     borders = (code[1:] + code[:-1]) / 2
     codes = jnp.searchsorted(borders, (blocks / scale.astype(jnp.float32)[..., None]).ravel())
     return codes.astype(jnp.uint4).reshape(wide.shape), scale
@@ -61,11 +73,16 @@ def dequantize(codes: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
     if kind_of(codes.dtype) == "int8":
         scale = scale.reshape(scale.shape + (1,) * (codes.ndim - scale.ndim))
         return (codes.astype(jnp.float32) * scale).astype(dtype)
-    # a tree of selects by the bits of the code: vector work, where a gather from 16 values would be scalar
+    # A tree of selects by the bits of the code: vector work, where a gather from 16 values would be
+    # scalar.
+    #     bit 0 chooses in the pairs (v0 v1) (v2 v3) …, bit 1 between the chosen of two pairs, …
     bits = codes.astype(jnp.int32)
     values: list[Any] = [float(v) for v in nf4_values()]
     for bit in range(4):
         is_set = (bits >> bit) & 1 == 1
-        values = [jnp.where(is_set, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
+        values = [
+            jnp.where(is_set, high, low)
+            for low, high in zip(values[::2], values[1::2], strict=True)
+        ]
     blocks = values[0].reshape(*scale.shape, -1) * scale.astype(jnp.float32)[..., None]
     return blocks.reshape(codes.shape).astype(dtype)

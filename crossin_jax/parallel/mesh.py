@@ -27,7 +27,9 @@ RULES: dict[str, tuple[Any, Any]] = {
     "mlp": ("tensor", "tensor"),
     "rank": ("fsdp", None),
 }
-WHERE_FREE = ("rank",)  # takes its mesh axis where no other dimension does: the half of a LoRA pair without "embed"
+WHERE_FREE = (
+    "rank",
+)  # takes its mesh axis where no other dimension does: the half of a LoRA pair without "embed"
 REPLICATED_WHERE_UNEVEN = ("kv_heads",)  # grouped queries: fewer key/value heads than tensor shards
 
 
@@ -37,10 +39,16 @@ def make_mesh(mesh: settings.Mesh, devices: list[Any] | None = None) -> Mesh:
     rest = mesh.fsdp * mesh.tensor
     data = mesh.data or max(1, len(devices) // rest)
     if data * rest != len(devices):
-        raise UserError(f"mesh data={mesh.data} x fsdp={mesh.fsdp} x tensor={mesh.tensor} does not match "
-                        f"{len(devices)} devices; the product must be {len(devices)}")
-    return jax.make_mesh((data, mesh.fsdp, mesh.tensor), AXES, axis_types=(AxisType.Auto,) * len(AXES),
-                         devices=devices)
+        raise UserError(
+            f"mesh data={mesh.data} x fsdp={mesh.fsdp} x tensor={mesh.tensor} does not match "
+            f"{len(devices)} devices; the product must be {len(devices)}"
+        )
+    return jax.make_mesh(
+        (data, mesh.fsdp, mesh.tensor),
+        AXES,
+        axis_types=(AxisType.Auto,) * len(AXES),
+        devices=devices,
+    )
 
 
 def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
@@ -50,11 +58,15 @@ def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
     if batch_size % unit:
         lower, upper = batch_size // unit * unit, (batch_size // unit + 1) * unit
         remedy = f"use {lower} or {upper}" if lower else f"use {upper}"
-        raise UserError(f"train.batch_size={batch_size} is not divisible by data*fsdp={shards} x "
-                        f"train.accumulation={accumulation}; {remedy}")
+        raise UserError(
+            f"train.batch_size={batch_size} is not divisible by data*fsdp={shards} x "
+            f"train.accumulation={accumulation}; {remedy}"
+        )
 
 
-def parameter_spec(path: str, shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh) -> PartitionSpec:
+def parameter_spec(
+    path: str, shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh
+) -> PartitionSpec:
     """The partition of one parameter; an axis used twice or a dimension that does not divide raises with its path."""
     assert len(shape) == len(axes), f"{path}: shape {shape} but logical axes {axes}"
     used, spec = set(), []
@@ -64,11 +76,17 @@ def parameter_spec(path: str, shape: tuple[int, ...], axes: tuple[str, ...], mes
         if axis in WHERE_FREE and (mesh_axis in first or dim % mesh.shape[mesh_axis]):
             mesh_axis = None
         if mesh_axis is not None and dim % mesh.shape[mesh_axis]:
-            if axis not in REPLICATED_WHERE_UNEVEN and not path.endswith("/scale"):  # nf4's blocks of 64 inputs
-                raise UserError(f"{path}: dimension {axis}={dim} is not divisible by mesh {mesh_axis}="
-                                f"{mesh.shape[mesh_axis]}; choose a mesh.{mesh_axis} that divides it")
+            if axis not in REPLICATED_WHERE_UNEVEN and not path.endswith(
+                "/scale"
+            ):  # nf4's blocks of 64 inputs
+                raise UserError(
+                    f"{path}: dimension {axis}={dim} is not divisible by mesh {mesh_axis}="
+                    f"{mesh.shape[mesh_axis]}; choose a mesh.{mesh_axis} that divides it"
+                )
             mesh_axis = None
-        assert mesh_axis is None or mesh_axis not in used, f"{path}: mesh axis {mesh_axis} used twice in {axes}"
+        assert mesh_axis is None or mesh_axis not in used, (
+            f"{path}: mesh axis {mesh_axis} used twice in {axes}"
+        )
         used.add(mesh_axis)
         spec.append(mesh_axis)
     return PartitionSpec(*spec)
@@ -87,6 +105,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     Optimizer moments keep the metadata of their parameter, so they are sharded alike; factored moments, whose shape
     differs, are replicated.
     """
+
     def assign(path, leaf):
         if not isinstance(leaf, nnx.Variable):
             return NamedSharding(mesh, PartitionSpec())
@@ -98,7 +117,9 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
             spec = parameter_spec(leaf_name(path), shape, axes, mesh)
         return leaf.replace(NamedSharding(mesh, spec))
 
-    return jax.tree_util.tree_map_with_path(assign, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return jax.tree_util.tree_map_with_path(
+        assign, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -113,7 +134,9 @@ def activation_spec(shape: tuple[int, ...], axes: tuple[str, ...], mesh: Any) ->
     for dim, axis in zip(shape, axes, strict=True):
         mesh_axes = RULES[axis][1] or ()
         names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes
-        spec.append(None if dim % math.prod(mesh.shape[name] for name in names) else mesh_axes or None)
+        spec.append(
+            None if dim % math.prod(mesh.shape[name] for name in names) else mesh_axes or None
+        )
     return PartitionSpec(*spec)
 
 
@@ -128,4 +151,10 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
 def constrain_parameter(x: jax.Array, *axes: str) -> jax.Array:
     """Pins an array that belongs to a parameter, such as a gradient, as the parameter is."""
     mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty else jax.lax.with_sharding_constraint(x, parameter_spec("/".join(axes), x.shape, axes, mesh))
+    return (
+        x
+        if mesh.empty
+        else jax.lax.with_sharding_constraint(
+            x, parameter_spec("/".join(axes), x.shape, axes, mesh)
+        )
+    )

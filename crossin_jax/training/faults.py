@@ -1,32 +1,55 @@
-"""After a loss that is not finite: the rows it came from."""
+"""After a loss that is not finite: which rows of the batch it came from.
+
+B batch rows, T positions.
+"""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from crossin_jax.data.loader import Loader
-from crossin_jax.training.state import AbstractModel, to_mesh
-from crossin_jax.training.step import StepSettings, TrainState, make_eval_step
+from crossin_jax.training.state import to_mesh
+from crossin_jax.training.step import TrainState, make_eval_step
 
 
-def find_bad_rows(loader: Loader, position: tuple[int, int], state: TrainState, model: AbstractModel,
-                  static: StepSettings, mesh: Mesh) -> list[int]:
-    """Rows of the batch that began at a position whose own loss is not finite; none where only a gradient overflowed.
+def explain(
+    run: Any, step: int, position: tuple[int, int], state: TrainState, saved: Sequence[int]
+) -> str:
+    """The message for the user: the step, the last good checkpoint, the rows and the remedy.
 
-    The state must be that before the step, as it is: a step that meets a non-finite loss changes nothing. Halves the
-    batch again and again, so one bad row of B costs about 2·log2(B) forward passes. Dropout is off.
+    `run` is the `Run` of the training program; `position` is where the batch of the step starts.
     """
-    loader.go_to(position)
-    batch = to_mesh(next(loader), mesh)
-    eval_step = make_eval_step(model.graphdef, static)
+    newest = max(saved, default=None)
+    good = "there is no checkpoint yet"
+    if newest is not None:
+        good = f"checkpoint {newest} is the last good state"
+    bad = find_bad_rows(run, position, state)
+    return (
+        f"{run.folder}: the loss or gradient of step {step} is not finite; {good}\n"
+        f"{describe_fault(run.folder, step, bad, run.loader.name_rows(position))}\n"
+        "lower optim.learning_rate, set optim.clip_norm, or correct those rows"
+    )
+
+
+def find_bad_rows(run: Any, position: tuple[int, int], state: TrainState) -> list[int]:
+    """Rows of a batch whose own loss is not finite; empty where only a gradient overflowed.
+
+    `state` is the one before the step: a step with a non-finite loss changes nothing. Dropout is off.
+    """
+    run.loader.go_to(position)
+    batch = to_mesh(next(run.loader), run.mesh)
+    eval_step = make_eval_step(run.model.graphdef, run.settings)
 
     @jax.jit
     def masked_loss(trainable, frozen, batch, mask_B):
-        return eval_step(trainable, frozen, batch | {"learned_BT": batch["learned_BT"] & mask_B[:, None]})["loss"]
+        loss_mask_BT = batch["loss_mask_BT"] & mask_B[:, None]
+        return eval_step(trainable, frozen, batch | {"loss_mask_BT": loss_mask_BT})["loss"]
 
+    # Bisection: a half with a finite loss is done, the other one is halved again. One bad row of
+    # B costs about 2·log2(B) forward passes instead of B.
     def search(first: int, stop: int) -> list[int]:
         mask_B = np.zeros(num_rows, bool)
         mask_B[first:stop] = True
@@ -35,17 +58,22 @@ def find_bad_rows(loader: Loader, position: tuple[int, int], state: TrainState, 
         middle = (first + stop) // 2
         return [first] if stop - first == 1 else search(first, middle) + search(middle, stop)
 
-    num_rows = batch["learned_BT"].shape[0]
+    num_rows = batch["loss_mask_BT"].shape[0]
     return search(0, num_rows)
 
 
 def describe_fault(folder: Path, step: int, bad: list[int], examples: list[list[str]]) -> str:
-    """Writes every example of the batch to `fault.json` and returns one line that names those of the bad rows."""
-    rows = [{"row": i, "finite": i not in bad, "examples": names} for i, names in enumerate(examples)]
+    """Writes every example of the batch to `fault.json`; returns a line that names the bad rows."""
+    file = folder / "fault.json"
+    rows = [
+        {"row": i, "finite": i not in bad, "examples": names} for i, names in enumerate(examples)
+    ]
     if jax.process_index() == 0:
-        (folder / "fault.json").write_text(json.dumps({"step": step, "rows": rows}, indent=1, ensure_ascii=False))
+        file.write_text(json.dumps({"step": step, "rows": rows}, indent=1, ensure_ascii=False))
     if not bad:
-        return f"every row's loss is finite, the gradient is not; the batch is listed in {folder / 'fault.json'}"
+        return f"every row's loss is finite, the gradient is not; the batch is listed in {file}"
     names = [name for i in bad for name in examples[i]]
-    return (f"rows {', '.join(map(str, bad[:4]))}{' …' if len(bad) > 4 else ''} of the batch: {'; '.join(names[:3])}"
-            f"{' …' if len(names) > 3 else ''}; all in {folder / 'fault.json'}")
+    return (
+        f"rows {', '.join(map(str, bad[:4]))}{' …' if len(bad) > 4 else ''} of the batch: "
+        f"{'; '.join(names[:3])}{' …' if len(names) > 3 else ''}; all in {file}"
+    )

@@ -1,7 +1,9 @@
 """From a configuration to a model on the mesh: abstract first, then initialised, imported or restored."""
 
 import dataclasses
+import logging
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,13 +13,16 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from crossin_jax.checkpoint import hf, peft
+from crossin_jax.checkpoint.fingerprint import find_changed
+from crossin_jax.checkpoint.hf import load_weights, read_spec, resolve_folder, state_leaves
+from crossin_jax.checkpoint.peft import load_adapter, read_adapter
 from crossin_jax.config import Config, UserError
+from crossin_jax.models.cpu import model_options
 from crossin_jax.models.layers import Adapter
 from crossin_jax.models.lora import is_trainable, resolve, start_magnitudes
 from crossin_jax.models.spec import ModelSpec, spec_from_architecture
 from crossin_jax.models.transformer import Transformer
-from crossin_jax.parallel.mesh import batch_sharding, shardings
+from crossin_jax.parallel.mesh import batch_sharding, leaf_name, shardings
 from crossin_jax.training.step import Batch, TrainState
 
 
@@ -34,83 +39,153 @@ class AbstractModel:
 def model_spec(config: Config) -> ModelSpec:
     """The spec of `model.path` or of `model.architecture`; reads no weight."""
     if config.model.architecture:
-        return spec_from_architecture(config.model.architecture, config.model.architecture.vocab_size)
-    spec = hf.read_spec(hf.resolve_folder(config.model.path, config.model.revision))
-    if config.lora and config.lora.path:  # an adapter may have a head of its own over tied embeddings
-        spec = peft.read_adapter(config.lora.path, spec, config.lora).spec
+        return spec_from_architecture(
+            config.model.architecture, config.model.architecture.vocab_size
+        )
+    spec = read_spec(resolve_folder(config.model.path, config.model.revision))
+    if config.lora and config.lora.path:
+        # An adapter may have a head of its own over tied embeddings.
+        spec = read_adapter(config.lora.path, spec, config.lora).spec
     return spec
 
 
-def check_tokenizer(config: Config, tokenizer: Any, spec: ModelSpec) -> None:
-    """Refuses a tokenizer with ids that the model has no embedding for."""
-    if len(tokenizer) > spec.vocab_size:
-        name = config.model.tokenizer or config.model.path
-        raise UserError(f"model.tokenizer={name}: {len(tokenizer)} tokens, but the model's vocabulary has "
-                        f"{spec.vocab_size}; use the tokenizer that came with the weights")
+def check_base(config: Config, frozen: Any, origin: dict[str, Any], place: Path) -> None:
+    """Refuses frozen weights that are not those which the checkpoint in `place`, of provenance `origin`, was trained on.
+
+    A checkpoint of an earlier version does not know them; then nothing is compared.
+    """
+    if not jax.tree.leaves(frozen) or "base_weights" not in origin:
+        return
+    changed, skipped = find_changed(origin["base_weights"], frozen)
+    if changed:
+        raise UserError(
+            f"model.path={config.model.path}: {changed[0]} is not what {place} was trained on "
+            f"({len(changed)} of {len(origin['base_weights'])} arrays differ)\n"
+            "bring back that base model, or train on this one with another output_dir"
+        )
+    if skipped and jax.process_index() == 0:
+        logging.warning(
+            "%s: the base model is read in another precision than in training, so it cannot be compared "
+            "with the one there",
+            place,
+        )
 
 
-def build(config: Config, spec: ModelSpec, key: jax.Array) -> Transformer:
+def build(config: Config, spec: ModelSpec, key: jax.Array, **options: Any) -> Transformer:
     """The model object of a configuration; under `jax.eval_shape` or `jax.jit` nothing is allocated."""
-    return Transformer(spec, lora=config.lora, param_dtype=config.model.param_dtype,
-                       frozen_dtype=config.model.frozen_dtype, compute_dtype=config.model.compute_dtype,
-                       rngs=nnx.Rngs(key))
+    return Transformer(
+        spec,
+        lora=config.lora,
+        param_dtype=config.model.param_dtype,
+        frozen_dtype=config.model.frozen_dtype,
+        compute_dtype=config.model.compute_dtype,
+        **options,
+        rngs=nnx.Rngs(key),
+    )
 
 
 def abstract_model(config: Config, spec: ModelSpec, mesh: Mesh) -> AbstractModel:
     """Structure and shardings of the model, split into what trains and what is frozen."""
-    model = nnx.eval_shape(partial(build, config, spec), jax.random.key(0))
-    if mesh.devices.flat[0].platform == "cpu":
-        model.flatten_products()
-        model.skips_unlearned = mesh.size == 1
+    options = model_options(mesh.devices.flat[0].platform, mesh.size)
+    model = nnx.eval_shape(partial(build, config, spec, **options), jax.random.key(0))
     lora = resolve(config.lora, spec)
-    graphdef, trainable, frozen = nnx.split(model, lambda path, leaf: is_trainable(path, leaf, lora), ...)
+    graphdef, trainable, frozen = nnx.split(
+        model, lambda path, leaf: is_trainable(path, leaf, lora), ...
+    )
     return AbstractModel(spec, graphdef, on_mesh(trainable, mesh), on_mesh(frozen, mesh))
+
+
+def flops_per_token(model: AbstractModel, length: int) -> float:
+    """Model FLOPs per token of a training step, as the makers of chips count them for MFU.
+
+    Forward takes 2P, backward 2P, and 2P more for the P that trains. P counts the matrices that tokens pass
+    through; an embedding look-up is none. Attention adds 12·L·N·H·T as in PaLM (arXiv 2204.02311, appendix B).
+    What rematerialisation repeats is not counted.
+    """
+    spec = model.spec
+
+    def count(state: nnx.State) -> int:
+        leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+        return sum(
+            leaf.size
+            for path, leaf in leaves
+            if spec.tie_embeddings or not leaf_name(path).startswith("embed_tokens")
+        )
+
+    attention = 12 * spec.num_layers * spec.num_heads * spec.head_width * length
+    return 6 * count(model.trainable) + 4 * count(model.frozen) + attention
 
 
 def on_mesh(tree: Any, mesh: Mesh) -> Any:
     """The abstract tree with the sharding of each leaf attached."""
-    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-                        tree, shardings(tree, mesh))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings(tree, mesh),
+    )
 
 
-def abstract_state(model: AbstractModel, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(
+    model: AbstractModel, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
     """The training state without arrays: what restore, ahead-of-time compilation and checks work from."""
     scalars = on_mesh((jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), bool)), mesh)
     moments = on_mesh(jax.eval_shape(optimizer.init, model.trainable), mesh)
     return TrainState(*scalars, model.trainable, model.frozen, moments)
 
 
-def load_base(config: Config, *states: Any) -> Any:
-    """Weights of one or several abstract states, from `model.path` and `lora.path` straight onto their shardings."""
-    folder = hf.resolve_folder(config.model.path, config.model.revision)
-    states = hf.load_weights(folder, states)
+def load_base(config: Config, *states: Any, progress: bool = True) -> Any:
+    """Weights of one or several abstract states, from `model.path` and `lora.path` straight onto their shardings.
+
+    States without a leaf that the adapter trains, as the frozen ones of a run that continues, take nothing from it.
+    """
+    folder = resolve_folder(config.model.path, config.model.revision)
+    states = load_weights(folder, states, progress=progress)
     if config.lora and config.lora.path:
-        states = peft.load_adapter(peft.read_adapter(config.lora.path, hf.read_spec(folder), config.lora), states)
+        adapter = read_adapter(config.lora.path, read_spec(folder), config.lora)
+        if adapter.tensors.keys() & state_leaves(states).keys():
+            states = load_adapter(adapter, states, progress=progress)
     return states
 
 
-def start_state(config: Config, model: AbstractModel, abstract: TrainState,
-                optimizer: optax.GradientTransformation) -> TrainState:
+def start_state(
+    config: Config,
+    model: AbstractModel,
+    abstract: TrainState,
+    optimizer: optax.GradientTransformation,
+) -> TrainState:
     """The state before the first step: weights from `model.path` or random, fresh adapters, zero moments."""
     trainable, frozen = model.trainable, model.frozen
     drawn = trainable
     if config.model.path is not None:
         trainable, frozen = load_base(config, trainable, frozen)
-        drawn = nnx.filter_state(model.trainable, Adapter) if config.lora and not config.lora.path else nnx.State({})
+        drawn = (
+            nnx.filter_state(model.trainable, Adapter)
+            if config.lora and not config.lora.path
+            else nnx.State({})
+        )
     if jax.tree.leaves(drawn):
         paths = {path for path, _ in nnx.to_flat_state(drawn)}
 
         def draw() -> nnx.State:
-            return nnx.state(build(config, model.spec, jax.random.key(config.seed)), lambda path, _: path in paths)
+            return nnx.state(
+                build(config, model.spec, jax.random.key(config.seed)),
+                lambda path, _: path in paths,
+            )
 
-        trainable = nnx.merge_state(trainable, jax.jit(draw, out_shardings=placed(drawn))())
+        trainable = nnx.merge_state(trainable, jax.jit(draw, out_shardings=shardings_of(drawn))())
         if config.lora and config.lora.use_dora:
             magnitudes = nnx.filter_state(drawn, lambda path, _: path[-1] == "magnitude")
-            trainable = nnx.merge_state(trainable, jax.jit(
-                partial(_start_magnitudes, model.graphdef), out_shardings=placed(magnitudes))(trainable, frozen))
-    moments = jax.jit(optimizer.init, out_shardings=placed(abstract.optimizer))(trainable)
+            trainable = nnx.merge_state(
+                trainable,
+                jax.jit(
+                    partial(_start_magnitudes, model.graphdef),
+                    out_shardings=shardings_of(magnitudes),
+                )(trainable, frozen),
+            )
+    moments = jax.jit(optimizer.init, out_shardings=shardings_of(abstract.optimizer))(trainable)
     scalars = (jnp.zeros((), jnp.int32), jnp.ones((), bool))
-    step, finite = jax.device_put(scalars, placed((abstract.step, abstract.finite)))
+    step, finite = jax.device_put(scalars, shardings_of((abstract.step, abstract.finite)))
     return TrainState(step, finite, trainable, frozen, moments)
 
 
@@ -121,7 +196,7 @@ def _start_magnitudes(graphdef: Any, trainable: nnx.State, frozen: nnx.State) ->
     return nnx.state(merged, lambda path, _: path[-1] == "magnitude")
 
 
-def placed(abstract: Any) -> Any:
+def shardings_of(abstract: Any) -> Any:
     """The shardings of an abstract tree."""
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
@@ -129,4 +204,6 @@ def placed(abstract: Any) -> Any:
 def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> Batch:
     """This process's rows of a batch as global arrays."""
     sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+    return {
+        name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
+    }

@@ -13,22 +13,32 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from crossin_jax.models.spec import ModelSpec
-from crossin_jax.parallel.mesh import leaf_name
+from crossin_jax.files import write_whole
 
 # dense bfloat16 peak per chip, FLOP/s, from the makers' data sheets; by the start of `device.device_kind`
 PEAK_FLOPS = {
-    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12,
-    "TPU v6 lite": 918e12, "TPU v6e": 918e12,
-    "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
 }
 
 
 # what the console shows of a record
 SHOWN = {
-    "loss": ("loss", "{:.3f}".format), "held_out/loss": ("held-out loss", "{:.3f}".format),
-    "grad_norm": ("norm", "{:.2f}".format), "learning_rate": ("rate", "{:.2e}".format),
-    "tokens_per_second": ("tok/s", "{:,.0f}".format), "mfu": ("mfu", "{:.1%}".format),
+    "loss": ("loss", "{:.3f}".format),
+    "held_out/loss": ("held-out loss", "{:.3f}".format),
+    "grad_norm": ("norm", "{:.2f}".format),
+    "learning_rate": ("rate", "{:.2e}".format),
+    "tokens_per_second": ("tok/s", "{:,.0f}".format),
+    "mfu": ("mfu", "{:.1%}".format),
     "peak_memory_gib": ("GiB", "{:.1f}".format),
     "seconds_left": ("left", lambda seconds: str(datetime.timedelta(seconds=round(seconds)))),
 }
@@ -46,44 +56,55 @@ def peak_flops(device: Any) -> float | None:
     return PEAK_FLOPS[max(kinds, key=len)] if kinds else None
 
 
-def flops_per_token(spec: ModelSpec, model: Any, length: int) -> float:
-    """Model FLOPs per token of a training step: forward 2P, backward 2P and 2P more for what trains, and attention.
-
-    P counts the matrices that tokens pass through (an embedding look-up is none); attention adds 12·L·N·H·T as in PaLM
-    (arXiv 2204.02311, appendix B). What rematerialisation repeats is not counted.
-    """
-    def count(state: Any) -> int:
-        sizes = {leaf_name(path): leaf.size for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
-        return sum(size for name, size in sizes.items() if spec.tie_embeddings or not name.startswith("embed_tokens"))
-
-    trained, frozen = count(model.trainable), count(model.frozen)
-    return 6 * trained + 4 * frozen + 12 * spec.num_layers * spec.num_heads * spec.head_width * length
-
-
 class Telemetry:
     """Collects metrics on the device and reports them every `log_every` steps; only process 0 writes."""
 
-    def __init__(self, folder: Path, *, name: str, start: int, num_steps: int, log_every: int,
-                 groups: list[tuple[str, str]], flops_per_token: float, use_tensorboard: bool, use_wandb: bool,
-                 config: dict[str, Any]):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        name: str,
+        start: int,
+        num_steps: int,
+        log_every: int,
+        groups: list[tuple[str, str]],
+        flops_per_token: float,
+        use_tensorboard: bool,
+        use_wandb: bool,
+        config: dict[str, Any],
+    ):
         self._active = jax.process_index() == 0
         self._groups, self._log_every, self._num_steps = groups, log_every, num_steps
         self._flops_per_token = flops_per_token
         peak = peak_flops(jax.devices()[0])
         self._peak = peak * jax.device_count() if peak else None
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
-        self._time: float | None = None  # of the last report; None until the first step, which compiles, is over
+        self._time: float | None = (
+            None  # of the last report; None until the first step, which compiles, is over
+        )
         if not self._active:
             return
+        verb = "continues from the checkpoint" if start else "begins anew"
+        print(f"step {start}/{num_steps} {verb} in {folder}", file=sys.stderr, flush=True)
+        cut_records(folder / "metrics.jsonl", start)
         self._lines = (folder / "metrics.jsonl").open("a")
         self._bar = None  # a log file gets a line per report instead
         if sys.stderr.isatty():
-            self._bar = tqdm(initial=start, total=num_steps, desc=name, unit="step", file=sys.stderr, mininterval=0.5,
-                             dynamic_ncols=True)
+            self._bar = tqdm(
+                initial=start,
+                total=num_steps,
+                desc=name,
+                unit="step",
+                file=sys.stderr,
+                mininterval=0.5,
+                dynamic_ncols=True,
+            )
         self._board = self._wandb = None
         if use_tensorboard:
             from tensorboardX import SummaryWriter
-            self._board = SummaryWriter(str(folder / "tensorboard"))
+
+            # The purge hides what an earlier start of the run wrote after its last checkpoint.
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         if use_wandb:
             self._wandb = _start_wandb(name, folder, config)
 
@@ -103,8 +124,11 @@ class Telemetry:
         self._pending = []
         now, before = time.perf_counter(), self._time
         self._time = now
-        bad = [step for step, m in zip(steps, metrics, strict=True)
-               if not (np.isfinite(m["loss"]) and np.isfinite(m["grad_norm"]))]
+        bad = [
+            step
+            for step, m in zip(steps, metrics, strict=True)
+            if not (np.isfinite(m["loss"]) and np.isfinite(m["grad_norm"]))
+        ]
         if bad:
             raise FloatingPointError(bad[0])
         count, tokens = (float(sum(m[name] for m in metrics)) for name in ("count", "tokens"))
@@ -113,8 +137,11 @@ class Telemetry:
         record["losses"] = [float(m["loss"]) for m in metrics]  # one a step, for comparing runs
         record["grad_norm"] = float(metrics[-1]["grad_norm"])
         record["learning_rate"] = float(learning_rate)
-        record |= group_metrics(self._groups, sum(m["group_loss"] for m in metrics),
-                                sum(m["group_count"] for m in metrics))
+        record |= group_metrics(
+            self._groups,
+            sum(m["group_loss"] for m in metrics),
+            sum(m["group_count"] for m in metrics),
+        )
         if before is not None:
             record["tokens_per_second"] = tokens / (now - before)
             record["learned_tokens_per_second"] = count / (now - before)
@@ -183,15 +210,30 @@ class Profiler:
             jax.profiler.stop_trace()
 
 
+def cut_records(file: Path, step: int) -> None:
+    """Drops the records after a step: a run that was killed wrote them after its last checkpoint, and they come again.
+
+    A last line that is not whole goes too.
+    """
+    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+    if kept != lines:
+        write_whole(file, "".join(kept))
+
+
 def is_recorded(folder: Path, step: int, name: str) -> bool:
     """Whether metrics.jsonl has a value of that name, or that beginning of a name, at a step."""
     file = folder / "metrics.jsonl"
     lines = file.read_text().splitlines() if file.is_file() else []
-    records = [json.loads(line) for line in lines if f'"step": {step},' in line and line.endswith("}")]
+    records = [
+        json.loads(line) for line in lines if f'"step": {step},' in line and line.endswith("}")
+    ]
     return any(key.startswith(name) for record in records for key in record)
 
 
-def group_metrics(groups: list[tuple[str, str]], losses: np.ndarray, counts: np.ndarray) -> dict[str, float]:
+def group_metrics(
+    groups: list[tuple[str, str]], losses: np.ndarray, counts: np.ndarray
+) -> dict[str, float]:
     """Loss and share of the learned tokens by component and answer language, e.g. {"loss/x2x/zh": 1.2}."""
     total = max(float(counts.sum()), 1.0)
     record = {}
@@ -208,4 +250,6 @@ def _start_wandb(name: str, folder: Path, config: dict[str, Any]) -> Any:
     except ImportError:
         logging.warning("--wandb is set but wandb is not installed; metrics go to %s only", folder)
         return None
-    return wandb.init(project="crossin_jax", name=name, dir=str(folder), config=config, resume="allow")
+    return wandb.init(
+        project="crossin_jax", name=name, dir=str(folder), config=config, resume="allow"
+    )

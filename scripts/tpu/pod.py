@@ -13,8 +13,14 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-RUNTIMES = {"v6e": "v2-alpha-tpuv6e", "v5p": "v2-alpha-tpuv5", "v5litepod": "v2-alpha-tpuv5-lite",
-            "v4": "tpu-ubuntu2204-base", "v3": "tpu-ubuntu2204-base", "v2": "tpu-ubuntu2204-base"}
+RUNTIMES = {
+    "v6e": "v2-alpha-tpuv6e",
+    "v5p": "v2-alpha-tpuv5",
+    "v5litepod": "v2-alpha-tpuv5-lite",
+    "v4": "tpu-ubuntu2204-base",
+    "v3": "tpu-ubuntu2204-base",
+    "v2": "tpu-ubuntu2204-base",
+}
 HOME, ARCHIVE, LOG, PID = "crossin_jax", "crossin_jax.tar.gz", "crossin_jax.log", "crossin_jax.pid"
 INSTALL = f"""set -e
 mkdir -p {HOME} && tar -xzf {ARCHIVE} -C {HOME}
@@ -45,7 +51,10 @@ def main() -> int:
             try:
                 code = subprocess.run(command, cwd=REPOSITORY).returncode
             except FileNotFoundError:
-                print(f"error: {command[0]} is not installed (https://cloud.google.com/sdk)", file=sys.stderr)
+                print(
+                    f"error: {command[0]} is not installed (https://cloud.google.com/sdk)",
+                    file=sys.stderr,
+                )
                 return 2
             if code:
                 return code
@@ -54,7 +63,9 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     """The command line; what is not among the choices is refused with them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--name", required=True, help="of the pod, and of its queued resource")
     parser.add_argument("--zone", required=True)
     parser.add_argument("--project", help="default: that of gcloud's configuration")
@@ -65,13 +76,19 @@ def parse() -> argparse.Namespace:
     create.add_argument("--version", help="runtime; default: that of the type")
     create.add_argument("--spot", action="store_true", help="cheaper, and taken back at any time")
     status = verbs.add_parser("status", help="READY, or the state of the request")
-    delete = verbs.add_parser("delete", help="the pod and its request; what is only on its disks is gone")
+    delete = verbs.add_parser(
+        "delete", help="the pod and its request; what is only on its disks is gone"
+    )
     for verb in (create, status, delete):
         verb.add_argument("--queued", action="store_true", help="through a queued resource")
-    setup = verbs.add_parser("setup", help="send the committed files, install, mount a bucket on all workers")
+    setup = verbs.add_parser(
+        "setup", help="send the committed files, install, mount a bucket on all workers"
+    )
     setup.add_argument("--bucket", help="mounted at ~/bucket on every worker, for output_dir")
     run = verbs.add_parser("run", help="start a command on all workers, in the background")
-    run.add_argument("command", nargs=argparse.REMAINDER, help="e.g. python -m crossin_jax.train --config …")
+    run.add_argument(
+        "command", nargs=argparse.REMAINDER, help="e.g. python -m crossin_jax.train --config …"
+    )
     tail = verbs.add_parser("tail", help="follow the log of a worker")
     tail.add_argument("--worker", default="0", help="number, or all")
     verbs.add_parser("stop", help="SIGTERM on all workers: the run saves and leaves")
@@ -81,10 +98,14 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     family = getattr(arguments, "type", "v4-8").partition("-")[0]
     if family not in RUNTIMES and not arguments.version:
-        parser.error(f"--type={arguments.type}: no runtime is known for {family}; known: {', '.join(RUNTIMES)}; "
-                     "name one with --version")
+        parser.error(
+            f"--type={arguments.type}: no runtime is known for {family}; known: {', '.join(RUNTIMES)}; "
+            "name one with --version"
+        )
     if arguments.verb == "run" and not arguments.command:
-        parser.error("run needs a command, e.g. run python -m crossin_jax.train --config configs/mine.py")
+        parser.error(
+            "run needs a command, e.g. run python -m crossin_jax.train --config configs/mine.py"
+        )
     return arguments
 
 
@@ -96,7 +117,9 @@ def gcloud(arguments: argparse.Namespace, group: str, verb: str, *rest: str) -> 
 
 def ssh(arguments: argparse.Namespace, command: str, worker: str = "all") -> list[str]:
     """A shell command on workers of the pod."""
-    return gcloud(arguments, "tpu-vm", "ssh", arguments.name, f"--worker={worker}", f"--command={command}")
+    return gcloud(
+        arguments, "tpu-vm", "ssh", arguments.name, f"--worker={worker}", f"--command={command}"
+    )
 
 
 def create(arguments: argparse.Namespace) -> list[list[str]]:
@@ -104,8 +127,17 @@ def create(arguments: argparse.Namespace) -> list[list[str]]:
     runtime = arguments.version or RUNTIMES[arguments.type.partition("-")[0]]
     rest = [f"--accelerator-type={arguments.type}", *(["--spot"] if arguments.spot else [])]
     if arguments.queued:
-        return [gcloud(arguments, "queued-resources", "create", arguments.name, f"--node-id={arguments.name}",
-                       f"--runtime-version={runtime}", *rest)]
+        return [
+            gcloud(
+                arguments,
+                "queued-resources",
+                "create",
+                arguments.name,
+                f"--node-id={arguments.name}",
+                f"--runtime-version={runtime}",
+                *rest,
+            )
+        ]
     return [gcloud(arguments, "tpu-vm", "create", arguments.name, f"--version={runtime}", *rest)]
 
 
@@ -117,9 +149,11 @@ def status(arguments: argparse.Namespace) -> list[list[str]]:
 
 def setup(arguments: argparse.Namespace) -> list[list[str]]:
     """The committed files, unpacked and installed on every worker."""
-    commands = [["git", "archive", "--format=tar.gz", f"--output=/tmp/{ARCHIVE}", "HEAD"],
-                gcloud(arguments, "tpu-vm", "scp", f"/tmp/{ARCHIVE}", f"{arguments.name}:", "--worker=all"),
-                ssh(arguments, INSTALL)]
+    commands = [
+        ["git", "archive", "--format=tar.gz", f"--output=/tmp/{ARCHIVE}", "HEAD"],
+        gcloud(arguments, "tpu-vm", "scp", f"/tmp/{ARCHIVE}", f"{arguments.name}:", "--worker=all"),
+        ssh(arguments, INSTALL),
+    ]
     if arguments.bucket:
         commands.append(ssh(arguments, MOUNT.replace("BUCKET", shlex.quote(arguments.bucket))))
     return commands
@@ -128,7 +162,12 @@ def setup(arguments: argparse.Namespace) -> list[list[str]]:
 def run(arguments: argparse.Namespace) -> list[list[str]]:
     """The command in the repository's environment, detached; its process number is kept for `stop`."""
     inner = f"cd ~/{HOME} && PATH=~/{HOME}/.venv/bin:$PATH exec {shlex.join(arguments.command)}"
-    return [ssh(arguments, f"nohup setsid bash -c {shlex.quote(inner)} >>~/{LOG} 2>&1 </dev/null & echo $! >~/{PID}")]
+    return [
+        ssh(
+            arguments,
+            f"nohup setsid bash -c {shlex.quote(inner)} >>~/{LOG} 2>&1 </dev/null & echo $! >~/{PID}",
+        )
+    ]
 
 
 def tail(arguments: argparse.Namespace) -> list[list[str]]:
@@ -143,19 +182,38 @@ def stop(arguments: argparse.Namespace) -> list[list[str]]:
 
 def fetch(arguments: argparse.Namespace) -> list[list[str]]:
     """Results from the first worker, which writes them."""
-    return [gcloud(arguments, "tpu-vm", "scp", "--recurse", f"{arguments.name}:{arguments.source}", arguments.target,
-                   "--worker=0")]
+    return [
+        gcloud(
+            arguments,
+            "tpu-vm",
+            "scp",
+            "--recurse",
+            f"{arguments.name}:{arguments.source}",
+            arguments.target,
+            "--worker=0",
+        )
+    ]
 
 
 def delete(arguments: argparse.Namespace) -> list[list[str]]:
     """The pod; with a queued resource, the request and its pod."""
     if arguments.queued:
-        return [gcloud(arguments, "queued-resources", "delete", arguments.name, "--force", "--quiet")]
+        return [
+            gcloud(arguments, "queued-resources", "delete", arguments.name, "--force", "--quiet")
+        ]
     return [gcloud(arguments, "tpu-vm", "delete", arguments.name, "--quiet")]
 
 
-VERBS = {"create": create, "status": status, "setup": setup, "run": run, "tail": tail, "stop": stop, "fetch": fetch,
-         "delete": delete}
+VERBS = {
+    "create": create,
+    "status": status,
+    "setup": setup,
+    "run": run,
+    "tail": tail,
+    "stop": stop,
+    "fetch": fetch,
+    "delete": delete,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

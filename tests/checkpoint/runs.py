@@ -15,23 +15,34 @@ from crossin_jax.config import Architecture, Component, Config, Model, Source
 from crossin_jax.parallel.mesh import make_mesh
 from crossin_jax.training.state import abstract_model, load_base, model_spec
 from crossin_jax.training.step import TrainState
+from tests.helpers import as_earlier_version
 from tests.parity.adapters import quiet
 from tests.parity.families import tiny_config, torch_model
 
-PROVENANCE = {"versions": {"jax": "1.2.3"}, "manifest": "cafe0123", "template": "beef4567",
-              "commit": "0a1b2c", "device": "8 x cpu (cpu)"}
-NEW = Architecture(width=32, ff_width=48, num_layers=2, num_heads=4, num_kv_heads=2, max_length=64,
-                   vocab_size=300)
+PROVENANCE = {
+    "versions": {"jax": "1.2.3"},
+    "manifest": "cafe0123",
+    "template": "beef4567",
+    "commit": "0a1b2c",
+    "device": "8 x cpu (cpu)",
+}
+NEW = Architecture(
+    width=32, ff_width=48, num_layers=2, num_heads=4, num_kv_heads=2, max_length=64, vocab_size=300
+)
 
 
 def write_tokenizer(folder: Path, first: str = "w", eos: str = "</s>") -> Path:
     """A tokenizer of 60 words: w0, w1, … after three special tokens."""
     words = ["<pad>", "<s>", eos, *(f"{first}{i}" for i in range(57))]
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(
-        {word: i for i, word in enumerate(words)}, unk_token=f"{first}0"))
+    model = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel(
+            {word: i for i, word in enumerate(words)}, unk_token=f"{first}0"
+        )
+    )
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token=eos,
-                                         pad_token="<pad>").save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, bos_token="<s>", eos_token=eos, pad_token="<pad>"
+    ).save_pretrained(folder)
     return folder
 
 
@@ -43,9 +54,16 @@ def write_base(folder: Path, family: str) -> Path:
     return folder
 
 
-def make_run(folder: Path, family: str | None = "llama3.1", lora: settings.Lora | None = None, *,
-             steps: tuple[int, ...] = (0,), mesh: settings.Mesh | None = None,
-             architecture: Architecture = NEW, **model) -> Config:
+def make_run(
+    folder: Path,
+    family: str | None = "llama3.1",
+    lora: settings.Lora | None = None,
+    *,
+    steps: tuple[int, ...] = (0,),
+    mesh: settings.Mesh | None = None,
+    architecture: Architecture = NEW,
+    **model,
+) -> Config:
     """A run in `folder/run`, on a base in `folder/base` or (family None) from random weights.
 
     Every step has other weights and another data manifest. Returns the configuration.
@@ -56,8 +74,13 @@ def make_run(folder: Path, family: str | None = "llama3.1", lora: settings.Lora 
     else:
         write_tokenizer(folder / "run/tokenizer")
         model = Model(compute_dtype="float32", architecture=architecture)
-    config = Config(name="tiny", output_dir=str(folder / "run"), model=model, lora=lora,
-                    mesh=mesh or settings.Mesh())
+    config = Config(
+        name="tiny",
+        output_dir=str(folder / "run"),
+        model=model,
+        lora=lora,
+        mesh=mesh or settings.Mesh(),
+    )
     config.train.keep = len(steps)
     config.data.sources = (Source(name="world"),)
     config.data.components = (Component(source="world", kind="x2x"),)
@@ -74,8 +97,9 @@ def make_run(folder: Path, family: str | None = "llama3.1", lora: settings.Lora 
     with Store(config.output_dir, config=config) as store:
         for step in steps:
             trainable = jax.tree_util.tree_map_with_path(train, start)
-            state = TrainState(jax.numpy.int32(step), jax.numpy.bool_(True), trainable,
-                               abstract.frozen, {})
+            state = TrainState(
+                jax.numpy.int32(step), jax.numpy.bool_(True), trainable, abstract.frozen, {}
+            )
             more = {"manifest": f"data-of-{step}"} if step else {}
             store.save(state, {}, PROVENANCE | more)
     return config
@@ -86,15 +110,23 @@ def read_trained(run: Path, step: int) -> dict[str, np.ndarray]:
     folder = run / "checkpoints" / str(step) / "state"
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         names = checkpointer.metadata(folder).item_metadata.tree
-        arrays = checkpointer.restore(folder, args=ocp.args.PyTreeRestore(restore_args={
-            name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}))
-    return {name.removeprefix("trainable/"): array for name, array in arrays.items()
-            if name.startswith("trainable/")}
+        arrays = checkpointer.restore(
+            folder,
+            args=ocp.args.PyTreeRestore(
+                restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
+            ),
+        )
+    return {
+        name.removeprefix("trainable/"): array
+        for name, array in arrays.items()
+        if name.startswith("trainable/")
+    }
 
 
 def edit_config(run: Path, step: int, section: str, **changes) -> None:
-    """Changes settings in the configuration that a checkpoint stores."""
+    """Changes settings in the configuration that a checkpoint stores, and takes its fingerprints away."""
     file = run / "checkpoints" / str(step) / "config/metadata"
     config = json.loads(file.read_text())
     config[section].update(changes)
     file.write_text(json.dumps(config))
+    as_earlier_version(run)

@@ -14,7 +14,9 @@ DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8, jnp.int32, jnp.uint4
 def make_tree(dtype=jnp.float32) -> dict[str, jax.Array]:
     """Two matrices and a scalar."""
     draw = np.random.default_rng(0)
-    first, second = (jnp.asarray(draw.integers(0, 8, shape)).astype(dtype) for shape in ((8, 24), (16, 8)))
+    first, second = (
+        jnp.asarray(draw.integers(0, 8, shape)).astype(dtype) for shape in ((8, 24), (16, 8))
+    )
     return {"a": first, "b": second, "c": jnp.ones((), dtype)}
 
 
@@ -42,9 +44,15 @@ def test_minus_zero_is_not_zero():
 def test_names_shapes_types_and_places_count():
     """Swapped elements, swapped arrays, another shape and another type all show."""
     tree = make_tree()
-    others = [tree | {"a": tree["a"][::-1]}, tree | {"a": tree["a"].T}, tree | {"a": tree["a"].reshape(24, 8)},
-              tree | {"a": tree["a"].astype(jnp.bfloat16)}, {"a": tree["a"], "b": tree["b"], "d": tree["c"]},
-              {"a": tree["a"], "b": tree["b"]}, {"x": tree["a"], "a": tree["b"], "c": tree["c"]}]
+    others = [
+        tree | {"a": tree["a"][::-1]},
+        tree | {"a": tree["a"].T},
+        tree | {"a": tree["a"].reshape(24, 8)},
+        tree | {"a": tree["a"].astype(jnp.bfloat16)},
+        {"a": tree["a"], "b": tree["b"], "d": tree["c"]},
+        {"a": tree["a"], "b": tree["b"]},
+        {"x": tree["a"], "a": tree["b"], "c": tree["c"]},
+    ]
     assert len({fingerprint(other) for other in [tree, *others]}) == len(others) + 1
 
 
@@ -54,5 +62,8 @@ def test_the_mesh_does_not_count():
     for spec in ((), ("x",), ("x", "y"), ("y", None), (None, ("x", "y"))):
         place = NamedSharding(mesh, PartitionSpec(*spec))
         whole = NamedSharding(mesh, PartitionSpec())
-        sharded = {name: jax.device_put(leaf, place if name == "a" else whole) for name, leaf in tree.items()}
+        sharded = {
+            name: jax.device_put(leaf, place if name == "a" else whole)
+            for name, leaf in tree.items()
+        }
         assert fingerprint(sharded) == fingerprint(tree)

@@ -17,11 +17,11 @@ process, port, source, target = int(sys.argv[1]), *sys.argv[2:]
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 import jax
 jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=process)
-from crossin_jax.checkpoint import stream
+from crossin_jax.checkpoint import weights as stream
 from crossin_jax.checkpoint.hf import load_weights, read_spec, save_model, state_leaves
-from crossin_jax.checkpoint.load import abstract_transformer
 from crossin_jax.config import Mesh
 from crossin_jax.parallel.mesh import make_mesh
+from tests.checkpoint.abstract import abstract_transformer
 counts, preadv = [], os.preadv
 os.preadv = lambda *args: counts.append(preadv(*args)) or counts[-1]
 spec = read_spec(source)
@@ -47,9 +47,15 @@ def test_two_hosts(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    processes = [subprocess.Popen([sys.executable, "-c", HOST, str(i), str(port), str(tmp_path / "m"), str(tmp_path)],
-                                  stdout=subprocess.PIPE, text=True, cwd=Path(__file__).resolve().parents[2])
-                 for i in range(2)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOST, str(i), str(port), str(tmp_path / "m"), str(tmp_path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).resolve().parents[2],
+        )
+        for i in range(2)
+    ]
     try:
         outputs = [process.communicate(timeout=120)[0] for process in processes]
     finally:
@@ -63,4 +69,6 @@ def test_two_hosts(tmp_path):
             assert read == (total - sizes["replicated"]) // 2 + sizes["replicated"]
     for way in ("adopted", "staged"):
         after = read_tensors(tmp_path / way)
-        assert after.keys() == before.keys() and all(same_bytes(before[name], after[name]) for name in before)
+        assert after.keys() == before.keys() and all(
+            same_bytes(before[name], after[name]) for name in before
+        )

@@ -15,17 +15,25 @@ from crossin_jax.checkpoint.hf_map import weight_keys
 from crossin_jax.models.spec import spec_from_hf
 from tests.checkpoint.checkpoints import LLAMA
 
-BIG = {**LLAMA, "vocab_size": 16_000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 10,
-       "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 64}
+BIG = {
+    **LLAMA,
+    "vocab_size": 16_000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 10,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+}
 
 LOAD = """
 import json, sys, tracemalloc
 import jax
-from crossin_jax.checkpoint import stream
+from crossin_jax.checkpoint import weights as stream
 from crossin_jax.checkpoint.hf import load_weights, read_spec
-from crossin_jax.checkpoint.load import abstract_transformer
 from crossin_jax.config import Lora, Mesh
 from crossin_jax.parallel.mesh import make_mesh
+from tests.checkpoint.abstract import abstract_transformer
 folder, way, dtype = sys.argv[1:]
 if way == "staged":
     stream.is_on_host = lambda boxes: False
@@ -51,7 +59,10 @@ def checkpoint(tmp_path_factory):
     folder, spec = tmp_path_factory.mktemp("big"), spec_from_hf(BIG, "config.json")
     keys, rng = weight_keys(spec), np.random.default_rng(0)
     block = rng.integers(0, 0x3F80, 1 << 20, np.uint16).view(ml_dtypes.bfloat16)
-    leaves = {path: np.resize(block, (10, *key.shape) if key.stacked else key.shape) for path, key in keys.items()}
+    leaves = {
+        path: np.resize(block, (10, *key.shape) if key.stacked else key.shape)
+        for path, key in keys.items()
+    }
     write_leaves(folder, leaves, keys, 10, shard_bytes=400_000_000, progress=False)
     write_json(folder / "config.json", BIG)
     tensors = read_tensors(folder)
@@ -60,13 +71,27 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's peak of resident memory")
-@pytest.mark.parametrize("way, dtype", [("one_device", "bfloat16"), ("one_device", "float32"), ("sharded", "bfloat16"),
-                                        ("staged", "bfloat16")])
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's peak of resident memory"
+)
+@pytest.mark.parametrize(
+    "way, dtype",
+    [
+        ("one_device", "bfloat16"),
+        ("one_device", "float32"),
+        ("sharded", "bfloat16"),
+        ("staged", "bfloat16"),
+    ],
+)
 def test_host_memory_above_the_shards_stays_within_one_and_a_half_tensors(checkpoint, way, dtype):
     folder, largest = checkpoint
-    run = subprocess.run([sys.executable, "-c", LOAD, str(folder), way, dtype], check=True, stdout=subprocess.PIPE,
-                         text=True, cwd=Path(__file__).resolve().parents[2])
+    run = subprocess.run(
+        [sys.executable, "-c", LOAD, str(folder), way, dtype],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).resolve().parents[2],
+    )
     sizes = json.loads(run.stdout)
     assert sizes["shards"] > (2 if dtype == "float32" else 1) * 1_000_000_000
     print(f"{sizes['above'] / largest:.2f} x the largest tensor")

@@ -20,8 +20,14 @@ SHAPE = (6, 5, 8)
 @pytest.fixture
 def file(tmp_path):
     """One float32 tensor of 0, 1, 2, … among others."""
-    save_file({"a": np.zeros(3, np.float32), "b": np.arange(240, dtype=np.float32).reshape(SHAPE),
-               "c": np.ones((2, 2), np.float16)}, tmp_path / "x.safetensors")
+    save_file(
+        {
+            "a": np.zeros(3, np.float32),
+            "b": np.arange(240, dtype=np.float32).reshape(SHAPE),
+            "c": np.ones((2, 2), np.float16),
+        },
+        tmp_path / "x.safetensors",
+    )
     return tmp_path / "x.safetensors"
 
 
@@ -51,7 +57,12 @@ BOXES = {
     "innermost": [((1, 4), (2, 5), (3, 5))],
     "one_number": [((5, 6), (4, 5), (7, 8))],
     "tiles": [((0, 6), (0, 5), (0, 3)), ((0, 6), (0, 5), (3, 8))],
-    "grid": [((0, 3), (0, 5), (0, 4)), ((0, 3), (0, 5), (4, 8)), ((3, 6), (0, 5), (0, 4)), ((3, 6), (0, 5), (4, 8))],
+    "grid": [
+        ((0, 3), (0, 5), (0, 4)),
+        ((0, 3), (0, 5), (4, 8)),
+        ((3, 6), (0, 5), (0, 4)),
+        ((3, 6), (0, 5), (4, 8)),
+    ],
     "part_of_every_row": [((0, 3), (0, 5), (2, 4)), ((3, 6), (0, 5), (2, 4))],
     "diagonal": [((0, 3), (0, 5), (0, 4)), ((3, 6), (0, 5), (4, 8))],
     "empty": [((0, 0), (0, 5), (0, 8))],
@@ -104,13 +115,19 @@ def test_nan_of_either_sign_is_seen_and_infinity_is_not_one(dtype):
 
 def test_written_files_are_read_by_safetensors(tmp_path):
     a, b = np.arange(6, dtype=np.float32).reshape(2, 3), np.array(2.5, ml_dtypes.bfloat16)
-    write_tensors(str(tmp_path / "x"), [("a", "F32", (2, 3), lambda: a), ("b", "BF16", (), lambda: b)])
+    write_tensors(
+        str(tmp_path / "x"), [("a", "F32", (2, 3), lambda: a), ("b", "BF16", (), lambda: b)]
+    )
     import torch
     from safetensors.torch import load_file as load_torch
 
     loaded = load_torch(tmp_path / "x")
     np.testing.assert_array_equal(loaded["a"].numpy(), a)
-    assert loaded["b"].dtype == torch.bfloat16 and float(loaded["b"]) == 2.5 and loaded["b"].shape == ()
+    assert (
+        loaded["b"].dtype == torch.bfloat16
+        and float(loaded["b"]) == 2.5
+        and loaded["b"].shape == ()
+    )
 
 
 @pytest.mark.parametrize("name", ["a", "ab", "a much longer name of a tensor"])
@@ -250,15 +267,22 @@ def change(**entry):
     return lambda file: edit_header(file, lambda header: header["b"].update(entry))
 
 
-@pytest.mark.parametrize("damage, words", [
-    (cut, ["cut", "b: ends at byte"]), (long_header, ["header claims", "download"]), (short_header, ["not JSON"]),
-    (pickle, ["header claims"]), (padded, ["8 bytes after the last tensor"]),
-    (lambda file: file.write_bytes(b"abc"), ["3 bytes is too short"]),
-    (lambda file: file.unlink(), ["No such file"]),
-    (change(dtype="I64"), ["b: dtype I64", "F32, F16, BF16"]),
-    (change(shape=[6, 5, 9]), ["b: 960 bytes cannot hold F32"]),
-    (change(data_offsets=[-4, 956]), ["b: 960 bytes cannot hold"]), (change(data_offsets=7), ["b: malformed entry"]),
-])
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (cut, ["cut", "b: ends at byte"]),
+        (long_header, ["header claims", "download"]),
+        (short_header, ["not JSON"]),
+        (pickle, ["header claims"]),
+        (padded, ["8 bytes after the last tensor"]),
+        (lambda file: file.write_bytes(b"abc"), ["3 bytes is too short"]),
+        (lambda file: file.unlink(), ["No such file"]),
+        (change(dtype="I64"), ["b: dtype I64", "F32, F16, BF16"]),
+        (change(shape=[6, 5, 9]), ["b: 960 bytes cannot hold F32"]),
+        (change(data_offsets=[-4, 956]), ["b: 960 bytes cannot hold"]),
+        (change(data_offsets=7), ["b: malformed entry"]),
+    ],
+)
 def test_damaged_files_are_one_error_that_names_file_and_tensor(file, damage, words):
     # bytes after the data of "b" belong to "c"; the order in the file is by alignment, then name
     if damage is cut:
@@ -266,7 +290,9 @@ def test_damaged_files_are_one_error_that_names_file_and_tensor(file, damage, wo
     damage(file)
     with pytest.raises(UserError) as error:
         read_header(str(file))
-    assert str(file) in str(error.value) and all(word in str(error.value) for word in words), error.value
+    assert str(file) in str(error.value) and all(word in str(error.value) for word in words), (
+        error.value
+    )
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_an_error(file):

@@ -51,7 +51,9 @@ def write_language_files(folder):
     for code in CODES:
         rows = [{"id": row["id"], **row[code]} for row in ROWS]
         random.Random(code).shuffle(rows)  # ids join, whatever the order
-        (folder / f"rows_{code}.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+        (folder / f"rows_{code}.json").write_text(
+            json.dumps(rows, ensure_ascii=False), encoding="utf-8"
+        )
     return "", {}
 
 
@@ -66,20 +68,34 @@ def write_flat_csv(folder):
         writer = csv.DictWriter(file, ["id", *fields])
         writer.writeheader()
         for row in ROWS:
-            writer.writerow({"id": row["id"], **{name: row[name[-2:]][name[:-3]] for name in fields}})
+            writer.writerow(
+                {"id": row["id"], **{name: row[name[-2:]][name[:-3]] for name in fields}}
+            )
     return "rows.csv", {}
 
 
 def write_long_parquet(folder):
-    rows = [{"key": row["id"], "lang": code, "question": row[code]["instruction"], "context": row[code]["input"],
-             "response": row[code]["output"]} for row in ROWS for code in CODES]
+    rows = [
+        {
+            "key": row["id"],
+            "lang": code,
+            "question": row[code]["instruction"],
+            "context": row[code]["input"],
+            "response": row[code]["output"],
+        }
+        for row in ROWS
+        for code in CODES
+    ]
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
     return "rows.parquet", {"fields": {"id": "key"}}
 
 
 def write_english_names(folder):
     names = {"en": "English", "zh": "Chinese", "vi": "Vietnamese", "es": "Spanish"}
-    write_lines(folder / "rows.jsonl", [{"id": row["id"], **{names[c]: row[c] for c in CODES}} for row in ROWS])
+    write_lines(
+        folder / "rows.jsonl",
+        [{"id": row["id"], **{names[c]: row[c] for c in CODES}} for row in ROWS],
+    )
     return "rows.jsonl", {"kind": "columns"}
 
 
@@ -88,8 +104,16 @@ def write_hub(folder):
     return "", {"kind": "hub"}
 
 
-LAYOUTS = [write_columns_json, write_jsonl, write_language_files, write_pattern, write_flat_csv, write_long_parquet,
-           write_english_names, write_hub]
+LAYOUTS = [
+    write_columns_json,
+    write_jsonl,
+    write_language_files,
+    write_pattern,
+    write_flat_csv,
+    write_long_parquet,
+    write_english_names,
+    write_hub,
+]
 
 
 @pytest.mark.parametrize("write", LAYOUTS, ids=lambda write: write.__name__.removeprefix("write_"))
@@ -111,10 +135,15 @@ CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"
 
 def in_memory(records: list[dict], folder: Path) -> Corpus:
     """The rows as a list of records."""
+
     def read(row: dict) -> Text:
         turns = row.get("messages")
-        return Text(row.get("instruction", "hi"), row.get("input", ""), row.get("output", "ho"),
-                    tuple((turn["role"], turn["content"]) for turn in turns) if turns else None)
+        return Text(
+            row.get("instruction", "hi"),
+            row.get("input", ""),
+            row.get("output", "ho"),
+            tuple((turn["role"], turn["content"]) for turn in turns) if turns else None,
+        )
 
     return Corpus(
         "rows",
@@ -168,15 +197,23 @@ def test_the_fingerprint_follows_every_part_of_the_texts_and_not_their_order(par
 
 def test_the_fingerprint_counts_rows_that_are_alike(tmp_path):
     rows = [{"instruction": "q", "output": "a"}, {"instruction": "p", "output": "b"}]
-    prints = [load(write_lines(tmp_path / "rows.jsonl", more), ("en",)).fingerprint
-              for more in (rows, rows + rows[:1] * 2, rows + rows[1:] * 2)]
+    prints = [
+        load(write_lines(tmp_path / "rows.jsonl", more), ("en",)).fingerprint
+        for more in (rows, rows + rows[:1] * 2, rows + rows[1:] * 2)
+    ]
     assert len(set(prints)) == 3
 
 
 def test_the_fingerprint_names_the_part_that_is_read(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", ROWS)
-    parts = [{}, {"limit": 3}, {"limit": 4}, {"portion": (0.0, 0.5)}, {"portion": (0.5, 1.0)},
-             {"portion": (0.5, 1.0), "limit": 3}]
+    parts = [
+        {},
+        {"limit": 3},
+        {"limit": 4},
+        {"portion": (0.0, 0.5)},
+        {"portion": (0.5, 1.0)},
+        {"portion": (0.5, 1.0), "limit": 3},
+    ]
     assert len({load(path, **part).fingerprint for part in parts}) == len(parts)
     text = {**ROWS[0], "en": {**ROWS[0]["en"], "output": "other"}}
     other = write_lines(tmp_path / "other.jsonl", [text, *ROWS[1:]])
@@ -191,7 +228,9 @@ def test_large_sources_are_mapped_from_disk_and_reread_when_the_file_changes(tmp
     assert texts_of(first) == EXPECTED
     monkeypatch.setattr(corpus_module, "_write_texts", None)  # a second reading may not parse again
     again = load_corpus(source, CODES, cache=str(tmp_path / "cache"))
-    assert again.fingerprint == first.fingerprint and pickle.loads(pickle.dumps(again))[3] == first[3]
+    assert (
+        again.fingerprint == first.fingerprint and pickle.loads(pickle.dumps(again))[3] == first[3]
+    )
     monkeypatch.undo()
     monkeypatch.setattr(corpus_module, "CACHE_BYTES", 0)
     write_lines(tmp_path / "rows.jsonl", ROWS[:5])
@@ -220,14 +259,17 @@ def cached(monkeypatch, tmp_path):
             corpus.dropped_rows,
             places,
         )
+
     return read
 
 
 def write_apart(folder: Path) -> str:
     """A file per language, whose rows have ids that meet otherwise than their places do."""
     for code, ids in (("en", "abc"), ("zh", "bca")):
-        write_lines(folder / f"apart_{code}.jsonl", [
-            {"id": i, "instruction": f"{code} {i}", "output": "x"} for i in ids])
+        write_lines(
+            folder / f"apart_{code}.jsonl",
+            [{"id": i, "instruction": f"{code} {i}", "output": "x"} for i in ids],
+        )
     return str(folder / "apart_{lang}.jsonl")
 
 
@@ -247,7 +289,7 @@ CACHED = {
     "source.join": lambda d: ({"path": write_apart(d)}, {"join": "position"}),
     "source.split": lambda d: ({"path": write_splits(d), "kind": "hub"}, {"split": "test"}),
     "source.kind": lambda d: ({}, {"kind": "messages"}),
-    "layout": lambda d: ({}, {"kind": "json"}),
+    "layout": lambda d: ({}, {"kind": "csv"}),
     "source.path": lambda d: ({}, {"path": write_lines(d / "more.jsonl", parallel_rows(9))}),
     "source.portion": lambda d: ({}, {"portion": (0.5, 1.0)}),
     "source.limit": lambda d: ({"limit": 7}, {"limit": 5}),
@@ -360,8 +402,13 @@ def test_stopped_caching_leaves_nothing_that_counts_as_whole(tmp_path, monkeypat
 
 def test_memory_does_not_grow_with_the_text(tmp_path):
     filler = "The quick brown fox jumps over the lazy dog. " * 12
-    rows = ({"id": f"r{i}", **{code: {"instruction": f"{i} {filler}", "output": str(i)} for code in ("en", "es")}}
-            for i in range(60_000))
+    rows = (
+        {
+            "id": f"r{i}",
+            **{code: {"instruction": f"{i} {filler}", "output": str(i)} for code in ("en", "es")},
+        }
+        for i in range(60_000)
+    )
     path = write_lines(tmp_path / "big.jsonl", rows)
     assert Path(path).stat().st_size > 64 << 20
     code = """
@@ -377,7 +424,10 @@ assert len(corpus) == 60_000 and all(corpus[i].texts["es"].output == str(i) for 
 print(used() - before)
 """
     command = [sys.executable, "-c", code, path, str(tmp_path / "cache")]
-    first, again = (float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(2))
+    first, again = (
+        float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        for _ in range(2)
+    )
     assert first < 60 and again < 8, (first, again)  # MiB, of 67 MiB of text; 53 and 6 of 815 MiB
 
 
@@ -392,11 +442,17 @@ def test_large_json_lists_are_streamed(tmp_path, monkeypatch):
 
 def test_join_by_position_needs_equal_lengths_and_no_ids(tmp_path):
     for code in ("en", "zh"):
-        (tmp_path / f"alpaca_{code}.json").write_text(json.dumps([row[code] for row in ROWS]), encoding="utf-8")
+        (tmp_path / f"alpaca_{code}.json").write_text(
+            json.dumps([row[code] for row in ROWS]), encoding="utf-8"
+        )
     corpus = load(tmp_path, ("en", "zh"), join="position")
     assert [record.texts["zh"].output for record in corpus] == [row["zh"]["output"] for row in ROWS]
-    (tmp_path / "alpaca_zh.json").write_text(json.dumps([row["zh"] for row in ROWS[:-1]]), encoding="utf-8")
-    with pytest.raises(UserError, match="disagree in their number of rows.*en.json: 40.*zh.json: 39"):
+    (tmp_path / "alpaca_zh.json").write_text(
+        json.dumps([row["zh"] for row in ROWS[:-1]]), encoding="utf-8"
+    )
+    with pytest.raises(
+        UserError, match="disagree in their number of rows.*en.json: 40.*zh.json: 39"
+    ):
         load(tmp_path, ("en", "zh"), join="position")
     with pytest.raises(UserError, match="no id to join the languages by.*join='position'"):
         load(tmp_path, ("en", "zh"))
@@ -404,15 +460,20 @@ def test_join_by_position_needs_equal_lengths_and_no_ids(tmp_path):
 
 def test_rows_without_ids_are_named_by_content(tmp_path):
     rows = [row["en"] for row in ROWS] + [ROWS[0]["en"]]  # one row twice
-    one, two = (load(write_lines(tmp_path / f"{i}.jsonl", r), ("en",)) for i, r in enumerate([rows, rows[::-1]]))
+    one, two = (
+        load(write_lines(tmp_path / f"{i}.jsonl", r), ("en",))
+        for i, r in enumerate([rows, rows[::-1]])
+    )
     assert set(one.ids()) == set(two.ids()) and len(set(one.ids())) == 41
     assert sum(record_id.endswith("-2") for record_id in one.ids()) == 1
 
 
 def by_hash(ids: list[str]) -> list[str]:
     """Row ids in the order of the first eight bytes of BLAKE2b."""
+
     def key(row_id: str) -> int:
         return int.from_bytes(hashlib.blake2b(row_id.encode(), digest_size=8).digest(), "little")
+
     return sorted(ids, key=key)
 
 
@@ -425,8 +486,10 @@ def test_portion_and_limit_take_rows_in_hash_order(tmp_path, n):
         for borders in ((0.0, 1.0), (0.0, 0.5, 1.0), (0.0, 0.3, 0.35, 0.9, 1.0)):
             parts = [[*load(path, portion=part).ids()] for part in itertools.pairwise(borders)]
             assert [row for part in parts for row in by_hash(part)] == by_hash(ids)
-            assert all(abs(len(part) - n * (b - a)) <= 1
-                       for part, (a, b) in zip(parts, itertools.pairwise(borders), strict=True))
+            assert all(
+                abs(len(part) - n * (b - a)) <= 1
+                for part, (a, b) in zip(parts, itertools.pairwise(borders), strict=True)
+            )
             assert all(part == [row["id"] for row in rows if row["id"] in part] for part in parts)
         for limit in (1, 2, 30, 50):
             assert by_hash([*load(path, limit=limit).ids()]) == by_hash(ids)[:limit]
@@ -454,7 +517,11 @@ def test_a_part_of_the_embedded_world_is_taken_as_of_a_file():
 def test_languages_may_be_missing_but_are_known(tmp_path):
     rows = [{k: v for k, v in row.items() if k != "vi" or i} for i, row in enumerate(ROWS)]
     corpus = load(write_lines(tmp_path / "rows.jsonl", rows))
-    assert set(corpus[0].texts) == {"en", "zh", "es"} and not corpus.has["vi"][0] and corpus.has["vi"][1:].all()
+    assert (
+        set(corpus[0].texts) == {"en", "zh", "es"}
+        and not corpus.has["vi"][0]
+        and corpus.has["vi"][1:].all()
+    )
 
 
 def test_the_column_id_holds_row_ids_unless_it_holds_indonesian(tmp_path):
@@ -468,16 +535,27 @@ def test_the_column_id_holds_row_ids_unless_it_holds_indonesian(tmp_path):
 
 
 def test_chats_keep_their_turns(tmp_path):
-    chat = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}, {"from": "human", "value": "and?"},
-            {"from": "gpt", "value": "so"}]
+    chat = [
+        {"from": "human", "value": "hi"},
+        {"from": "gpt", "value": "ho"},
+        {"from": "human", "value": "and?"},
+        {"from": "gpt", "value": "so"},
+    ]
     corpus = load(write_lines(tmp_path / "chat.jsonl", [{"conversations": chat}]), ("en",))
     text = corpus[0].texts["en"]
-    assert text.messages == (("user", "hi"), ("assistant", "ho"), ("user", "and?"), ("assistant", "so"))
+    assert text.messages == (
+        ("user", "hi"),
+        ("assistant", "ho"),
+        ("user", "and?"),
+        ("assistant", "so"),
+    )
     assert (text.instruction, text.output) == ("and?", "so")
-    assert load(write_lines(tmp_path / "bad.jsonl", [{"conversations": chat[:3]}]), ("en",)).dropped == {
-        "chat turns out of order": 1}
-    with pytest.raises(UserError, match="role 'robot'"):
-        load(write_lines(tmp_path / "worse.jsonl", [{"messages": [{"role": "robot", "content": ""}]}]), ("en",))
+    assert load(
+        write_lines(tmp_path / "bad.jsonl", [{"conversations": chat[:3]}]), ("en",)
+    ).dropped == {"chat turns out of order": 1}
+    robot = [{"role": "robot", "content": "beep"}, {"role": "assistant", "content": "a"}]
+    path = write_lines(tmp_path / "worse.jsonl", [{"messages": robot}])
+    assert load(path, ("en",)).dropped == {"chat turn with role 'robot'": 1}
 
 
 def test_documented_drops_are_counted_with_their_whole_record(tmp_path):
@@ -489,7 +567,12 @@ def test_documented_drops_are_counted_with_their_whole_record(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     corpus = load(tmp_path / "rows.jsonl", ("en", "zh"))
     assert [record.id for record in corpus] == ["r0", "r5"]
-    assert corpus.dropped == {"empty output": 1, "NUL character": 1, "over 1000000 characters": 1, "lone surrogate": 1}
+    assert corpus.dropped == {
+        "empty output": 1,
+        "NUL character": 1,
+        "over 1000000 characters": 1,
+        "lone surrogate": 1,
+    }
     assert corpus.dropped_rows["empty output"] == [f"{tmp_path}/rows.jsonl, row 2 (zh)"]
 
 
@@ -497,30 +580,78 @@ def good(i: int) -> str:
     return json.dumps({"id": i, "instruction": "q", "output": "a"}) + "\n"
 
 
-@pytest.mark.parametrize(("name", "content", "settings", "message"), [
-    ("a.jsonl", good(1) + "{oops\n", {}, r"a.jsonl, row 2: not JSON .*one object per line"),
-    ("a.json", '[{"output": "a",}]', {}, r"a.json, line 1: not JSON"),
-    ("a.json", '{"id": 1}', {}, r"a.json: expected a list of rows"),
-    ("a.jsonl", "[1]\n", {}, r"row 1: rows are objects"),
-    ("a.jsonl", good(1).encode() + b'{"output": "caf\xe9"}\n', {}, r"a.jsonl, row 2: byte 0xe9 is not UTF-8.*iconv"),
-    ("a.json", b'[\n{"output": "caf\xe9"}]', {}, r"a.json, line 2: byte 0xe9 is not UTF-8"),
-    ("a.csv", b"instruction,output\nq,caf\xe9\n", {}, r"row 2: byte 0xe9 is not UTF-8"),
-    ("a.csv", "instruction,output\nq,a,b\n", {}, r"row 1: more cells than the 2 of the header"),
-    ("a.csv", "instruction,output\nq\n", {}, r"row 1: fewer cells"),
-    ("a.jsonl", good(1) + good(1), {}, r"row 2: id '1' was already used in .*row 1; ids must be unique"),
-    ("a.jsonl", good(1) + '{"instruction": "q", "output": "a"}\n', {}, r"row 2: no id, unlike the rows before it"),
-    ("a.jsonl", '{"foo": 1}\n', {}, r"no instruction and no output among the columns foo"),
-    ("a.jsonl", '{"instruction": "q", "output": ["a"]}\n', {}, r"row 1: output is a list, not text.*dotted path"),
-    ("a.jsonl", good(1), {"fields": {"outptu": "a"}}, r"fields has no 'outptu'; did you mean output\?"),
-    ("a.jsonl", good(1), {"languages": ("xx",)}, r"'xx' is not a known language"),
-    ("a.jsonl", good(1), {"languages": ("en", "zh")}, r"columns id, instruction, output name no language"),
-    ("a.jsonl", good(1), {"kind": "messages"}, r"row 1: kind='messages', but it has no list messages"),
-    ("a.jsonl", good(1), {"kind": "columns"}, r"row 1: kind='columns', but it has no column group for any of en"),
-    ("a.json", "[" + good(1) + "]", {"kind": "squad"}, r"row 1: kind='squad', but it has no question and context"),
-    ("a.jsonl", good(1), {"kind": "folder"}, r"kind='folder', but .*a.jsonl is a file"),
-    ("a.txt", good(1), {}, r"the ending '.txt' .* set kind"),
-    ("a.parquet", b"PAR1 nothing", {}, r"a.parquet: not a whole Parquet file"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "settings", "message"),
+    [
+        ("a.jsonl", good(1) + "{oops\n", {}, r"a.jsonl, row 2: not JSON .*one object per line"),
+        ("a.json", '[{"output": "a",}]', {}, r"a.json: not JSON at column 17"),
+        ("a.json", '{"id": 1}', {}, r"a.json: expected a list of rows"),
+        ("a.jsonl", "[1]\n", {}, r"row 1: rows are objects"),
+        (
+            "a.jsonl",
+            good(1).encode() + b'{"output": "caf\xe9"}\n',
+            {},
+            r"a.jsonl, row 2: byte 0xe9 is not UTF-8.*iconv",
+        ),
+        ("a.json", b'[\n{"output": "caf\xe9"}]', {}, r"a.json, line 2: byte 0xe9 is not UTF-8"),
+        ("a.csv", b"instruction,output\nq,caf\xe9\n", {}, r"row 2: byte 0xe9 is not UTF-8"),
+        ("a.csv", "instruction,output\nq,a,b\n", {}, r"row 1: more cells than the 2 of the header"),
+        ("a.csv", "instruction,output\nq\n", {}, r"row 1: fewer cells"),
+        (
+            "a.jsonl",
+            good(1) + good(1),
+            {},
+            r"row 2: id '1' was already used in .*row 1; ids must be unique",
+        ),
+        (
+            "a.jsonl",
+            good(1) + '{"instruction": "q", "output": "a"}\n',
+            {},
+            r"row 2: no id, unlike the rows before it",
+        ),
+        ("a.jsonl", '{"foo": 1}\n', {}, r"no instruction and no output among the columns foo"),
+        (
+            "a.jsonl",
+            '{"instruction": "q", "output": ["a"]}\n',
+            {},
+            r"row 1: output is a list, not text.*dotted path",
+        ),
+        (
+            "a.jsonl",
+            good(1),
+            {"fields": {"outptu": "a"}},
+            r"fields has no 'outptu'; did you mean output\?",
+        ),
+        ("a.jsonl", good(1), {"languages": ("xx",)}, r"'xx' is not a known language"),
+        (
+            "a.jsonl",
+            good(1),
+            {"languages": ("en", "zh")},
+            r"columns id, instruction, output name no language",
+        ),
+        (
+            "a.jsonl",
+            good(1),
+            {"kind": "messages"},
+            r"row 1: kind='messages', but it has no list messages",
+        ),
+        (
+            "a.jsonl",
+            good(1),
+            {"kind": "columns"},
+            r"row 1: kind='columns', but it has no column group for any of en",
+        ),
+        (
+            "a.json",
+            "[" + good(1) + "]",
+            {"kind": "squad"},
+            r"row 1: kind='squad', but it has no question and context",
+        ),
+        ("a.jsonl", good(1), {"kind": "folder"}, r"kind='folder', but .*a.jsonl is a file"),
+        ("a.txt", good(1), {}, r"the ending '.txt' .* set kind"),
+        ("a.parquet", b"PAR1 nothing", {}, r"a.parquet: not a whole Parquet file"),
+    ],
+)
 def test_faults_name_file_row_and_remedy(name, content, settings, message, tmp_path):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -529,13 +660,16 @@ def test_faults_name_file_row_and_remedy(name, content, settings, message, tmp_p
     assert str(error.value).count("\n") < 3
 
 
-@pytest.mark.parametrize(("path", "settings", "message"), [
-    ("absent.jsonl", {}, r"absent.jsonl does not exist"),
-    ("rwos.jsonl", {}, r"did you mean rows.jsonl\?"),
-    ("rows_{lang}.json", {}, r"no file .*rows_zh.json for language 'zh'"),
-    ("folder", {}, r"has no file for language 'zh'.*set languages=\('en',\)"),
-    ("empty", {}, r"holds no NAME_LANG.json"),
-])
+@pytest.mark.parametrize(
+    ("path", "settings", "message"),
+    [
+        ("absent.jsonl", {}, r"absent.jsonl does not exist"),
+        ("rwos.jsonl", {}, r"did you mean rows.jsonl\?"),
+        ("rows_{lang}.json", {}, r"no file .*rows_zh.json for language 'zh'"),
+        ("folder", {}, r"has no file for language 'zh'.*set languages=\('en',\)"),
+        ("empty", {}, r"holds no NAME_LANG.json"),
+    ],
+)
 def test_absent_files_name_what_is_there(path, settings, message, tmp_path):
     write_lines(tmp_path / "rows.jsonl", ROWS)
     for folder in ("folder", "empty"):
@@ -567,6 +701,9 @@ def test_xquad_reads_in_four_languages(shared):
 
 
 def test_alpaca_seeds_read_through_dotted_paths(shared):
-    corpus = load(shared / "alpaca" / "seed_tasks.jsonl", languages=("en",),
-                  fields={"input": "instances.0.input", "output": "instances.0.output"})
+    corpus = load(
+        shared / "alpaca" / "seed_tasks.jsonl",
+        languages=("en",),
+        fields={"input": "instances.0.input", "output": "instances.0.output"},
+    )
     assert len(corpus) == 175 and corpus[3].texts["en"].input == '"All Asians are smart!"'

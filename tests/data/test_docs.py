@@ -26,9 +26,11 @@ def test_the_page_runs_as_written(shared, tmp_path, monkeypatch):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "gaps.py").write_text(
         "from crossin_jax.config import *\ndef get_config():\n    return Config(output_dir='runs/gaps', model="
-        "Model(path='models/llama-2'), data=Data(sources=(Source(name='gaps', path='gaps.jsonl'),)))\n")
+        "Model(path='models/llama-2'), data=Data(sources=(Source(name='gaps', path='gaps.jsonl'),)))\n"
+    )
     (tmp_path / "translate.py").write_text(
-        "import json, sys\nfor line in sys.stdin:\n    print(json.dumps('vi ' + json.loads(line)['text']))\n")
+        "import json, sys\nfor line in sys.stdin:\n    print(json.dumps('vi ' + json.loads(line)['text']))\n"
+    )
     blocks = re.findall(r"```(python|bash|json)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
     assert len(blocks) >= 9
     for kind, text in blocks:
@@ -38,8 +40,13 @@ def test_the_page_runs_as_written(shared, tmp_path, monkeypatch):
             assert "prompt_input" in json.loads(text)
         elif kind == "bash":
             for line in text.strip().splitlines():
-                done = subprocess.run(line.replace("python", sys.executable), shell=True, capture_output=True,
-                                      text=True, timeout=300)
+                done = subprocess.run(
+                    line.replace("python", sys.executable),
+                    shell=True,
+                    capture_output=True,
+                    text=True,
+                    timeout=300,
+                )
                 assert done.returncode == 0, (line, done.stderr)
         elif match := re.match(r"# file: (\S+)\n", text):
             path = tmp_path / match[1]
@@ -50,5 +57,7 @@ def test_the_page_runs_as_written(shared, tmp_path, monkeypatch):
     manifest = json.loads((tmp_path / "runs/mine/data/manifest.json").read_text())
     assert manifest["examples"] == 600 and (tmp_path / "runs/mine/audit/audit.png").is_file()
     assert len((tmp_path / "built/seeds/mixture.jsonl").read_text().splitlines()) == 175
-    filled = [json.loads(line) for line in (tmp_path / "runs/gaps/gaps.jsonl").read_text().splitlines()]
+    filled = [
+        json.loads(line) for line in (tmp_path / "runs/gaps/gaps.jsonl").read_text().splitlines()
+    ]
     assert filled[3]["vi"]["instruction"].startswith("vi What")

@@ -14,23 +14,31 @@ from hypothesis import strategies as st
 from crossin_jax.config import Component, Config, Data, Source, UserError
 from crossin_jax.data import packing
 from crossin_jax.data.corpus import Corpus, Record, Text
-from crossin_jax.data.crosslingual import Example
+from crossin_jax.data.kinds import Example
 from crossin_jax.data.loader import make_loader
 from crossin_jax.data.mixture import Mixture, load_corpora
 from crossin_jax.data.packing import pack_rows, shorten_input
-from crossin_jax.data.pipeline import open_renderer
-from crossin_jax.data.prompts import Renderer, load_tokenizer
+from crossin_jax.data.pipeline import load_tokenizer, open_renderer
+from crossin_jax.data.prompts import Renderer
 from tests.data.conftest import parallel_rows, write_lines
 
-FIELDS = ("tokens_BT", "targets_BT", "segment_ids_BT", "positions_BT", "learned_BT", "group_BT")
+FIELDS = ("tokens_BT", "targets_BT", "segment_ids_BT", "positions_BT", "loss_mask_BT", "group_BT")
 
 
 @pytest.fixture(scope="module")
 def parts(tokenizer, parallel_file):
     """Mixture, renderer and settings of 200 base, 150 x2x and 100 trans examples."""
-    components = (Component(kind="base", source="s"), Component(kind="x2x", source="s", count=150),
-                  Component(kind="trans", source="s", count=100))
-    data = Data(sources=(Source(name="s", path=parallel_file),), components=components, length=160, template="gemma")
+    components = (
+        Component(kind="base", source="s"),
+        Component(kind="x2x", source="s", count=150),
+        Component(kind="trans", source="s", count=100),
+    )
+    data = Data(
+        sources=(Source(name="s", path=parallel_file),),
+        components=components,
+        length=160,
+        template="gemma",
+    )
     return Mixture(data, load_corpora(data, 0), 0), Renderer(tokenizer, "gemma"), data
 
 
@@ -43,8 +51,16 @@ def small_windows(monkeypatch):
 def loader_of(parts, *, batch_size=4, seed=0, num_epochs=None, host=0, hosts=1, **changes):
     mixture, renderer, data = parts
     data = Data(**{**vars(data), **changes})
-    return make_loader(mixture, renderer, data, batch_size=batch_size, seed=seed, num_epochs=num_epochs,
-                       process_index=host, process_count=hosts)
+    return make_loader(
+        mixture,
+        renderer,
+        data,
+        batch_size=batch_size,
+        seed=seed,
+        num_epochs=num_epochs,
+        process_index=host,
+        process_count=hosts,
+    )
 
 
 def segments_of(batch):
@@ -54,22 +70,35 @@ def segments_of(batch):
             here = np.flatnonzero(batch["segment_ids_BT"][r] == s)
             tokens, targets = batch["tokens_BT"][r, here], batch["targets_BT"][r, here]
             assert np.array_equal(here, np.arange(here[0], here[-1] + 1)), "segments are stretches"
-            assert np.array_equal(batch["positions_BT"][r, here], np.arange(len(here))), "positions restart"
+            assert np.array_equal(batch["positions_BT"][r, here], np.arange(len(here))), (
+                "positions restart"
+            )
             assert np.array_equal(tokens[1:], targets[:-1]), "targets are the next tokens"
             assert len(set(batch["group_BT"][r, here])) == 1
-            yield (*tokens, targets[-1]), tuple(batch["learned_BT"][r, here]), int(batch["group_BT"][r, here[0]])
+            yield (
+                (*tokens, targets[-1]),
+                tuple(batch["loss_mask_BT"][r, here]),
+                int(batch["group_BT"][r, here[0]]),
+            )
 
 
 def digest(batch) -> str:
-    return hashlib.blake2b(b"".join(batch[name].tobytes() for name in FIELDS), digest_size=8).hexdigest()
+    return hashlib.blake2b(
+        b"".join(batch[name].tobytes() for name in FIELDS), digest_size=8
+    ).hexdigest()
 
 
 def expected_segments(parts, epochs=1) -> Counter:
     mixture, renderer, _ = parts
     examples = mixture.take(np.arange(epochs * len(mixture)))
-    return Counter((tuple(r.ids.tolist()), tuple(r.learned[1:].tolist()),
-                    mixture.groups.index((e.component, e.answer_language)))
-                   for e, r in zip(examples, renderer.render_many(examples), strict=True))
+    return Counter(
+        (
+            tuple(r.ids.tolist()),
+            tuple(r.loss_mask[1:].tolist()),
+            mixture.groups.index((e.component, e.answer_language)),
+        )
+        for e, r in zip(examples, renderer.render_many(examples), strict=True)
+    )
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
@@ -83,9 +112,13 @@ def test_every_example_comes_once_per_epoch_with_its_mask(parts, epochs, packs, 
     assert found == expected_segments(parts, epochs)
     for batch in batches:
         empty = batch["segment_ids_BT"] == 0
-        assert not batch["learned_BT"][empty].any() and not batch["positions_BT"][empty].any()
-        assert batch["tokens_BT"].dtype == np.int32 and batch["learned_BT"].dtype == bool
-        assert batch["tokens_BT"].shape == (4, 160) if packs else batch["tokens_BT"].shape[1] in (40, 80, 160)
+        assert not batch["loss_mask_BT"][empty].any() and not batch["positions_BT"][empty].any()
+        assert batch["tokens_BT"].dtype == np.int32 and batch["loss_mask_BT"].dtype == bool
+        assert (
+            batch["tokens_BT"].shape == (4, 160)
+            if packs
+            else batch["tokens_BT"].shape[1] in (40, 80, 160)
+        )
 
 
 def test_one_host_and_many_see_the_same_rows(parts, small_windows):
@@ -109,7 +142,7 @@ def test_restart_at_250_random_points_gives_the_identical_next_batches(parts, sm
     for stop in random.Random(0).choices(range(118), k=250):
         other.set_state(states[stop])
         assert other.get_state() == states[stop]
-        assert [digest(next(other)) for _ in range(2)] == hashes[stop:stop + 2]
+        assert [digest(next(other)) for _ in range(2)] == hashes[stop : stop + 2]
 
 
 def test_workers_change_nothing_and_resume_exactly(parts, small_windows):
@@ -124,7 +157,7 @@ def test_workers_change_nothing_and_resume_exactly(parts, small_windows):
         assert worked.get_state() == plain.get_state()
         for stop in (37, 4):
             worked.set_state(states[stop])
-            assert [digest(next(worked)) for _ in range(5)] == hashes[stop:stop + 5]
+            assert [digest(next(worked)) for _ in range(5)] == hashes[stop : stop + 5]
     finally:
         worked.close()
 
@@ -214,8 +247,13 @@ def test_packing_uses_every_example_once_and_few_rows(lengths):
     rows = pack_rows(lengths, 50)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in row) <= 50 and row == sorted(row) for row in rows)
-    assert len(rows) <= 11 / 9 * -(-sum(lengths) // 50) + 1 or len(rows) <= sum(n > 25 for n in lengths) + 11 / 9 * (
-        -(-sum(n for n in lengths if n <= 25) // 50)) + 1
+    assert (
+        len(rows) <= 11 / 9 * -(-sum(lengths) // 50) + 1
+        or len(rows)
+        <= sum(n > 25 for n in lengths)
+        + 11 / 9 * (-(-sum(n for n in lengths if n <= 25) // 50))
+        + 1
+    )
 
 
 def pack_slowly(lengths, capacity) -> list[int]:
@@ -231,8 +269,13 @@ def pack_slowly(lengths, capacity) -> list[int]:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(1, 60).flatmap(lambda capacity: st.tuples(
-    st.just(capacity), st.lists(st.integers(1, capacity), max_size=80))))
+@given(
+    st.integers(1, 60).flatmap(
+        lambda capacity: st.tuples(
+            st.just(capacity), st.lists(st.integers(1, capacity), max_size=80)
+        )
+    )
+)
 def test_packing_fills_rows_as_best_fit_does(case):
     capacity, lengths = case
     rows = pack_rows(lengths, capacity)
@@ -255,10 +298,18 @@ def sized_parts(tokenizer, length, **changes):
     bare = len(renderer.render_answer("a", "", "b").ids) - 1
     words = "a" + "&" * (length - bare - 1)  # no two of these make a token
     records = [Record(f"r{n}", {"en": Text(words + "&" * n, "", "b")}) for n in range(3)]
-    data = Data(sources=(Source(name="s"),), components=(Component(source="s"),), languages=("en",),
-                length=length, template="gemma", **changes)
-    assert [len(renderer.render_answer(record.texts["en"].instruction, "", "b").ids) - 1 - length
-            for record in records] == [-1, 0, 1]
+    data = Data(
+        sources=(Source(name="s"),),
+        components=(Component(source="s"),),
+        languages=("en",),
+        length=length,
+        template="gemma",
+        **changes,
+    )
+    assert [
+        len(renderer.render_answer(record.texts["en"].instruction, "", "b").ids) - 1 - length
+        for record in records
+    ] == [-1, 0, 1]
     return Mixture(data, {"s": Corpus("s", records)}, 0), renderer, data
 
 
@@ -276,16 +327,24 @@ def test_an_example_as_long_as_a_row_is_kept_whole(tokenizer, packs):
 def test_every_reason_is_counted_by_component_and_language(tokenizer, tmp_path, caplog):
     """And told once, with the first batch that lacks an example."""
     bos = tmp_path / "bos.json"
-    bos.write_text(json.dumps({"prompt_input": "<s><s>{instruction} {input}\n",
-                               "prompt_no_input": "<s><s>{instruction}\n"}))
+    bos.write_text(
+        json.dumps(
+            {
+                "prompt_input": "<s><s>{instruction} {input}\n",
+                "prompt_no_input": "<s><s>{instruction}\n",
+            }
+        )
+    )
     rows = parallel_rows(20)
     rows[1]["en"]["instruction"] += " <|im_end|>"  # in all three
     rows[2]["zh"]["instruction"] = ""  # nothing to translate into
     rows[3]["en"]["input"] = "river " * 300  # in base alone
     rows[4]["zh"]["instruction"] = "河 " * 300  # the answer of trans
-    components = (Component(kind="base", source="s"),
-                  Component(kind="trans", source="s", translate="en2x", languages={"zh": 1.0}),
-                  Component(kind="en2x", source="s", languages={"es": 1.0}, template=str(bos)))
+    components = (
+        Component(kind="base", source="s"),
+        Component(kind="trans", source="s", translate="en2x", languages={"zh": 1.0}),
+        Component(kind="en2x", source="s", languages={"es": 1.0}, template=str(bos)),
+    )
     data = Data(
         sources=(Source(name="s", path=write_lines(tmp_path / "rows.jsonl", rows)),),
         length=160,
@@ -354,14 +413,18 @@ def test_windows_without_a_usable_example_are_passed_over(tokenizer, tmp_path, m
 
 
 @settings(max_examples=30, deadline=None)
-@given(body=st.text(st.sampled_from("ab c\n[]河é"), max_size=120), length=st.integers(8, 90),
-       tag=st.sampled_from(["\n[zh]", ""]))
+@given(
+    body=st.text(st.sampled_from("ab c\n[]河é"), max_size=120),
+    length=st.integers(8, 90),
+    tag=st.sampled_from(["\n[zh]", ""]),
+)
 def test_a_shortened_input_is_a_beginning_of_it(tokenizer, body, length, tag):
     renderer = Renderer(tokenizer, "gemma")
     whole = Example("r", "x2x", "en", "zh", "Name it.", body + tag, "塞纳河")
 
     def ids_of(input) -> list[int]:
         return renderer.render(dataclasses.replace(whole, input=input)).ids.tolist()
+
     shortened = shorten_input(whole, renderer, length)
     if len(ids_of(body + tag)) - 1 <= length:
         assert shortened.ids.tolist() == ids_of(body + tag)
@@ -385,19 +448,28 @@ def measure(mixture, renderer, data, **changes) -> float:
     """Share of real tokens in one epoch of batches, without the last one."""
     data = Data(**{**vars(data), **changes})
     loader = make_loader(mixture, renderer, data, batch_size=4, seed=0)
-    batches = [next(loader)["segment_ids_BT"] > 0 for _ in range(max(8, int(loader.steps_per_epoch)))]
+    batches = [
+        next(loader)["segment_ids_BT"] > 0 for _ in range(max(8, int(loader.steps_per_epoch)))
+    ]
     return sum(b.sum() for b in batches) / sum(b.size for b in batches)
 
 
 def test_98_percent_of_packed_tokens_are_real(shared, record_property):
     llama = load_tokenizer(str(shared / "tokenizers" / "llama2"))
     xquad = Source(name="s", path=str(shared / "xquad" / "xquad.{lang}.json"), limit=400)
-    alpaca = Source(name="s", path=str(shared / "alpaca" / "seed_tasks.jsonl"), languages=("en",), fields={
-        "input": "instances.0.input", "output": "instances.0.output"})
+    alpaca = Source(
+        name="s",
+        path=str(shared / "alpaca" / "seed_tasks.jsonl"),
+        languages=("en",),
+        fields={"input": "instances.0.input", "output": "instances.0.output"},
+    )
     kinds = {"xquad": ("base", "x2x", "en2x"), "alpaca": ("base",)}
     for name, source in {"xquad": xquad, "alpaca": alpaca}.items():
-        data = Data(sources=(source,), length=2048,
-                    components=tuple(Component(kind=kind, source="s") for kind in kinds[name]))
+        data = Data(
+            sources=(source,),
+            length=2048,
+            components=tuple(Component(kind=kind, source="s") for kind in kinds[name]),
+        )
         parts = Mixture(data, load_corpora(data, 0), 0), Renderer(llama, "alpaca"), data
         packed, unpacked = measure(*parts), measure(*parts, packing=False)
         record_property(name, f"{packed:.4f} packed, {unpacked:.4f} unpacked")
@@ -414,8 +486,13 @@ def long_row_parts(tokenizer, tmp_path, over_long):
     for i in range(0, 40, 4):
         rows[i]["zh"]["input"] = "河 " * 400
     path = write_lines(tmp_path / "rows.jsonl", rows)
-    data = Data(sources=(Source(name="s", path=path),), components=(Component(kind="x2en", source="s"),), length=160,
-                template="gemma", over_long=over_long)
+    data = Data(
+        sources=(Source(name="s", path=path),),
+        components=(Component(kind="x2en", source="s"),),
+        length=160,
+        template="gemma",
+        over_long=over_long,
+    )
     return Mixture(data, load_corpora(data, 0), 0), Renderer(tokenizer, "gemma"), data
 
 
@@ -432,7 +509,10 @@ def test_over_long_inputs_are_shortened_never_the_answer(tokenizer, tmp_path):
     mixture, renderer, _ = parts
     loader = loader_of(parts, num_epochs=1)
     found = Counter(segment[0] for batch in loader for segment in segments_of(batch))
-    assert sum(found.values()) == 40 and sum(loader.dropped.values()) == loader.dropped["input shortened x2en/en"] > 0
+    assert (
+        sum(found.values()) == 40
+        and sum(loader.dropped.values()) == loader.dropped["input shortened x2en/en"] > 0
+    )
     example = next(e for e in mixture if "河 河" in e.input)
     rendered = shorten_input(example, renderer, 160)
     assert 150 < len(rendered.ids) <= 161 and found[tuple(rendered.ids.tolist())] == 1
@@ -441,12 +521,16 @@ def test_over_long_inputs_are_shortened_never_the_answer(tokenizer, tmp_path):
 
 
 def test_a_run_without_anything_to_learn_is_refused(parts):
-    with pytest.raises(UserError, match=r"none of the first 450 examples can be .*\(450 over-long\); first row"):
+    with pytest.raises(
+        UserError, match=r"none of the first 450 examples can be .*\(450 over-long\); first row"
+    ):
         loader_of(parts, length=8)
 
 
 def test_rows_must_divide_over_hosts(parts):
-    with pytest.raises(UserError, match="train.batch_size=5 does not divide over 2 processes; use 4 or 6"):
+    with pytest.raises(
+        UserError, match="train.batch_size=5 does not divide over 2 processes; use 4 or 6"
+    ):
         loader_of(parts, batch_size=5, hosts=2)
 
 
@@ -497,8 +581,10 @@ def test_a_position_does_not_depend_on_how_rows_are_dealt_out(parts, small_windo
     mine = slice(2, 4) if "hosts" in changes else slice(0, size)
     for name in FIELDS:
         stream = np.concatenate([batch[name] for batch in rows])
-        assert all(np.array_equal(batch[name], stream[k * size:(k + 1) * size][mine])
-                   for k, batch in enumerate(batches))
+        assert all(
+            np.array_equal(batch[name], stream[k * size : (k + 1) * size][mine])
+            for k, batch in enumerate(batches)
+        )
 
 
 def test_unpacked_rows_are_padded_to_the_smallest_of_three_widths(parts):
@@ -531,15 +617,21 @@ def test_the_examples_of_a_batch_can_be_named(parts, packs, small_windows):
     """The names of each row are those whose ids lie in it, in their order, also where a batch spans two windows."""
     mixture, renderer, _ = parts
     examples = mixture.take(np.arange(len(mixture)))
-    ids = {f"{e.id} {e.component} {e.prompt_language}>{e.answer_language}": tuple(r.ids.tolist())
-           for e, r in zip(examples, renderer.render_many(examples), strict=True)}
+    ids = {
+        f"{e.id} {e.component} {e.prompt_language}>{e.answer_language}": tuple(r.ids.tolist())
+        for e, r in zip(examples, renderer.render_many(examples), strict=True)
+    }
     loader = loader_of(parts, packing=packs, batch_size=5)
     for _ in range(6):
         begin = loader.position
         batch = next(loader)
         names = loader.name_rows(begin)
         assert [[ids[name] for name in row] for row in names] == [
-            [segment[0] for segment in segments_of({key: rows[i:i + 1] for key, rows in batch.items()})]
-            for i in range(5)]
+            [
+                segment[0]
+                for segment in segments_of({key: rows[i : i + 1] for key, rows in batch.items()})
+            ]
+            for i in range(5)
+        ]
     loader.go_to(begin)
     assert digest(next(loader)) == digest(batch)

@@ -29,14 +29,20 @@ def make_records(count: int, languages=CODES) -> list[Record]:
     return [Record(row["id"], {code: Text(**row[code]) for code in languages}) for row in rows]
 
 
-def make_mixture(*components: Component, rows: int = 500, seed: int = 0, order=None, **data) -> Mixture:
+def make_mixture(
+    *components: Component, rows: int = 500, seed: int = 0, order=None, **data
+) -> Mixture:
     records = make_records(rows)
     if order is not None:
         random.Random(order).shuffle(records)
     corpora = {"s": Corpus("s", records), "t": Corpus("t", make_records(60))}
     for component in components:
         component.source = component.source or "s"
-    return Mixture(Data(sources=(Source(name="s"), Source(name="t")), components=components, **data), corpora, seed)
+    return Mixture(
+        Data(sources=(Source(name="s"), Source(name="t")), components=components, **data),
+        corpora,
+        seed,
+    )
 
 
 def as_set(mixture: Mixture) -> set:
@@ -48,7 +54,9 @@ KINDS = ["base", "en2x", "x2en", "x2x", "same", "trans"]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sizes_nest_with_their_languages(kind):
-    small, middle, large = (as_set(make_mixture(Component(kind=kind, count=n))) for n in (100, 200, 450))
+    small, middle, large = (
+        as_set(make_mixture(Component(kind=kind, count=n))) for n in (100, 200, 450)
+    )
     assert small < middle < large and len(small) == 100
     assert len({row for _, row, *_ in large}) == 450  # no row twice
 
@@ -75,8 +83,10 @@ def test_row_order_changes_nothing(order, seed, kind, count, again):
 @pytest.mark.parametrize("kind", ["x2x", "same"])
 def test_the_pivot_need_not_be_a_language_where_no_example_has_a_side_in_it(kind):
     """The default pivot is English; a mixture of Spanish and Vietnamese draws both, and nothing else."""
-    pairs = Counter((e.prompt_language, e.answer_language)
-                    for e in make_mixture(Component(kind=kind), languages=("es", "vi")))
+    pairs = Counter(
+        (e.prompt_language, e.answer_language)
+        for e in make_mixture(Component(kind=kind), languages=("es", "vi"))
+    )
     expected = {("es", "vi"), ("vi", "es")} if kind == "x2x" else {("es", "es"), ("vi", "vi")}
     assert pairs.keys() == expected and min(pairs.values()) > 200
 
@@ -95,15 +105,27 @@ def test_draws_are_pinned_across_machines_and_releases():
     }
     digests = {}
     for name, mixture in mixtures.items():
-        examples = [(e.id, e.component, e.prompt_language, e.answer_language)
-                    for e in mixture.take(np.arange(3 * len(mixture)))]
+        examples = [
+            (e.id, e.component, e.prompt_language, e.answer_language)
+            for e in mixture.take(np.arange(3 * len(mixture)))
+        ]
         digests[name] = hashlib.blake2b(json.dumps(examples).encode(), digest_size=4).hexdigest()
     assert digests == PINNED
 
 
-PINNED = {"base": "008d1e5f", "en2x": "9ad135b0", "x2en": "f9cf9f73", "x2x": "1f05c4f9",
-          "same": "644f1e88", "trans": "ed882a49", "count": "72c98eff", "again": "b5c429b4",
-          "weights": "e2f6b0e5", "shares": "48decd0c", "seed": "cff8d160"}
+PINNED = {
+    "base": "008d1e5f",
+    "en2x": "9ad135b0",
+    "x2en": "f9cf9f73",
+    "x2x": "1f05c4f9",
+    "same": "644f1e88",
+    "trans": "ed882a49",
+    "count": "72c98eff",
+    "again": "b5c429b4",
+    "weights": "e2f6b0e5",
+    "shares": "48decd0c",
+    "seed": "cff8d160",
+}
 PINNED_BITS = [7191089600892374487, 13647215125184110592]
 
 
@@ -114,19 +136,25 @@ def test_other_seeds_and_components_draw_others():
     assert len({row for _, row, *_ in sets[0]} & other) < 50  # about 100 * 100/500
 
 
-@pytest.mark.parametrize(("component", "pairs"), [
-    (Component(kind="base"), {("en", "en")}),
-    (Component(kind="en2x"), {("en", x) for x in ("zh", "vi", "es")}),
-    (Component(kind="x2en"), {(x, "en") for x in ("zh", "vi", "es")}),
-    (Component(kind="x2x"), {(a, b) for a in CODES for b in CODES if a != b}),
-    (Component(kind="x2x", allow_same=True), {(a, b) for a in CODES for b in CODES}),
-    (Component(kind="x2x", languages={"zh": 1.0, "vi": 1.0}), {("zh", "vi"), ("vi", "zh")}),
-    (Component(kind="same"), {(x, x) for x in ("zh", "vi", "es")}),
-    (Component(kind="same", languages={"en": 1.0, "zh": 1.0}), {("en", "en"), ("zh", "zh")}),
-    (Component(kind="trans"), {(x, "en") for x in ("zh", "vi", "es")} | {("en", x) for x in ("zh", "vi", "es")}),
-    (Component(kind="trans", translate="x2en"), {(x, "en") for x in ("zh", "vi", "es")}),
-    (Component(kind="trans", translate="en2x"), {("en", x) for x in ("zh", "vi", "es")}),
-])
+@pytest.mark.parametrize(
+    ("component", "pairs"),
+    [
+        (Component(kind="base"), {("en", "en")}),
+        (Component(kind="en2x"), {("en", x) for x in ("zh", "vi", "es")}),
+        (Component(kind="x2en"), {(x, "en") for x in ("zh", "vi", "es")}),
+        (Component(kind="x2x"), {(a, b) for a in CODES for b in CODES if a != b}),
+        (Component(kind="x2x", allow_same=True), {(a, b) for a in CODES for b in CODES}),
+        (Component(kind="x2x", languages={"zh": 1.0, "vi": 1.0}), {("zh", "vi"), ("vi", "zh")}),
+        (Component(kind="same"), {(x, x) for x in ("zh", "vi", "es")}),
+        (Component(kind="same", languages={"en": 1.0, "zh": 1.0}), {("en", "en"), ("zh", "zh")}),
+        (
+            Component(kind="trans"),
+            {(x, "en") for x in ("zh", "vi", "es")} | {("en", x) for x in ("zh", "vi", "es")},
+        ),
+        (Component(kind="trans", translate="x2en"), {(x, "en") for x in ("zh", "vi", "es")}),
+        (Component(kind="trans", translate="en2x"), {("en", x) for x in ("zh", "vi", "es")}),
+    ],
+)
 def test_each_kind_draws_its_pairs_evenly(component, pairs):
     mixture = make_mixture(component, rows=2000)
     counts = Counter((e.prompt_language, e.answer_language) for e in mixture)
@@ -136,13 +164,17 @@ def test_each_kind_draws_its_pairs_evenly(component, pairs):
 
 
 def test_language_weights_are_followed():
-    counts = make_mixture(Component(kind="en2x", languages={"zh": 3.0, "es": 1.0}), rows=4000).count_pairs(0)
+    counts = make_mixture(
+        Component(kind="en2x", languages={"zh": 3.0, "es": 1.0}), rows=4000
+    ).count_pairs(0)
     assert set(counts) == {("en", "zh"), ("en", "es")} and abs(counts["en", "zh"] - 3000) < 150
 
 
 def test_positions_are_a_pure_function_and_epochs_reshuffle():
     mixture = make_mixture(Component(kind="base"), Component(kind="x2x", count=50))
-    assert len(mixture) == 550 and [mixture[i] for i in (5, 3, 549)] == mixture.take(np.array([5, 3, 549]))
+    assert len(mixture) == 550 and [mixture[i] for i in (5, 3, 549)] == mixture.take(
+        np.array([5, 3, 549])
+    )
     first, second = ([mixture[i] for i in range(e * 550, (e + 1) * 550)] for e in (0, 1))
     assert first != second and Counter(first) == Counter(second)
     assert pickle.loads(pickle.dumps(mixture))[777] == mixture[777]
@@ -174,11 +206,14 @@ def test_each_epoch_interleaves_the_components_anew():
 
 def test_each_pass_over_a_component_has_its_own_order():
     """With 25 of 100 rows per epoch, the first quarter of a pass is other rows in the next pass."""
-    mixture = make_mixture(Component(kind="base", share=0.25), Component(kind="x2x", share=0.75),
-                           rows=50)
+    mixture = make_mixture(
+        Component(kind="base", share=0.25), Component(kind="x2x", share=0.75), rows=50
+    )
     assert len(mixture) == 100
-    rows = [{e.id for e in mixture.take(np.arange(100) + 100 * epoch) if e.component == "base"}
-            for epoch in range(6)]
+    rows = [
+        {e.id for e in mixture.take(np.arange(100) + 100 * epoch) if e.component == "base"}
+        for epoch in range(6)
+    ]
     assert all(len(found) == 25 for found in rows)
     for first, second in (rows[:2], rows[2:4], rows[4:]):  # two epochs are one pass
         assert not first & second
@@ -186,17 +221,30 @@ def test_each_pass_over_a_component_has_its_own_order():
 
 
 @settings(max_examples=40, deadline=None)
-@given(lengths=st.lists(st.integers(1, 12), min_size=2, max_size=3),
-       weights=st.lists(st.integers(1, 30), min_size=3, max_size=3), epochs=st.integers(1, 4))
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=2, max_size=3),
+    weights=st.lists(st.integers(1, 30), min_size=3, max_size=3),
+    epochs=st.integers(1, 4),
+)
 def test_shares_are_exact_and_rows_come_in_turn(lengths, weights, epochs):
     """Sizes by largest remainders; no row comes twice more often than another of its component."""
-    weights = weights[:len(lengths)]
+    weights = weights[: len(lengths)]
     names = [f"s{i}" for i in range(len(lengths))]
-    data = Data(sources=tuple(map(lambda name: Source(name=name), names)), components=tuple(
-        Component(kind="base", source=name, share=weight / sum(weights))
-        for name, weight in zip(names, weights, strict=True)))
-    mixture = Mixture(data, {name: Corpus(name, make_records(n, ("en",)))
-                             for name, n in zip(names, lengths, strict=True)}, 0)
+    data = Data(
+        sources=tuple(map(lambda name: Source(name=name), names)),
+        components=tuple(
+            Component(kind="base", source=name, share=weight / sum(weights))
+            for name, weight in zip(names, weights, strict=True)
+        ),
+    )
+    mixture = Mixture(
+        data,
+        {
+            name: Corpus(name, make_records(n, ("en",)))
+            for name, n in zip(names, lengths, strict=True)
+        },
+        0,
+    )
     total = sum(lengths)
     exact = [Fraction(weight, sum(weights)) * total for weight in weights]
     first = Counter(components_of(mixture, 0))
@@ -227,8 +275,11 @@ def test_every_row_is_as_likely_as_another():
     open_set = make_mixture(Component(kind="base"), rows=8)
     first = Counter(open_set[epoch * 8].id for epoch in range(400))
     assert len(first) == 8 and all(abs(n - 50) < 5 * (400 / 8) ** 0.5 for n in first.values())
-    chosen = Counter(row for seed in range(200) for _, row, *_ in as_set(
-        make_mixture(Component(kind="base", count=2), rows=8, seed=seed)))
+    chosen = Counter(
+        row
+        for seed in range(200)
+        for _, row, *_ in as_set(make_mixture(Component(kind="base", count=2), rows=8, seed=seed))
+    )
     assert len(chosen) == 8 and all(abs(n - 50) < 5 * 50**0.5 for n in chosen.values())
     again = make_mixture(Component(kind="en2x", count=70_000, with_replacement=True), rows=20)
     draws = again.draw(np.arange(70_000))
@@ -247,32 +298,55 @@ def test_counted_sets_are_fixed_and_open_ones_redraw_their_pairs():
     def pairs(mixture, epoch):
         examples = mixture.take(np.arange(len(mixture)) + epoch * len(mixture))
         return {e.id: (e.prompt_language, e.answer_language) for e in examples}
-    fixed, free = make_mixture(Component(kind="x2x", count=300)), make_mixture(Component(kind="x2x"))
+
+    fixed, free = (
+        make_mixture(Component(kind="x2x", count=300)),
+        make_mixture(Component(kind="x2x")),
+    )
     assert pairs(fixed, 0) == pairs(fixed, 3)
     again = pairs(free, 1)
-    assert sum(pairs(free, 0)[row] == pair for row, pair in again.items()) < 100  # one in twelve of 500
+    assert (
+        sum(pairs(free, 0)[row] == pair for row, pair in again.items()) < 100
+    )  # one in twelve of 500
 
 
 def test_shares_divide_the_examples_seen():
-    mixture = make_mixture(Component(kind="base", share=0.5), Component(kind="x2x", share=0.3, source="t"),
-                           Component(kind="same", share=0.2))
+    mixture = make_mixture(
+        Component(kind="base", share=0.5),
+        Component(kind="x2x", share=0.3, source="t"),
+        Component(kind="same", share=0.2),
+    )
     assert len(mixture) == 1060
     seen = Counter(e.component for e in mixture.take(np.arange(1060)))
     assert seen == {"base": 530, "x2x": 318, "same": 212}
     rows = Counter(e.id for e in mixture.take(np.arange(1060)) if e.component == "x2x")
     assert set(rows.values()) <= {5, 6} and len(rows) == 60  # 318 draws from 60 rows, in turn
     both = Counter(e.id for e in mixture.take(np.arange(2120)) if e.component == "same")
-    assert set(both.values()) == {1} and len(both) == 424  # the second epoch goes on where the first stopped
+    assert (
+        set(both.values()) == {1} and len(both) == 424
+    )  # the second epoch goes on where the first stopped
 
 
 def test_draws_with_replacement_share_rows_across_directions():
-    mixture = make_mixture(*(Component(kind=kind, count=900, with_replacement=True, translate="x2en")
-                             for kind in ("en2x", "x2en", "trans")))
-    by_kind = {kind: Counter((e.id, e.prompt_language if kind != "en2x" else e.answer_language)
-                             for e in mixture if e.component == kind) for kind in ("en2x", "x2en", "trans")}
+    mixture = make_mixture(
+        *(
+            Component(kind=kind, count=900, with_replacement=True, translate="x2en")
+            for kind in ("en2x", "x2en", "trans")
+        )
+    )
+    by_kind = {
+        kind: Counter(
+            (e.id, e.prompt_language if kind != "en2x" else e.answer_language)
+            for e in mixture
+            if e.component == kind
+        )
+        for kind in ("en2x", "x2en", "trans")
+    }
     assert by_kind["en2x"] == by_kind["x2en"] == by_kind["trans"]
     rows = Counter(row for row, _ in by_kind["en2x"].elements())
-    assert len(rows) < 450 and max(rows.values()) > 3  # 900 draws from 500 rows: 1 - exp(-1.8) of them
+    assert (
+        len(rows) < 450 and max(rows.values()) > 3
+    )  # 900 draws from 500 rows: 1 - exp(-1.8) of them
     small = make_mixture(Component(kind="en2x", count=300, with_replacement=True))
     assert as_set(small) <= {(c, *rest) for c, *rest in as_set(mixture)}
 
@@ -281,7 +355,9 @@ def test_text_takes_each_row_in_a_language_it_has():
     records = [Record(f"t{i}", {CODES[i % 4]: Text("", "", f"line {i}")}) for i in range(40)]
     data = Data(sources=(Source(name="s"),), components=(Component(kind="text", source="s"),))
     examples = list(Mixture(data, {"s": Corpus("s", records)}, 0))
-    assert {(e.id, e.answer_language) for e in examples} == {(f"t{i}", CODES[i % 4]) for i in range(40)}
+    assert {(e.id, e.answer_language) for e in examples} == {
+        (f"t{i}", CODES[i % 4]) for i in range(40)
+    }
     assert all(e.instruction == e.input == "" for e in examples)
 
 
@@ -302,6 +378,7 @@ def test_text_draws_by_weight_among_the_languages_that_a_row_has():
             for e in mixture
         )
         return Counter((int(e.id[1:]) % 2, e.answer_language) for e in mixture)
+
     for weights, expected in (
         ({}, {(0, "en"): 100, (0, "zh"): 100, (0, "vi"): 100, (1, "en"): 150, (1, "es"): 150}),
         ({"en": 1.0, "zh": 3.0}, {(0, "en"): 75, (0, "zh"): 225, (1, "en"): 300}),
@@ -343,8 +420,12 @@ def test_a_source_without_rows_is_refused():
 )
 def test_a_component_needs_the_texts_of_its_languages_and_no_others(component, needed):
     for code in CODES:
-        gaps = [replace(record, texts={k: v for k, v in record.texts.items() if k != code})
-                if record.id in ("r1", "r3") else record for record in make_records(4)]
+        gaps = [
+            replace(record, texts={k: v for k, v in record.texts.items() if k != code})
+            if record.id in ("r1", "r3")
+            else record
+            for record in make_records(4)
+        ]
         data = Data(sources=(Source(name="s"),), components=(replace(component, source="s"),))
         if code in needed:
             message = rf"s, row 2: no '{code}' version \(nor in 1 other rows\)"
@@ -375,9 +456,11 @@ def test_the_manifest_is_json_and_counts_the_first_epoch():
 
 def change_text(field: str):
     """Changes one field of one text of the first record."""
+
     def change(records):
         texts = records[0].texts | {"zh": replace(records[0].texts["zh"], **{field: "other"})}
         return [replace(records[0], texts=texts), *records[1:]]
+
     return change
 
 
@@ -430,8 +513,13 @@ STREAMS = {
 def mix(*components: Component, seed: int = 0, change=list, **data) -> Mixture:
     """A mixture of two rows in each of two sources."""
     corpora = {"s": Corpus("s", change(make_records(2))), "t": Corpus("t", make_records(4)[2:])}
-    data = Data(sources=(Source(name="s"), Source(name="t")), **data, components=tuple(
-        replace(component, source=component.source or "s") for component in components))
+    data = Data(
+        sources=(Source(name="s"), Source(name="t")),
+        **data,
+        components=tuple(
+            replace(component, source=component.source or "s") for component in components
+        ),
+    )
     return Mixture(data, corpora, seed)
 
 
@@ -440,8 +528,10 @@ def test_two_streams_never_have_the_same_hash(part):
     """The hash differs even where the first epoch happens to have the same language pairs."""
     (one, other), settings, changes = STREAMS[part]
     for seed in range(300):
-        a, b = (mix(component, **{**more, "seed": more.get("seed", 0) + seed})
-                for component, more in ((one, settings), (other, settings | changes)))
+        a, b = (
+            mix(component, **{**more, "seed": more.get("seed", 0) + seed})
+            for component, more in ((one, settings), (other, settings | changes))
+        )
         first = np.arange(10 * len(a))
         if a.count_pairs(0) == b.count_pairs(0) and a.take(first) != b.take(first):
             assert a.manifest()["hash"] != b.manifest()["hash"]
@@ -454,8 +544,15 @@ def test_what_stands_in_the_manifest_is_in_its_hash():
     base, x2x = Component(kind="base"), Component(kind="x2x", source="t")
     dropped = mix(base, x2x)
     dropped.corpora["t"].dropped["empty output"] += 1
-    mixtures = [mix(base, x2x), dropped, mix(base), mix(x2x), mix(x2x, base), mix(x2x, pivot="zh"),
-                mix(replace(base, share=0.25), replace(x2x, share=0.75))]
+    mixtures = [
+        mix(base, x2x),
+        dropped,
+        mix(base),
+        mix(x2x),
+        mix(x2x, base),
+        mix(x2x, pivot="zh"),
+        mix(replace(base, share=0.25), replace(x2x, share=0.75)),
+    ]
     assert len({mixture.manifest()["hash"] for mixture in mixtures}) == len(mixtures)
 
 
@@ -465,26 +562,70 @@ def test_the_hash_ignores_what_does_not_decide_the_stream(parallel_file, tmp_pat
     (tmp_path / "copy.jsonl").write_text("".join(lines[::-1]), encoding="utf-8")
 
     def hash_of(path=parallel_file, others=(), template=None, **changes) -> str:
-        data = Data(sources=(Source(name="s", path=str(path)), *others), **changes,
-                    components=(Component(kind="x2x", source="s", template=template),))
+        data = Data(
+            sources=(Source(name="s", path=str(path)), *others),
+            **changes,
+            components=(Component(kind="x2x", source="s", template=template),),
+        )
         return Mixture(data, load_corpora(data, 0), 0).manifest()["hash"]
+
     unused = Source(name="t", path=parallel_file, limit=3)
-    assert hash_of() == hash_of(tmp_path / "copy.jsonl") == hash_of(others=(unused,)) == hash_of(
-        template="plain", length=99, packing=False, over_long="shorten_input")
+    assert (
+        hash_of()
+        == hash_of(tmp_path / "copy.jsonl")
+        == hash_of(others=(unused,))
+        == hash_of(template="plain", length=99, packing=False, over_long="shorten_input")
+    )
+
+
+def test_requests_in_english_are_counted_by_the_language_of_the_prompt():
+    """Xhosa has no sentence of its own: 9 x2x examples are asked in it or not, and 6 translations all the same."""
+    records = [
+        Record(f"r{i}", {code: Text(f"Q{i}", "", f"A{i}") for code in ("en", "fr", "xh")})
+        for i in range(6)
+    ]
+    corpora = {"s": Corpus("s", records)}
+
+    def count(tag, *components):
+        data = Data(languages=("en", "fr", "xh"), components=components, tag=tag)
+        mixture = Mixture(data, corpora, 0)
+        asked = [mixture.take(np.array([i]))[0] for i in range(len(mixture))]
+        return mixture.count_english_requests(), asked
+
+    same = [Component(kind="same", source="s", languages={code: 1.0}) for code in ("fr", "xh")]
+    counts, examples = count("sentence", *same)
+    assert (
+        counts
+        == {"xh": 6}
+        == Counter(
+            e.prompt_language
+            for e in examples
+            if e.prompt_language != "en" and "Answer in" in e.instruction
+        )
+    )
+    assert count("input", *same)[0] == {} == count("sentence", same[0])[0]
+    trans = {"kind": "trans", "source": "s", "languages": {"xh": 1.0}, "translate": "x2en"}
+    assert count("sentence", Component(**trans))[0] == {}  # English is what was asked for
+    assert count("input", Component(**trans, request="prompt"))[0] == {"xh": 6}
 
 
 def test_labels_tell_components_apart():
-    mixture = make_mixture(Component(kind="x2x"), Component(kind="x2x", source="t"), Component(kind="base"))
+    mixture = make_mixture(
+        Component(kind="x2x"), Component(kind="x2x", source="t"), Component(kind="base")
+    )
     assert mixture.labels == ["x2x:s", "x2x:t", "base"]
     assert ("x2x:t", "vi") in mixture.groups
     twice = make_mixture(Component(kind="x2x", count=200), Component(kind="x2x", count=200))
     assert twice.labels == ["x2x:s", "x2x:s#2"]
-    assert {e.id for e in twice if e.component == "x2x:s"} != {e.id for e in twice if e.component == "x2x:s#2"}
+    assert {e.id for e in twice if e.component == "x2x:s"} != {
+        e.id for e in twice if e.component == "x2x:s#2"
+    }
     again = make_mixture(
         *(Component(kind="x2x", count=40, with_replacement=True) for _ in range(2))
     )
     assert Counter(e.id for e in again if e.component == "x2x:s") != Counter(
-        e.id for e in again if e.component == "x2x:s#2")
+        e.id for e in again if e.component == "x2x:s#2"
+    )
     seeds = [
         make_mixture(Component(kind="x2x", count=40, with_replacement=True), seed=seed)
         for seed in (0, 1)
@@ -492,12 +633,21 @@ def test_labels_tell_components_apart():
     assert Counter(e.id for e in seeds[0]) != Counter(e.id for e in seeds[1])
 
 
-@pytest.mark.parametrize(("component", "message"), [
-    (Component(kind="x2x", count=501), r"components\[0\].count=501 is above the 500 rows of 's'.*with_replacement"),
-    (Component(kind="en2x", languages={"en": 1.0}), "needs a language besides 'en' of positive weight"),
-    (Component(kind="x2x", languages={"zh": 1.0}), "x2x needs two languages"),
-    (Component(kind="x2x", languages={"zh": -1.0, "vi": 1.0}), "weights are not negative"),
-])
+@pytest.mark.parametrize(
+    ("component", "message"),
+    [
+        (
+            Component(kind="x2x", count=501),
+            r"components\[0\].count=501 is above the 500 rows of 's'.*with_replacement",
+        ),
+        (
+            Component(kind="en2x", languages={"en": 1.0}),
+            "needs a language besides 'en' of positive weight",
+        ),
+        (Component(kind="x2x", languages={"zh": 1.0}), "x2x needs two languages"),
+        (Component(kind="x2x", languages={"zh": -1.0, "vi": 1.0}), "weights are not negative"),
+    ],
+)
 def test_impossible_components_are_refused(component, message):
     with pytest.raises(UserError, match=message):
         make_mixture(component)
@@ -511,9 +661,13 @@ def test_x2x_with_the_same_language_on_both_sides_needs_one(tmp_path):
 def test_missing_languages_name_the_first_row(tmp_path):
     rows = parallel_rows(5)
     del rows[2]["vi"]
-    data = Data(sources=(Source(name="s", path=write_lines(tmp_path / "rows.jsonl", rows)),),
-                components=(Component(kind="x2x", source="s"),))
-    with pytest.raises(UserError, match=r"rows.jsonl, row 3: no 'vi' version \(nor in 0 other rows\).*translate"):
+    data = Data(
+        sources=(Source(name="s", path=write_lines(tmp_path / "rows.jsonl", rows)),),
+        components=(Component(kind="x2x", source="s"),),
+    )
+    with pytest.raises(
+        UserError, match=r"rows.jsonl, row 3: no 'vi' version \(nor in 0 other rows\).*translate"
+    ):
         Mixture(data, load_corpora(data, 0), 0)
     data.languages = ("en", "zh", "id")
     with pytest.raises(UserError, match="x2x needs 'id', but 's' has only en, zh"):
@@ -524,10 +678,13 @@ def test_missing_languages_name_the_first_row(tmp_path):
 
 def test_shares_that_do_not_sum_are_refused_before_loading():
     from crossin_jax.config import Config
+
     config = Config()
     config.model.path = "x"
-    config.data = Data(sources=(Source(name="s", path="x"),),
-                       components=(Component(source="s", share=0.5), Component(source="s", share=0.3)))
+    config.data = Data(
+        sources=(Source(name="s", path="x"),),
+        components=(Component(source="s", share=0.5), Component(source="s", share=0.3)),
+    )
     with pytest.raises(UserError, match="shares sum to 0.8"):
         check(config)
 
@@ -559,8 +716,10 @@ def test_held_out_reads_the_languages_of_each_source(parallel_file):
 
 
 def test_the_seed_parts_the_embedded_world():
-    data = Data(sources=(Source(name="s", kind="world"), Source(name="unused", path="/no/where")),
-                components=(Component(source="s"),))
+    data = Data(
+        sources=(Source(name="s", kind="world"), Source(name="unused", path="/no/where")),
+        components=(Component(source="s"),),
+    )
     one, other = (load_corpora(data, seed) for seed in (0, 1))
     assert one.keys() == {"s"} and set(one["s"].ids()) != set(other["s"].ids())
     assert one["s"].fingerprint != other["s"].fingerprint
@@ -569,8 +728,11 @@ def test_the_seed_parts_the_embedded_world():
 def test_a_held_out_source_may_have_the_name_of_a_source(parallel_file, tmp_path):
     """Each of the two mixtures reads its own."""
     more = write_lines(tmp_path / "more.jsonl", parallel_rows(3, start=500))
-    data = Data(sources=(Source(name="s", path=parallel_file, limit=5),),
-                eval_sources=(Source(name="s", path=more),), components=(Component(source="s"),))
+    data = Data(
+        sources=(Source(name="s", path=parallel_file, limit=5),),
+        eval_sources=(Source(name="s", path=more),),
+        components=(Component(source="s"),),
+    )
     assert len(Mixture(data, load_corpora(data, 0), 0)) == 5
     reserved = held_out(data)
     mixture = Mixture(reserved, load_corpora(reserved, 0), 0)

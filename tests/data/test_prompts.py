@@ -14,23 +14,31 @@ from hypothesis import strategies as st
 
 from crossin_jax.checks import check
 from crossin_jax.config import Component, Config, Data, Model, Source, UserError
-from crossin_jax.data.crosslingual import Example
+from crossin_jax.data.kinds import Example
 from crossin_jax.data.mixture import Mixture, load_corpora
-from crossin_jax.data.pipeline import open_asker, open_renderer
-from crossin_jax.data.prompts import Renderer, RowFault, _find_tokens, load_tokenizer, token_bytes
+from crossin_jax.data.pipeline import load_tokenizer, open_eval_renderer, open_renderer
+from crossin_jax.data.prompts import Renderer, RowFault, _find_tokens, token_bytes
 from crossin_jax.data.templates import TEMPLATES, load_template
 from tests.golden.make_templates import render
 
-CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-LLAMA2 = ("{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token }}[INST] {{ m['content'] }} [/INST]"
-          "{% elif m['role'] == 'assistant' %} {{ m['content'] }} {{ eos_token }}{% endif %}{% endfor %}")
-BARE = ("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}")
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA2 = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token }}[INST] {{ m['content'] }} [/INST]"
+    "{% elif m['role'] == 'assistant' %} {{ m['content'] }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+BARE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 CHATS = {"chatml": CHATML, "llama2": LLAMA2, "bare": BARE}
 
 
-def example(instruction="Name the river", input="in Paris\n[zh]", output="塞纳河", **changes) -> Example:
+def example(
+    instruction="Name the river", input="in Paris\n[zh]", output="塞纳河", **changes
+) -> Example:
     return Example("r1", "x2x", "en", "zh", instruction, input, output, **changes)
 
 
@@ -52,8 +60,12 @@ def tokenizers(tokenizer, request) -> dict:
 
 
 def test_templates_are_pinned():
-    golden = json.loads((Path(__file__).parents[1] / "golden" / "templates.json").read_text(encoding="utf-8"))
-    assert render() == golden, "templates are part of checkpoints; change tests/golden only on purpose"
+    golden = json.loads(
+        (Path(__file__).parents[1] / "golden" / "templates.json").read_text(encoding="utf-8")
+    )
+    assert render() == golden, (
+        "templates are part of checkpoints; change tests/golden only on purpose"
+    )
 
 
 @pytest.mark.parametrize("name", ["small", "llama2", "mistral"])
@@ -67,14 +79,21 @@ def test_prompt_answer_and_eos(tokenizers, name, template, tokenization):
     for output in ("塞纳河", "Seine", "麤 is rare", "¿Qué?", "1", "  indented\n\ncode"):
         for input in ("in Paris", ""):
             rendered = renderer.render(example(input=input, output=output))
-            first = int(np.argmax(rendered.learned))
-            assert rendered.learned[first:].all() and rendered.ids[-1] == renderer.eos_ids[0]
-            assert rendered.ids[0] == tokenizer.bos_token_id and (rendered.ids == tokenizer.bos_token_id).sum() == 1
+            first = int(np.argmax(rendered.loss_mask))
+            assert rendered.loss_mask[first:].all() and rendered.ids[-1] == renderer.eos_ids[0]
+            assert (
+                rendered.ids[0] == tokenizer.bos_token_id
+                and (rendered.ids == tokenizer.bos_token_id).sum() == 1
+            )
             assert tokenizer.decode(rendered.ids[first:-1]).strip() == output.strip()
             if not output.startswith(" "):
-                assert np.array_equal(renderer.render_prompt("Name the river", input), rendered.ids[:first])
+                assert np.array_equal(
+                    renderer.render_prompt("Name the river", input), rendered.ids[:first]
+                )
             again = renderer.render_answer("Name the river", input, output)
-            assert np.array_equal(again.ids, rendered.ids) and np.array_equal(again.learned, rendered.learned)
+            assert np.array_equal(again.ids, rendered.ids) and np.array_equal(
+                again.loss_mask, rendered.loss_mask
+            )
 
 
 @pytest.mark.parametrize("name", ["small", "llama2", "mistral"])
@@ -95,12 +114,16 @@ def test_the_released_form_is_prompt_and_answer_tokenized_apart(tokenizers):
     answer = tokenizer("塞纳河</s>", add_special_tokens=False).input_ids
     rendered = Renderer(tokenizer, "alpaca", tokenization="apart").render(example())
     assert rendered.ids.tolist() == prompt + answer
-    assert rendered.learned.tolist() == [False] * len(prompt) + [True] * len(answer)
+    assert rendered.loss_mask.tolist() == [False] * len(prompt) + [True] * len(answer)
 
 
 @settings(max_examples=60, deadline=None)
-@given(instruction=st.text(min_size=1, max_size=30), input=st.text(max_size=30),
-       output=st.text(min_size=1, max_size=30), template=st.sampled_from(list(TEMPLATES)))
+@given(
+    instruction=st.text(min_size=1, max_size=30),
+    input=st.text(max_size=30),
+    output=st.text(min_size=1, max_size=30),
+    template=st.sampled_from(list(TEMPLATES)),
+)
 def test_any_text_keeps_its_answer(tokenizer, instruction, input, output, template):
     clean = [text.encode("utf-8", "ignore").decode() for text in (instruction, input, output)]
     renderer = Renderer(tokenizer, template)
@@ -110,7 +133,7 @@ def test_any_text_keeps_its_answer(tokenizer, instruction, input, output, templa
         assert fault.reason.startswith(("nothing to learn", "special token"))
         return
     end = "<|im_end|>" if template == "chatml" else "</s>"
-    assert tokenizer.decode(rendered.ids[rendered.learned]).endswith(clean[2] + end)
+    assert tokenizer.decode(rendered.ids[rendered.loss_mask]).endswith(clean[2] + end)
 
 
 def test_a_token_across_the_border_belongs_to_the_answer(tokenizer):
@@ -119,12 +142,17 @@ def test_a_token_across_the_border_belongs_to_the_answer(tokenizer):
     renderer.template = type(renderer.template)(**template)
     rendered = renderer.render(example(instruction="q", input="", output="ris"))
     whole = tokenizer("q Paris").input_ids
-    assert rendered.ids[:-1].tolist() == whole and tokenizer.convert_ids_to_tokens(whole)[-1] == "ĠParis"
-    assert rendered.learned.tolist() == [False] * (len(whole) - 1) + [True, True]
+    assert (
+        rendered.ids[:-1].tolist() == whole
+        and tokenizer.convert_ids_to_tokens(whole)[-1] == "ĠParis"
+    )
+    assert rendered.loss_mask.tolist() == [False] * (len(whole) - 1) + [True, True]
 
 
 def test_special_tokens_in_a_row_are_text_or_refused(tokenizer):
-    rendered = Renderer(tokenizer, "alpaca").render(example(instruction="write <s> and </s>", output="</s> it is"))
+    rendered = Renderer(tokenizer, "alpaca").render(
+        example(instruction="write <s> and </s>", output="</s> it is")
+    )
     assert (rendered.ids == tokenizer.bos_token_id).sum() == 1
     assert (rendered.ids == tokenizer.eos_token_id).sum() == 1
     for template in ("chatml", "chat"):
@@ -149,7 +177,7 @@ def test_a_special_token_anywhere_in_an_example_is_refused(tokenizer, template, 
     )
     assert renderer.render(example(messages=turns)) and renderer.render(example())
     for i, (role, text) in enumerate(turns):
-        forged = (*turns[:i], (role, f"{text} {special}"), *turns[i + 1:])
+        forged = (*turns[:i], (role, f"{text} {special}"), *turns[i + 1 :])
         with pytest.raises(
             RowFault, match="row 'r1': special token in the text: it would forge a turn"
         ):
@@ -182,8 +210,10 @@ def test_a_template_file_with_special_tokens_refuses_them_in_rows(tokenizer, tmp
 def test_chatml_ends_with_its_own_token(tokenizer):
     renderer = Renderer(tokenizer, "chatml", system="Be brief.")
     text = tokenizer.decode(renderer.render(example(input="", output="Seine")).ids)
-    assert text == ("<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nName the river<|im_end|>\n"
-                    "<|im_start|>assistant\nSeine<|im_end|>")
+    assert text == (
+        "<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nName the river<|im_end|>\n"
+        "<|im_start|>assistant\nSeine<|im_end|>"
+    )
     assert renderer.eos_ids == (4, 2)
 
 
@@ -194,13 +224,23 @@ def test_chat_templates_learn_every_assistant_turn(tokenizer, form):
     end = "<|im_end|>" if form == "chatml" else "</s>"
     messages = (("user", "one"), ("assistant", "Seine"), ("user", "two"), ("assistant", "Sena"))
     rendered = renderer.render(example(messages=messages))
-    learned = tokenizer.decode(rendered.ids[rendered.learned]).replace(" ", "")
-    assert learned == {"chatml": f"Seine{end}Sena{end}", "llama2": f"Seine{end}Sena{end}",
-                       "bare": f"Seine\nSena\n{end}"}[form]
-    assert rendered.ids[-1] == renderer.eos_ids[0] and not np.array_equal(rendered.ids[:1], rendered.ids[1:2])
+    loss_mask = tokenizer.decode(rendered.ids[rendered.loss_mask]).replace(" ", "")
+    assert (
+        loss_mask
+        == {
+            "chatml": f"Seine{end}Sena{end}",
+            "llama2": f"Seine{end}Sena{end}",
+            "bare": f"Seine\nSena\n{end}",
+        }[form]
+    )
+    assert rendered.ids[-1] == renderer.eos_ids[0] and not np.array_equal(
+        rendered.ids[:1], rendered.ids[1:2]
+    )
     single = renderer.render(example())
-    first = int(np.argmax(single.learned))
-    assert np.array_equal(renderer.render_prompt("Name the river", "in Paris\n[zh]"), single.ids[:first])
+    first = int(np.argmax(single.loss_mask))
+    assert np.array_equal(
+        renderer.render_prompt("Name the river", "in Paris\n[zh]"), single.ids[:first]
+    )
 
 
 TURNS = (("user", "one"), ("assistant", "Seine"), ("user", "two"), ("assistant", "Sena"))
@@ -213,12 +253,13 @@ def test_a_prompt_is_how_its_example_begins_under_a_chat_template(tokenizer, sys
     renderer = Renderer(tokenizer, "chat", system=system)
     for one in (example(), example(input="")):
         rendered, prompt = renderer.render(one), renderer.render_prompt(one.instruction, one.input)
-        first = int(np.argmax(rendered.learned))
+        first = int(np.argmax(rendered.loss_mask))
         assert np.array_equal(prompt, rendered.ids[:first])
         user = f"{one.instruction}\n{one.input}" if one.input else one.instruction
         told = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
         assert tokenizer.decode(prompt) == (
-            f"<s>{told}<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n")
+            f"<s>{told}<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
+        )
         assert tokenizer.decode(rendered.ids[first:]) == f"{one.output}<|im_end|>"
 
 
@@ -228,19 +269,26 @@ def test_the_system_prompt_opens_chats_that_have_none(tokenizer):
 
     def text(*turns) -> str:
         return tokenizer.decode(renderer.render(example(messages=turns)).ids)
+
     chat = "".join(f"<|im_start|>{role}\n{words}<|im_end|>\n" for role, words in TURNS).rstrip("\n")
     assert text(*TURNS) == f"<s><|im_start|>system\nBe brief.<|im_end|>\n{chat}"
     assert text(("system", "Own."), *TURNS) == f"<s><|im_start|>system\nOwn.<|im_end|>\n{chat}"
-    learned = renderer.render(example(messages=TURNS))
-    assert tokenizer.decode(learned.ids[learned.learned]) == "Seine<|im_end|>Sena<|im_end|>"
+    loss_mask = renderer.render(example(messages=TURNS))
+    assert tokenizer.decode(loss_mask.ids[loss_mask.loss_mask]) == "Seine<|im_end|>Sena<|im_end|>"
 
 
 def test_templates_without_turns_chain_exchanges(tokenizer):
-    messages = (("system", "S"), ("user", "one"), ("assistant", "Seine"), ("user", "two"), ("assistant", "Sena"))
+    messages = (
+        ("system", "S"),
+        ("user", "one"),
+        ("assistant", "Seine"),
+        ("user", "two"),
+        ("assistant", "Sena"),
+    )
     renderer = Renderer(tokenizer, "gemma")
     rendered = renderer.render(example(messages=messages))
     assert tokenizer.decode(rendered.ids) == "<s>S\n\none\nSeine</s>two\nSena</s>"
-    assert tokenizer.decode(rendered.ids[rendered.learned]) == "Seine</s>Sena</s>"
+    assert tokenizer.decode(rendered.ids[rendered.loss_mask]) == "Seine</s>Sena</s>"
 
 
 @pytest.mark.parametrize("template", [*TEMPLATES, "chat"])
@@ -249,17 +297,27 @@ def test_text_learns_every_token_and_ends_with_eos(tokenizer, template):
     renderer = Renderer(with_chat(tokenizer, CHATML), template)
     rendered = renderer.render(Example("t", "text", "en", "en", "", "", "Paris city"))
     assert tokenizer.decode(rendered.ids) == "<s>Paris city</s>"
-    assert rendered.learned.tolist() == [False] + [True] * (len(rendered.ids) - 1)
+    assert rendered.loss_mask.tolist() == [False] + [True] * (len(rendered.ids) - 1)
 
 
 def test_a_template_that_brings_its_own_bos_gets_no_second(tokenizer, tmp_path):
     path = tmp_path / "own.json"
-    path.write_text(json.dumps({"prompt_input": "<s>{instruction} {input}\n", "prompt_no_input": "<s>{instruction}\n"}))
+    path.write_text(
+        json.dumps(
+            {"prompt_input": "<s>{instruction} {input}\n", "prompt_no_input": "<s>{instruction}\n"}
+        )
+    )
     rendered = Renderer(tokenizer, str(path)).render(example())
     assert (rendered.ids == 1).sum() == 1
     for twice in ("<s><s>", "Q: <s>"):  # of its own, or one beside that which comes first
-        path.write_text(json.dumps({"prompt_input": f"{twice}{{instruction}} {{input}}\n",
-                                    "prompt_no_input": f"{twice}{{instruction}}\n"}))
+        path.write_text(
+            json.dumps(
+                {
+                    "prompt_input": f"{twice}{{instruction}} {{input}}\n",
+                    "prompt_no_input": f"{twice}{{instruction}}\n",
+                }
+            )
+        )
         with pytest.raises(RowFault, match="double BOS"):
             Renderer(tokenizer, str(path)).render(example())
 
@@ -295,13 +353,26 @@ def test_many_equal_one_by_one_and_faults_keep_their_place(tokenizer):
 
 def test_the_release_s_template_files_load_and_placeholders_in_rows_stay(tokenizer, tmp_path):
     path = tmp_path / "mine.json"
-    path.write_text(json.dumps({"description": "mine", "prompt_input": "Q: {instruction} ({input})\nA: {output_lang}",
-                                "prompt_no_input": "Q: {instruction} {keep}\nA: {output_lang}"}))
+    path.write_text(
+        json.dumps(
+            {
+                "description": "mine",
+                "prompt_input": "Q: {instruction} ({input})\nA: {output_lang}",
+                "prompt_no_input": "Q: {instruction} {keep}\nA: {output_lang}",
+            }
+        )
+    )
     assert load_template(str(path)).fill("say {input} and {instruction}", "x", None) == (
-        "Q: say {input} and {instruction} (x)\nA: ")
+        "Q: say {input} and {instruction} (x)\nA: "
+    )
     assert load_template(str(path)).fill("q", "", None) == "Q: q {keep}\nA: "
     one, two = (Renderer(tokenizer, name).hash for name in (str(path), "alpaca"))
-    assert one != two == Renderer(tokenizer, "alpaca").hash != Renderer(tokenizer, "alpaca", tokenization="apart").hash
+    assert (
+        one
+        != two
+        == Renderer(tokenizer, "alpaca").hash
+        != Renderer(tokenizer, "alpaca", tokenization="apart").hash
+    )
 
 
 @pytest.mark.parametrize("template", ["plain", "alpaca", "llama", "chatml", "chat"])
@@ -310,9 +381,13 @@ def test_the_hash_is_the_one_that_checkpoints_hold(template, tokenizer):
     tokenizer = with_chat(tokenizer, CHATML)
     renderer = Renderer(tokenizer, template)
     text = dataclasses.asdict(TEMPLATES[template]) if template in TEMPLATES else CHATML
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>" if template in ("chatml", "chat") else "</s>")
+    end = tokenizer.convert_tokens_to_ids(
+        "<|im_end|>" if template in ("chatml", "chat") else "</s>"
+    )
     parts = [tokenizer.backend_tokenizer.to_str(), text, None, "joint", tokenizer.bos_token_id, end]
-    expected = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+    expected = hashlib.blake2b(
+        json.dumps(parts, sort_keys=True).encode(), digest_size=16
+    ).hexdigest()
     assert renderer.hash == expected
 
 
@@ -328,10 +403,15 @@ def rebuild(tokenizer, change):
     """The tokenizer with its tokenizer.json changed, and nothing else."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
+
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     change(content)
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)),
-                                   bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+    )
 
 
 def swap_two_letters(content):
@@ -445,8 +525,10 @@ def test_renderers_that_are_made_alike_have_one_hash(tokenizer, tmp_path):
 
 
 def test_renderers_travel_to_workers_unchanged(tokenizer):
-    for name, renderer in {"alpaca": Renderer(tokenizer, "alpaca"),
-                           "chat": Renderer(with_chat(tokenizer, CHATML), "chat")}.items():
+    for name, renderer in {
+        "alpaca": Renderer(tokenizer, "alpaca"),
+        "chat": Renderer(with_chat(tokenizer, CHATML), "chat"),
+    }.items():
         again = pickle.loads(pickle.dumps(renderer))
         assert np.array_equal(again.render(example()).ids, renderer.render(example()).ids), name
 
@@ -455,24 +537,48 @@ def test_settings_of_the_tokenizer_do_not_leak(tokenizer):
     clipped = copy.deepcopy(tokenizer)
     clipped.backend_tokenizer.enable_truncation(4)
     clipped.backend_tokenizer.enable_padding(length=500)
-    for one, other in zip(*(Renderer(t, "alpaca").render_many([example(), example(output="Seine")])
-                            for t in (clipped, tokenizer)), strict=True):
+    for one, other in zip(
+        *(
+            Renderer(t, "alpaca").render_many([example(), example(output="Seine")])
+            for t in (clipped, tokenizer)
+        ),
+        strict=True,
+    ):
         assert np.array_equal(one.ids, other.ids) and len(one.ids) < 400
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda t, d: Renderer(t, "alpacca"), "did you mean alpaca"),
-    (lambda t, d: Renderer(t, "chat"), "the tokenizer has no chat template"),
-    (lambda t, d: Renderer(t, "alpaca", system="S"), "template 'alpaca' has no place for it"),
-    (lambda t, d: Renderer(t, write(d, "{oops")), "not JSON"),
-    (lambda t, d: Renderer(t, write(d, '{"prompt_inptu": ""}')), "no 'prompt_inptu'; did you mean prompt_input"),
-    (lambda t, d: Renderer(t, write(d, '{"prompt_input": "{instruction}", "prompt_no_input": ""}')),
-     "prompt_no_input lacks {instruction}"),
-    (lambda t, d: Renderer(with_chat(t, CHATML), "chat", tokenization="apart"), "has no meaning for template 'chat'"),
-    (lambda t, d: load_tokenizer(str(d)), "no tokenizer can be read there"),
-    (lambda t, d: Renderer(with_chat(t, "{{ raise_exception('no') }}"), "chat"), "template refuses the turns user"),
-    (lambda t, d: Renderer(with_chat(t, "{{ messages | length }}"), "chat"), "rewrites earlier turns"),
-])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda t, d: Renderer(t, "alpacca"), "did you mean alpaca"),
+        (lambda t, d: Renderer(t, "chat"), "the tokenizer has no chat template"),
+        (lambda t, d: Renderer(t, "alpaca", system="S"), "template 'alpaca' has no place for it"),
+        (lambda t, d: Renderer(t, write(d, "{oops")), "not JSON"),
+        (
+            lambda t, d: Renderer(t, write(d, '{"prompt_inptu": ""}')),
+            "no 'prompt_inptu'; did you mean prompt_input",
+        ),
+        (
+            lambda t, d: Renderer(
+                t, write(d, '{"prompt_input": "{instruction}", "prompt_no_input": ""}')
+            ),
+            "prompt_no_input lacks {instruction}",
+        ),
+        (
+            lambda t, d: Renderer(with_chat(t, CHATML), "chat", tokenization="apart"),
+            "has no meaning for template 'chat'",
+        ),
+        (lambda t, d: load_tokenizer(str(d)), "no tokenizer can be read there"),
+        (
+            lambda t, d: Renderer(with_chat(t, "{{ raise_exception('no') }}"), "chat"),
+            "template refuses the turns user",
+        ),
+        (
+            lambda t, d: Renderer(with_chat(t, "{{ messages | length }}"), "chat"),
+            "rewrites earlier turns",
+        ),
+    ],
+)
 def test_faults_of_templates_and_tokenizers(tokenizer, tmp_path, make, message):
     with pytest.raises(UserError, match=message):
         make(tokenizer, tmp_path)
@@ -485,17 +591,23 @@ def write(folder, text) -> str:
 
 @pytest.mark.parametrize("name", ["small", "llama2", "mistral"])
 def test_counting_bytes_finds_the_same_border_as_offsets(tokenizers, name, shared):
-    tokenizer, codes = tokenizers[name], ("ar", "de", "el", "en", "es", "hi", "ru", "th", "tr", "vi", "zh")
+    tokenizer, codes = (
+        tokenizers[name],
+        ("ar", "de", "el", "en", "es", "hi", "ru", "th", "tr", "vi", "zh"),
+    )
     renderer = Renderer(tokenizer, "alpaca")
     files = [json.loads((shared / "xquad" / f"xquad.{code}.json").read_text()) for code in codes]
     texts = [file["data"][3]["paragraphs"][1] for file in files]
-    examples = [example(paragraph["qas"][0]["question"], paragraph["context"], qa["answers"][0]["text"])
-                for paragraph in texts for qa in paragraph["qas"]]
+    examples = [
+        example(paragraph["qas"][0]["question"], paragraph["context"], qa["answers"][0]["text"])
+        for paragraph in texts
+        for qa in paragraph["qas"]
+    ]
     for result, one in zip(renderer.render_many(examples), examples, strict=True):
         (piece,) = renderer._plan(one)
         encoding = renderer._tokenizer.encode(piece.text, add_special_tokens=False)
         ((start, stop),) = _find_tokens(encoding, piece)
-        assert result.learned.tolist() == [False] * (start + 1) + [True] * (stop - start + 1)
+        assert result.loss_mask.tolist() == [False] * (start + 1) + [True] * (stop - start + 1)
         assert result.ids[1:-1].tolist() == encoding.ids
 
 
@@ -522,16 +634,26 @@ def test_tokens_stand_for_the_bytes_of_the_text(tokenizers, name):
 
 def test_a_tokenizer_that_rewrites_text_falls_back_to_offsets(tokenizer):
     from tokenizers import normalizers
+
     rewriting = copy.deepcopy(tokenizer)
-    rewriting.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
+    rewriting.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFD(), normalizers.StripAccents()]
+    )
     rendered = Renderer(rewriting, "gemma").render(example("¿Cuál es?", "", "París ñandú"))
-    assert rewriting.decode(rendered.ids[rendered.learned]) == "Paris nandu</s>"
+    assert rewriting.decode(rendered.ids[rendered.loss_mask]) == "Paris nandu</s>"
 
 
 def test_a_component_may_have_a_template_and_a_tag_of_its_own(tokenizer, parallel_file):
-    components = (Component(kind="base", source="s"), Component(kind="en2x", source="s", tag="sentence"),
-                  Component(kind="trans", source="s", template="gemma", translate="x2en"))
-    config = Config(data=Data(sources=(Source(name="s", path=parallel_file),), components=components, template="llama"))
+    components = (
+        Component(kind="base", source="s"),
+        Component(kind="en2x", source="s", tag="sentence"),
+        Component(kind="trans", source="s", template="gemma", translate="x2en"),
+    )
+    config = Config(
+        data=Data(
+            sources=(Source(name="s", path=parallel_file),), components=components, template="llama"
+        )
+    )
     renderer = open_renderer(config, tokenizer)
     mixture = Mixture(config.data, load_corpora(config.data, 0), 0)
     own = {
@@ -544,9 +666,12 @@ def test_a_component_may_have_a_template_and_a_tag_of_its_own(tokenizer, paralle
         assert ("Answer in" in example.instruction) == (example.component == "en2x")
     plain = Renderer(tokenizer, "llama")
     assert np.array_equal(renderer.render_prompt("Where?"), plain.render_prompt("Where?"))
-    assert renderer.hash != plain.hash and plain.hash == Renderer(tokenizer, "llama", others={}).hash
-    changed = dataclasses.replace(config.data, components=(components[0], Component(kind="en2x", source="s"),
-                                                           components[2]))
+    assert (
+        renderer.hash != plain.hash and plain.hash == Renderer(tokenizer, "llama", others={}).hash
+    )
+    changed = dataclasses.replace(
+        config.data, components=(components[0], Component(kind="en2x", source="s"), components[2])
+    )
     assert Mixture(changed, mixture.corpora, 0).manifest()["hash"] != mixture.manifest()["hash"]
 
 
@@ -566,7 +691,7 @@ def test_system_and_tokenization_reach_every_renderer_of_an_experiment(
     )
     shared = {"system": system, "tokenization": tokenization}
     llama, chatml = (Renderer(tokenizer, name, **shared) for name in ("llama", "chatml"))
-    training, asking = open_renderer(config, tokenizer), open_asker(config, tokenizer)
+    training, asking = open_renderer(config, tokenizer), open_eval_renderer(config, tokenizer)
     one, other = example(), dataclasses.replace(example(), component="base")
     for renderer in (training, asking):
         assert np.array_equal(renderer.render_prompt("Where?"), llama.render_prompt("Where?"))
@@ -576,11 +701,12 @@ def test_system_and_tokenization_reach_every_renderer_of_an_experiment(
             strict=True,
         ):
             assert shown.ids.tolist() == expected.ids.tolist()
-            assert shown.learned.tolist() == expected.learned.tolist()
+            assert shown.loss_mask.tolist() == expected.loss_mask.tolist()
     assert training.hash == asking.hash
     config.evaluation.template = "chatml"
     assert np.array_equal(
-        open_asker(config, tokenizer).render_prompt("Where?"), chatml.render_prompt("Where?")
+        open_eval_renderer(config, tokenizer).render_prompt("Where?"),
+        chatml.render_prompt("Where?"),
     )
     assert open_renderer(config, tokenizer).hash == training.hash
 
@@ -603,14 +729,60 @@ def test_an_answer_without_tokens_cannot_be_learned(tokenizer, template, output,
         assert "Sena" in tokenizer.decode(renderer.render(example(messages=some)).ids)
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"kind": "x2x", "template": "lama"}, r"data.components\[0\].template='lama' is no file .* did you mean llama\?"),
-    ({"kind": "x2x", "tag": "inptu"}, r"data.components\[0\].tag='inptu' is not one of .* did you mean input\?"),
-    ({"kind": "trans", "tag": "input"}, "has no effect on kind 'trans'"),
-    ({"kind": "base", "tag": "input"}, "has no effect on kind 'base'"),
-    ({"kind": "text", "template": "llama"}, "has no effect on kind 'text'")])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"kind": "x2x", "template": "lama"},
+            r"data.components\[0\].template='lama' is no file .* did you mean llama\?",
+        ),
+        (
+            {"kind": "x2x", "tag": "inptu"},
+            r"data.components\[0\].tag='inptu' is not one of .* did you mean input\?",
+        ),
+        ({"kind": "trans", "tag": "input"}, "has no effect on kind 'trans'"),
+        ({"kind": "base", "tag": "input"}, "has no effect on kind 'base'"),
+        ({"kind": "text", "template": "llama"}, "has no effect on kind 'text'"),
+    ],
+)
 def test_a_component_s_template_and_tag_are_checked(tokenizer, settings, message):
     component = Component(source="s", **settings)
-    config = Config(model=Model(path="m"), data=Data(sources=(Source(name="s"),), components=(component,)))
+    config = Config(
+        model=Model(path="m"), data=Data(sources=(Source(name="s"),), components=(component,))
+    )
     with pytest.raises(UserError, match=message):
         open_renderer(check(config), tokenizer)
+
+
+@pytest.mark.parametrize("template", ["plain", "chat"])
+def test_added_tokens_beyond_the_embedding_are_refused_where_they_occur(tokenizer, template):
+    """As in Gemma 3 1B, and in models whose padding token has no row of its own."""
+    far = with_chat(tokenizer, BARE)
+    rows = len(far)
+    far.add_tokens(["<far>"])
+    far.add_special_tokens({"pad_token": "<fill>"})
+    renderer = Renderer(far, template, others={"other": Renderer(far, "alpaca")})
+    assert renderer.pad_id == rows + 1
+    renderer.fit_model(rows, "org/name")
+    assert renderer.pad_id == renderer.end_id
+    assert renderer.render(example()).ids.max() < rows
+    for component in ("", "other"):
+        row = dataclasses.replace(example(output="a <far> b"), component=component)
+        with pytest.raises(
+            RowFault, match=f"'r1': token without an embedding: <far> has id {rows}, of {rows} emb"
+        ):
+            renderer.render(row)
+    renderer.fit_model(rows + 2, "org/name")
+    assert renderer.render(example(output="a <far> b")).ids.max() == rows
+
+
+@pytest.mark.parametrize("which", ["vocabulary", "eos_token"])
+def test_a_tokenizer_of_another_model_is_refused(tokenizer, which):
+    far, rows = copy.deepcopy(tokenizer), len(tokenizer)
+    if which == "vocabulary":
+        rows -= 1
+    else:
+        far.add_special_tokens({which: "<edge>"})
+    renderer = Renderer(far, "plain")
+    with pytest.raises(UserError, match=f"model.tokenizer=org/name: .* vocabulary has {rows}; use"):
+        renderer.fit_model(rows, "org/name")

@@ -114,6 +114,45 @@ def test_a_large_json_list_is_read_in_pieces(tmp_path, monkeypatch):
         [*read_rows(file)]
 
 
+@pytest.mark.parametrize("block", [3, 1 << 20])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('[{"a": 1} {"a": 2}]', "row 2: not JSON .no comma after the row before"),
+        ('[{"a": 1},, {"a": 2}]', "row 2: not JSON"),
+        ('[{"a": 1}, ]', "row 2: not JSON"),
+        ('[, {"a": 1}]', "row 1: not JSON"),
+        ('[{"a": 1}] more', "row 2: not JSON .text after the end of the list"),
+        ('[{"a": 1}', "row 2: not JSON .the list does not end"),
+        ('[{"a": 1},', "row 2: not JSON .the list does not end"),
+        ('[{"a": tru}]', "row 1: not JSON"),
+        ('[{"a": "x', "row 1: not JSON"),
+    ],
+)
+def test_a_streamed_list_is_as_strict_as_a_whole_one(tmp_path, monkeypatch, block, content, words):
+    """The same text is refused below and above the size from which a file is streamed, in blocks of any size."""
+    path = tmp_path / "rows.json"
+    path.write_text(content)
+    (file,) = find_files(Source(path=str(path)), ("en",))
+    with pytest.raises(UserError, match="not JSON"):
+        [*read_rows(file)]
+    monkeypatch.setattr(readers, "WHOLE_FILE_BYTES", 0)
+    monkeypatch.setattr(readers, "BLOCK", block)
+    with pytest.raises(UserError, match=words):
+        [*read_rows(file)]
+
+
+@pytest.mark.parametrize("block", [1, 7, 1 << 20])
+def test_a_streamed_list_has_the_same_rows(tmp_path, monkeypatch, block):
+    rows = [{"id": i, "text": 'é"]},[{' * i, "list": [1, {"a": []}]} for i in range(9)]
+    path = tmp_path / "rows.json"
+    path.write_text(f" {json.dumps(rows, indent=1)}\n \n", encoding="utf-8")
+    (file,) = find_files(Source(path=str(path)), ("en",))
+    monkeypatch.setattr(readers, "WHOLE_FILE_BYTES", 0)
+    monkeypatch.setattr(readers, "BLOCK", block)
+    assert [*read_rows(file)] == list(enumerate(rows, 1))
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -157,10 +196,10 @@ def test_squad_files_are_questions_with_the_first_answer(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps({"version": "1", "data": articles}))
     for kind in ("auto", "squad"):
         assert [tuple(row.values()) for row in read(tmp_path / "x.json", kind=kind)] == [
-            ("1", "q1", "c1", "a"),
-            ("2", "q2", "c1", "d"),
-            ("3", "q3", "c2", ""),
-            ("4", "q4", "c3", "e"),
+            ("1", "q1", "c1", "a", "0", "0.0"),
+            ("2", "q2", "c1", "d", "0", "0.0"),
+            ("3", "q3", "c2", "", "0", "0.1"),
+            ("4", "q4", "c3", "e", "1", "1.0"),
         ]
         corpus = load_corpus(Source(name="x", path=str(tmp_path / "x.json"), kind=kind), ("en",))
         assert [*corpus.ids()] == ["1", "2", "4"] and corpus.dropped == {"empty output": 1}
@@ -210,7 +249,10 @@ def test_hub_rows_in_squad_s_layout_give_their_first_answer(tmp_path, monkeypatc
         ("rows_en.json.bak", ("en",), None),
         ("rows_fil.tsv", ("fil",), "fil"),
         ("a_zh_en.json", ("en",), "en"),
-        ("rows_EN.json", ("en",), None),
+        ("rows_EN.json", ("en",), "en"),
+        ("rows_eng_Latn.jsonl.gz", ("en",), "en"),
+        ("rows_Simplified Chinese.json", ("zh",), "zh"),
+        ("rows_zho_Hant.json", ("en",), None),
     ],
 )
 def test_a_folder_s_files_are_told_by_how_their_names_end(tmp_path, name, codes, found):

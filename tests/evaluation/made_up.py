@@ -6,11 +6,24 @@ from collections.abc import Sequence
 from crossin_jax.evaluation.benchmarks import Benchmark
 from crossin_jax.evaluation.predictions import Answer, ItemAnswers, Predictions
 
-UNREADABLE = ("I cannot say </script><b>sorry</b>", "", "答案可能是其中之一", "It is (A). Or it is (B).")
+UNREADABLE = (
+    "I cannot say </script><b>sorry</b>",
+    "",
+    "答案可能是其中之一",
+    "It is (A). Or it is (B).",
+)
 
 
-def answer_benchmark(benchmark: Benchmark, knows: dict[str, float], *, repeats: float = 0.5, method: str = "sum",
-                     prompt: int = 0, seed: int = 0, unclear: float = 0.0) -> Predictions:
+def answer_benchmark(
+    benchmark: Benchmark,
+    knows: dict[str, float],
+    *,
+    repeats: float = 0.5,
+    method: str = "sum",
+    prompt: int = 0,
+    seed: int = 0,
+    unclear: float = 0.0,
+) -> Predictions:
     """A language answers right with its probability in `knows`, else like the language before it, or at random."""
     draw = random.Random(f"{seed}/{method}/{prompt}/{sorted(knows.items())}/{repeats}")
     items = []
@@ -22,7 +35,9 @@ def answer_benchmark(benchmark: Benchmark, knows: dict[str, float], *, repeats: 
             if draw.random() < unclear:
                 text = draw.choice(UNREADABLE)
                 reason = "empty" if not text else "tie" if "Or" in text else "unreadable"
-                answers[code] = Answer((0, 1) if reason == "tie" else tuple(range(count)), reason, text)
+                answers[code] = Answer(
+                    (0, 1) if reason == "tie" else tuple(range(count)), reason, text
+                )
                 continue
             if draw.random() < knows[code]:
                 choice = version.answer
@@ -31,9 +46,15 @@ def answer_benchmark(benchmark: Benchmark, knows: dict[str, float], *, repeats: 
             else:
                 choice = draw.randrange(count)
             before = choice
-            answers[code] = Answer((choice,), text=version.choices[choice] if method == "generate" else None)
+            answers[code] = Answer(
+                (choice,), text=version.choices[choice] if method == "generate" else None
+            )
         gold = {code: version.answer for code, version in item.versions.items()}
-        items.append(ItemAnswers(item.id, gold, len(next(iter(item.versions.values())).choices), answers, item.tags))
+        items.append(
+            ItemAnswers(
+                item.id, gold, len(next(iter(item.versions.values())).choices), answers, item.tags
+            )
+        )
     return Predictions(benchmark.name, method, prompt, benchmark.languages, tuple(items))
 
 

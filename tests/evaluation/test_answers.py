@@ -2,11 +2,13 @@
 
 import gzip
 import json
+import unicodedata
 
 import pytest
 
 from crossin_jax.evaluation.answers import LETTERS, align, compare_readers, read_choice
-from crossin_jax.languages import CODES
+from crossin_jax.evaluation.benchmarks import _find_gold
+from crossin_jax.languages import canonical
 
 CITIES = ["(A) Paris", "(B) Rome", "(C) Oslo", "(D) Rome by night"]
 TEN = [f"({letter}) {letter * 2}" for letter in LETTERS]
@@ -81,6 +83,20 @@ def test_align_follows_seaeval(choices, text, candidates):
     assert align(tuple(choices), text).text == text
 
 
+@pytest.mark.parametrize("word", ["Việt Nam", "café", "Ángel", "한국", "Ωμέγα"])
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC"), ("NFD", "NFD")])
+def test_texts_that_look_the_same_are_the_same(word, forms):
+    """Characters of the choice and of the answer may be composed or not."""
+    choice, answer = (unicodedata.normalize(form, word) for form in forms)
+    choices = [f"(A) {choice}", "(B) Oslo"]
+    for text in (f"It is {answer}", f"(A) {answer}", answer):
+        assert align(choices, text).candidates == (0,)
+        assert align(choices, text).text == text
+    assert read_choice(choices, answer).candidates == (0,)
+    row = {"question": "q", "choices": choices, "answer": answer}
+    assert _find_gold(row["answer"], tuple(row["choices"]), "place") == 0
+
+
 def test_reasons():
     assert align(CITIES, "(B)").reason == "matched"
     assert align(CITIES, "(A). (B)").reason == "tie"
@@ -98,37 +114,77 @@ def test_every_published_answer(shared):
     num_answers = 0
     for log in sorted((shared / "seaeval" / "logs").glob("*/*/*.json.gz")):
         rows = json.loads(gzip.decompress(log.read_bytes()))
-        expected = json.loads(log.with_name(log.name.replace(".json.gz", "_aligned.json")).read_text())
+        expected = json.loads(
+            log.with_name(log.name.replace(".json.gz", "_aligned.json")).read_text()
+        )
         for row, picks in zip(rows, expected, strict=True):
             for language in row.keys() - {"id"}:
                 got = align(row[language]["choices"], row[language]["model_prediction"]).candidates
                 pick = picks[language]
-                assert got == (tuple(sorted(pick)) if isinstance(pick, list) else (pick,)), (log, row["id"], language)
+                assert got == (tuple(sorted(pick)) if isinstance(pick, list) else (pick,)), (
+                    log,
+                    row["id"],
+                    language,
+                )
                 num_answers += 1
     assert num_answers > 14_000
 
 
-@pytest.mark.parametrize(("language", "text"), [
-    ("en", "Answer: B"), ("en", "The correct answer is **B**."), ("en", "B"), ("en", "b)"), ("en", "**B.** Rome"),
-    ("en", "Ｂ"), ("en", "(Ｂ)"), ("en", "ROME!"), ("en", "I would go with option B."), ("en", "The answer is Rome"),
-    ("en", "The correct answer is (B). Option A is wrong because (C)"), ("id", "Jawaban: B"),
-    ("id", "Jawabannya adalah (b)"), ("ms", "Jawapan: B."), ("fil", "Ang tamang sagot ay B"),
-    ("vi", "Đáp án đúng là B"), ("es", "La respuesta correcta es la B."), ("zh", "答案：B"),
-    ("zh", "正确答案是（Ｂ）"), ("zh", "选B"), ("zh", "乙"), ("zh", "答案：乙"),
-    ("ru", "Ответ: Б"), ("ru", "Ответ: B"), ("th", "คำตอบคือ ข"), ("ar", "الجواب هو ب"),
-    ("el", "Απάντηση: Β"), ("hi", "उत्तर: ख"), ("tr", "Cevap: B"), ("de", "Die Antwort ist B."), ("ro", "Răspuns: B"),
-])
+@pytest.mark.parametrize(
+    ("language", "text"),
+    [
+        ("en", "Answer: B"),
+        ("en", "The correct answer is **B**."),
+        ("en", "B"),
+        ("en", "b)"),
+        ("en", "**B.** Rome"),
+        ("en", "Ｂ"),
+        ("en", "(Ｂ)"),
+        ("en", "ROME!"),
+        ("en", "I would go with option B."),
+        ("en", "The answer is Rome"),
+        ("en", "The correct answer is (B). Option A is wrong because (C)"),
+        ("id", "Jawaban: B"),
+        ("id", "Jawabannya adalah (b)"),
+        ("ms", "Jawapan: B."),
+        ("fil", "Ang tamang sagot ay B"),
+        ("vi", "Đáp án đúng là B"),
+        ("es", "La respuesta correcta es la B."),
+        ("zh", "答案：B"),
+        ("zh", "正确答案是（Ｂ）"),
+        ("zh", "选B"),
+        ("zh", "乙"),
+        ("zh", "答案：乙"),
+        ("ru", "Ответ: Б"),
+        ("ru", "Ответ: B"),
+        ("th", "คำตอบคือ ข"),
+        ("ar", "الجواب هو ب"),
+        ("el", "Απάντηση: Β"),
+        ("hi", "उत्तर: ख"),
+        ("tr", "Cevap: B"),
+        ("de", "Die Antwort ist B."),
+        ("ro", "Răspuns: B"),
+    ],
+)
 def test_reader_finds_the_letter(language, text):
     answer = read_choice(CITIES, text, language)
     assert (answer.candidates, answer.reason) == ((1,), "matched")
 
 
-@pytest.mark.parametrize(("text", "reason", "candidates"), [
-    ("A city in Italy", "unreadable", (0, 1, 2, 3)), ("An answer a day", "unreadable", (0, 1, 2, 3)),
-    ("Answer: E", "unreadable", (0, 1, 2, 3)), ("Romeo", "unreadable", (0, 1, 2, 3)), (" ", "empty", (0, 1, 2, 3)),
-    ("It is rome by night", "matched", (3,)), ("Paris or Rome", "tie", (0, 1)),
-    ("Answer: A, or rather answer: C", "tie", (0, 2)), ("either (C) or (D)", "tie", (2, 3)),
-])
+@pytest.mark.parametrize(
+    ("text", "reason", "candidates"),
+    [
+        ("A city in Italy", "unreadable", (0, 1, 2, 3)),
+        ("An answer a day", "unreadable", (0, 1, 2, 3)),
+        ("Answer: E", "unreadable", (0, 1, 2, 3)),
+        ("Romeo", "unreadable", (0, 1, 2, 3)),
+        (" ", "empty", (0, 1, 2, 3)),
+        ("It is rome by night", "matched", (3,)),
+        ("Paris or Rome", "tie", (0, 1)),
+        ("Answer: A, or rather answer: C", "tie", (0, 2)),
+        ("either (C) or (D)", "tie", (2, 3)),
+    ],
+)
 def test_reader_does_not_guess(text, reason, candidates):
     answer = read_choice(CITIES, text)
     assert (answer.reason, answer.candidates) == (reason, candidates)
@@ -140,8 +196,13 @@ def test_reader_knows_texts_without_spaces():
 
 
 def test_readers_compared(shared):
-    answers = [(CITIES, "(B)", "en"), (CITIES, "A city", "en"), (CITIES, "", "en"), (CITIES, "(A) (B)", "en"),
-               (CITIES, "The answer is (C), not (A)", "en")]
+    answers = [
+        (CITIES, "(B)", "en"),
+        (CITIES, "A city", "en"),
+        (CITIES, "", "en"),
+        (CITIES, "(A) (B)", "en"),
+        (CITIES, "The answer is (C), not (A)", "en"),
+    ]
     readings = compare_readers(answers)
     assert readings.num_answers == 5
     assert readings.seaeval_certain == 4 / 5
@@ -151,6 +212,10 @@ def test_readers_compared(shared):
 
     log = shared / "seaeval" / "logs" / "llama_2_7b_chat" / "cross_mmlu" / "zero_shot_p1.json.gz"
     rows = json.loads(gzip.decompress(log.read_bytes()))
-    real = compare_readers((v["choices"], v["model_prediction"], CODES[k]) for row in rows
-                           for k, v in row.items() if k != "id")
+    real = compare_readers(
+        (v["choices"], v["model_prediction"], canonical(k))
+        for row in rows
+        for k, v in row.items()
+        if k != "id"
+    )
     assert real.agreement > 0.99 and real.ours_certain > real.seaeval_certain

@@ -39,16 +39,21 @@ def test_a_file_in_any_wrapping_gives_the_same_items(tmp_path, name):
     assert (benchmark.name, [item.id for item in benchmark.items]) == ("mine", ["a", "b"])
     assert benchmark.items[0].versions["zh"] == Version("哪个？", ("(A) 一", "(B) 二"), 1)
     plain = load_benchmark(write(tmp_path / "plain.json", [row("a"), row("b")]), LANGUAGES)
-    other = load_benchmark(write(tmp_path / "other.json", [row("a"), row("b", question="What?")]), LANGUAGES)
+    other = load_benchmark(
+        write(tmp_path / "other.json", [row("a"), row("b", question="What?")]), LANGUAGES
+    )
     assert benchmark.fingerprint == plain.fingerprint != other.fingerprint
 
 
 CHANGED = {
-    "id": lambda rows: rows[0].update(id="c"), "question": lambda rows: rows[1]["Chinese"].update(question="谁？"),
+    "id": lambda rows: rows[0].update(id="c"),
+    "question": lambda rows: rows[1]["Chinese"].update(question="谁？"),
     "choice": lambda rows: rows[1]["Chinese"].update(choices=["(A) 三", "(B) 二"]),
     "gold": lambda rows: rows[0]["English"].update(answer="(A) one"),
-    "context": lambda rows: rows[0]["English"].update(context="Once."), "tag": lambda rows: rows[0].update(tags=["x"]),
-    "order": lambda rows: rows.reverse(), "fewer items": lambda rows: rows.pop(),
+    "context": lambda rows: rows[0]["English"].update(context="Once."),
+    "tag": lambda rows: rows[0].update(tags=["x"]),
+    "order": lambda rows: rows.reverse(),
+    "fewer items": lambda rows: rows.pop(),
 }
 
 
@@ -64,10 +69,15 @@ def test_every_part_of_an_item_changes_the_fingerprint(tmp_path, part):
     assert load_benchmark(write(tmp_path / "f.json", rows), LANGUAGES).fingerprint != before
 
 
-@pytest.mark.parametrize(("answer", "index"), [
-    (1, 1), ("1", 1), ("B", 1), ("(B)", 1), ("two", 1), ("(B) two", 1), (0, 0)])
+@pytest.mark.parametrize(
+    ("answer", "index"),
+    [(1, 1), ("1", 1), ("B", 1), ("(B)", 1), ("two", 1), ("(B) two", 1), (0, 0)],
+)
 def test_gold_may_be_index_letter_or_text(tmp_path, answer, index):
-    file = write(tmp_path / "f.json", [{"id": 1, "en": {"question": "?", "choices": ["one", "two"], "answer": answer}}])
+    file = write(
+        tmp_path / "f.json",
+        [{"id": 1, "en": {"question": "?", "choices": ["one", "two"], "answer": answer}}],
+    )
     version = load_benchmark(file, ["en"]).items[0].versions["en"]
     assert (version.answer, version.choices) == (index, ("(A) one", "(B) two"))
 
@@ -85,7 +95,9 @@ def test_real_rows_of_seaeval(shared):
 
 
 def test_cross_world_and_its_opaque_subset():
-    whole, opaque = (load_benchmark(f"cross_world{part}", LANGUAGES) for part in ("", ":test/opaque"))
+    whole, opaque = (
+        load_benchmark(f"cross_world{part}", LANGUAGES) for part in ("", ":test/opaque")
+    )
     assert (whole.name, opaque.name) == ("cross_world:test", "cross_world:test/opaque")
     assert 40 < len(opaque.items) < len(whole.items)
     assert all("opaque" in item.tags for item in opaque.items)
@@ -99,12 +111,18 @@ def test_one_file_per_language_meets_by_id_or_position(tmp_path):
         folder.mkdir()
         for code, words in {"en": ["one", "two"], "zh": ["一", "二"]}.items():
             rows = [{"id": f"q{i}"} if ids else {} for i in range(3)]
-            rows = [r | {"question": f"{code} {i}", "choices": words, "answer": i % 2} for i, r in enumerate(rows)]
+            rows = [
+                r | {"question": f"{code} {i}", "choices": words, "answer": i % 2}
+                for i, r in enumerate(rows)
+            ]
             write(folder / f"mmlu_{code}.json", rows[::-1] if ids and code == "zh" else rows)
         for path in (str(folder), str(folder / "mmlu_{lang}.json")):
             benchmark = load_benchmark(path, LANGUAGES)
             assert [i.versions["en"].question[-1] for i in benchmark.items] == ["0", "1", "2"]
-            assert all(i.versions["en"].question[-1] == i.versions["zh"].question[-1] for i in benchmark.items)
+            assert all(
+                i.versions["en"].question[-1] == i.versions["zh"].question[-1]
+                for i in benchmark.items
+            )
             assert [i.versions["zh"].answer for i in benchmark.items] == [0, 1, 0]
         assert load_benchmark(str(folder / "mmlu_{lang}.json"), LANGUAGES).name == "mmlu"
     with pytest.raises(UserError, match=r"mmlu_vi\.json for language 'vi'"):
@@ -114,30 +132,53 @@ def test_one_file_per_language_meets_by_id_or_position(tmp_path):
 
 
 def test_belebele_rows(tmp_path):
-    rows = [{"link": "http://x", "question_number": n, "flores_passage": f"{dialect} text", "question": f"{dialect}?",
-             **{f"mc_answer{i}": f"{dialect} {i}" for i in (1, 2, 3, 4)}, "correct_answer_num": "3", "dialect": dialect}
-            for dialect in ("eng_Latn", "zho_Hans", "ell_Grek") for n in (1, 2)]
+    rows = [
+        {
+            "link": "http://x",
+            "question_number": n,
+            "flores_passage": f"{dialect} text",
+            "question": f"{dialect}?",
+            **{f"mc_answer{i}": f"{dialect} {i}" for i in (1, 2, 3, 4)},
+            "correct_answer_num": "3",
+            "dialect": dialect,
+        }
+        for dialect in ("eng_Latn", "zho_Hans", "ell_Grek")
+        for n in (1, 2)
+    ]
     benchmark = load_benchmark(write(tmp_path / "belebele.jsonl", rows), LANGUAGES)
     assert len(benchmark.items) == 2
     assert benchmark.items[1].versions["zh"] == Version(
-        "zho_Hans?", ("(A) zho_Hans 1", "(B) zho_Hans 2", "(C) zho_Hans 3", "(D) zho_Hans 4"), 2, "zho_Hans text")
+        "zho_Hans?",
+        ("(A) zho_Hans 1", "(B) zho_Hans 2", "(C) zho_Hans 3", "(D) zho_Hans 4"),
+        2,
+        "zho_Hans text",
+    )
 
 
-@pytest.mark.parametrize(("rows", "words"), [
-    ([row("a"), row("b", answer=None)], ["'b'", "English", "no gold answer"]),
-    ([row("b", answer="(B) three")], ["'b'", "English", "'(B) three' is not among the choices"]),
-    ([row("b", answer=2)], ["not among the choices"]),
-    ([row("b", choices=["(A) one"])], ["'b'", "English", "1 choices", "2 to 10"]),
-    ([row("b", choices=[str(i) for i in range(11)], answer=1)], ["11 choices"]),
-    ([row("b", choices=["1", "2", "3"], answer=1)], ["'b'", "en: 3, zh: 2"]),
-    ([row("b", choices=["two", "two"], answer="two")], ["'b'", "twice"]),
-    ([row("b", choices="one two")], ["'b'", "list of texts"]),
-    ([row("b", question="  ")], ["'b'", "no question"]),
-    ([{"id": "b", "English": row("b")["English"]}], ["'b'", "no Chinese (zh) version", "has en"]),
-    ([row("a"), row("a")], ["two items have the id 'a'"]),
-    ([], ["no items"]),
-    ([3], ["a list of objects"]),
-])
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([row("a"), row("b", answer=None)], ["'b'", "English", "no gold answer"]),
+        (
+            [row("b", answer="(B) three")],
+            ["'b'", "English", "'(B) three' is not among the choices"],
+        ),
+        ([row("b", answer=2)], ["not among the choices"]),
+        ([row("b", choices=["(A) one"])], ["'b'", "English", "1 choices", "2 to 10"]),
+        ([row("b", choices=[str(i) for i in range(11)], answer=1)], ["11 choices"]),
+        ([row("b", choices=["1", "2", "3"], answer=1)], ["'b'", "en: 3, zh: 2"]),
+        ([row("b", choices=["two", "two"], answer="two")], ["'b'", "twice"]),
+        ([row("b", choices="one two")], ["'b'", "list of texts"]),
+        ([row("b", question="  ")], ["'b'", "no question"]),
+        (
+            [{"id": "b", "English": row("b")["English"]}],
+            ["'b'", "no Chinese (zh) version", "has en"],
+        ),
+        ([row("a"), row("a")], ["two items have the id 'a'"]),
+        ([], ["no items"]),
+        ([3], ["a list of objects"]),
+    ],
+)
 def test_faults_name_file_item_and_language(tmp_path, rows, words):
     with pytest.raises(UserError) as error:
         load_benchmark(write(tmp_path / "bad.json", rows), LANGUAGES)
@@ -149,8 +190,12 @@ def test_damaged_files_and_unknown_names(tmp_path):
     (tmp_path / "cut.json.gz").write_bytes(whole.read_bytes()[:-20])
     (tmp_path / "text.json").write_text('[{"id": 1,]')
     (tmp_path / "latin.json").write_bytes(b'["\xe9"]')
-    for name, words in {"cut.json.gz": "damaged gzip", "text.json": "not JSON", "latin.json": "not UTF-8",
-                        "f.jsn": "did you mean f.json.gz"}.items():
+    for name, words in {
+        "cut.json.gz": "damaged gzip",
+        "text.json": "not JSON",
+        "latin.json": "not UTF-8",
+        "f.jsn": "did you mean f.json.gz",
+    }.items():
         with pytest.raises(UserError, match=words):
             load_benchmark(str(tmp_path / name), LANGUAGES)
     with pytest.raises(UserError, match="did you mean cross_mmlu"):
@@ -165,38 +210,45 @@ def test_hub_names_and_configurations(monkeypatch):
     def load_dataset(name, configuration, split):
         asked.append((name, configuration, split))
         return [row("a")]
+
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     assert load_benchmark("cross_mmlu", LANGUAGES).name == "cross_mmlu"
     assert load_benchmark("SeaEval/SeaEval_datasets:cross_logiqa", LANGUAGES).name == "cross_logiqa"
-    assert asked == [("SeaEval/cross_mmlu", None, "test"), ("SeaEval/SeaEval_datasets", "cross_logiqa", "test")]
+    assert asked == [
+        ("SeaEval/cross_mmlu", None, "test"),
+        ("SeaEval/SeaEval_datasets", "cross_logiqa", "test"),
+    ]
 
 
 # The wording of SeaEval v0.1, written out once more by hand.
 ZERO_SHOT = {
     1: "Respond to the question by selecting the most appropriate answer. Simply select the answer, no explanations "
-       "required.\n\nQuestion:\nWhich city?\n\nChoices:\n(A) Rome\n(B) Oslo",
+    "required.\n\nQuestion:\nWhich city?\n\nChoices:\n(A) Rome\n(B) Oslo",
     2: "Kindly choose the correct answer from the options provided for the multiple-choice question. Simply select the "
-       "answer, no explanations required.\nQuestion:\nWhich city?\nChoices:\n(A) Rome\n(B) Oslo",
+    "answer, no explanations required.\nQuestion:\nWhich city?\nChoices:\n(A) Rome\n(B) Oslo",
     3: "Solve the multi-choice question by selecting the accurate answer. Simply select the answer, no explanations "
-       "required.\nQuestion:\nWhich city?\nChoices:\n(A) Rome\n(B) Oslo",
+    "required.\nQuestion:\nWhich city?\nChoices:\n(A) Rome\n(B) Oslo",
     4: "Please answer the following multiple-choice question by selecting the correct option. Simply select the "
-       "answer, no explanations required.\n\nQuestion:\nWhich city?\n\nChoices:\n(A) Rome\n(B) Oslo",
+    "answer, no explanations required.\n\nQuestion:\nWhich city?\n\nChoices:\n(A) Rome\n(B) Oslo",
     5: "As an expert, your task is to solve the following multiple-choice question. Identify the correct response "
-       "among the given choices. Simply select the answer, no explanations required.\n\nQuestion:\nWhich city?\n\n"
-       "Choices:\n(A) Rome\n(B) Oslo",
+    "among the given choices. Simply select the answer, no explanations required.\n\nQuestion:\nWhich city?\n\n"
+    "Choices:\n(A) Rome\n(B) Oslo",
 }
 
 
 def test_prompts_are_seaevals():
     assert {number: make_prompt(CITY, number) for number in range(1, 6)} == ZERO_SHOT
     assert make_prompt(STORY, 3).endswith(
-        "required.\nContext:\nAnn came.\nQuestion:\nWho came?\nChoices:\n(A) Ann\n(B) Bo")
+        "required.\nContext:\nAnn came.\nQuestion:\nWho came?\nChoices:\n(A) Ann\n(B) Bo"
+    )
     assert make_prompt(STORY, 1, benchmark="cross_xquad").startswith(
-        "Respond to the question by selecting the most appropriate answer. Simply select the choice, no")
+        "Respond to the question by selecting the most appropriate answer. Simply select the choice, no"
+    )
     assert make_prompt(CITY, 2, [STORY, CITY]) == (
         "Context:\nAnn came.\n\nQuestion:\nWho came?\n\nChoices:\n(A) Ann\n(B) Bo\n\nAnswer:\n(A) Ann\n\n"
         "Question:\nWhich city?\n\nChoices:\n(A) Rome\n(B) Oslo\n\nAnswer:\n(B) Oslo\n\n"
-        "Question:\nWhich city?\n\nChoices:\n(A) Rome\n(B) Oslo\n\nAnswer:\n")
+        "Question:\nWhich city?\n\nChoices:\n(A) Rome\n(B) Oslo\n\nAnswer:\n"
+    )
     assert make_prompt(CITY, 0) == "Which city?"
     assert make_prompt(STORY, 0) == "Ann came.\n\nWho came?"
     with pytest.raises(UserError, match="prompt 6"):
@@ -215,17 +267,24 @@ def test_shots_are_the_same_items_in_every_language(tmp_path):
         assert len({shot.id for shot in drawn} - {item.id}) == 5
         assert all(shot.versions["en"].context != item.versions["en"].context for shot in drawn)
         for code in LANGUAGES:
-            assert draw_shots(benchmark, item, code, 5, 3) == tuple(shot.versions[code] for shot in drawn)
+            assert draw_shots(benchmark, item, code, 5, 3) == tuple(
+                shot.versions[code] for shot in drawn
+            )
     first = benchmark.items[0]
     assert draw_shot_items(benchmark, first, 5, 3) != draw_shot_items(benchmark, first, 5, 4)
-    drawn = {item.id: [shot.id for shot in draw_shot_items(benchmark, item, 5, 3)] for item in benchmark.items}
+    drawn = {
+        item.id: [shot.id for shot in draw_shot_items(benchmark, item, 5, 3)]
+        for item in benchmark.items
+    }
     record = list_shots(benchmark, 5, 3)
     assert {key: record["others"].get(key, record["usual"]) for key in drawn} == drawn
     for one in drawn.values():  # one order for all: what two items share comes in the same order
         for other in drawn.values():
             assert [key for key in one if key in other] == [key for key in other if key in one]
     whole = load_benchmark(str(tmp_path / "f.json"), LANGUAGES)
-    assert draw_shot_items(whole, first, 5, 3) == draw_shot_items(benchmark, first, 5, 3)  # --limit changes no prompt
+    assert draw_shot_items(whole, first, 5, 3) == draw_shot_items(
+        benchmark, first, 5, 3
+    )  # --limit changes no prompt
     with pytest.raises(UserError, match=r"'0'.*only 10 other items"):
         draw_shots(benchmark, first, "en", 11, 3)
 

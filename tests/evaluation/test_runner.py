@@ -7,29 +7,41 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from crossin_jax.checkpoint.load import load_model
+from crossin_jax.checkpoint.open import load_model
 from crossin_jax.config import Config, Data, Evaluation, Model
-from crossin_jax.data.crosslingual import request_language
-from crossin_jax.data.pipeline import open_asker
-from crossin_jax.data.prompts import load_tokenizer
-from crossin_jax.data.world import train_tokenizer
+from crossin_jax.data.kinds import request_language
+from crossin_jax.data.pipeline import load_tokenizer, open_eval_renderer, train_tokenizer
 from crossin_jax.evaluate import evaluate
 from crossin_jax.evaluation.answers import align, read_choice
 from crossin_jax.evaluation.benchmarks import load_benchmark, make_prompt
-from crossin_jax.evaluation.runner import describe_benchmarks, run_benchmarks
+from crossin_jax.evaluation.runner import describe_benchmarks, load_benchmarks, run_benchmarks
 from crossin_jax.generation.engine import Engine
 
 LANGUAGES = ("en", "zh", "es")
-WORDS = {"en": ["Paris", "Rome by night", "Oslo"], "zh": ["巴黎", "罗马的夜晚", "奥斯陆"],
-         "es": ["París", "Roma de noche", "Oslo"]}
+WORDS = {
+    "en": ["Paris", "Rome by night", "Oslo"],
+    "zh": ["巴黎", "罗马的夜晚", "奥斯陆"],
+    "es": ["París", "Roma de noche", "Oslo"],
+}
 
 
 def rows(count=6):
     """Questions that name themselves, with two or three choices and a gold that moves."""
-    return [{"id": f"q{i}", "tags": ["odd"] if i % 2 else [],
-             **{code: {"question": f"Question {i} in {code}?", "answer": i % (2 + i % 2),
-                       "choices": WORDS[code][:2 + i % 2]} for code in LANGUAGES}}
-            for i in range(count)]
+    return [
+        {
+            "id": f"q{i}",
+            "tags": ["odd"] if i % 2 else [],
+            **{
+                code: {
+                    "question": f"Question {i} in {code}?",
+                    "answer": i % (2 + i % 2),
+                    "choices": WORDS[code][: 2 + i % 2],
+                }
+                for code in LANGUAGES
+            },
+        }
+        for i in range(count)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -64,35 +76,56 @@ class Recorder:
     def score(self, prompts, continuations, **options):
         """The share of a choice's number in what `write` says of the prompt."""
         self.prompts, self.options, self.continuations = prompts, options, continuations
-        return [np.array([-float(i != int(self.write(self.renderer.decode(ids)))) * len(choice)
-                          for i, choice in enumerate(entry)], float)
-                for ids, entry in zip(prompts, continuations, strict=True)]
+        return [
+            np.array(
+                [
+                    -float(i != int(self.write(self.renderer.decode(ids)))) * len(choice)
+                    for i, choice in enumerate(entry)
+                ],
+                float,
+            )
+            for ids, entry in zip(prompts, continuations, strict=True)
+        ]
 
 
 def make_config(*benchmarks, seed=1, tag="sentence", template="plain", **settings):
     usual = {"languages": LANGUAGES, "prompts": (1,), "method": "generate"}
-    return Config(seed=seed, data=Data(languages=("en",), template=template, tag=tag),
-                  evaluation=Evaluation(benchmarks=benchmarks, **usual | settings))
+    return Config(
+        seed=seed,
+        data=Data(languages=("en",), template=template, tag=tag),
+        evaluation=Evaluation(benchmarks=benchmarks, **usual | settings),
+    )
 
 
 def ask(config, tokenizer, write=None):
     """(predictions, the engine that was asked)."""
-    renderer = open_asker(config, tokenizer)
-    engine = Recorder(renderer, lambda text: tokenizer.encode(text, add_special_tokens=False), write)
-    return run_benchmarks(config, engine, renderer, progress=False), engine
+    renderer = open_eval_renderer(config, tokenizer)
+    engine = Recorder(
+        renderer, lambda text: tokenizer.encode(text, add_special_tokens=False), write
+    )
+    return run_benchmarks(config, engine, renderer, load_benchmarks(config), progress=False), engine
 
 
 # ── prompts ──────────────────────────────────────────────────────────────────────────────────────
 
+
 @pytest.mark.parametrize("template", ["plain", "alpaca"])
 @pytest.mark.parametrize("number", [1, 2, 5])
-def test_every_item_is_asked_in_every_language_by_its_prompt(questions, tokenizer, number, template):
+def test_every_item_is_asked_in_every_language_by_its_prompt(
+    questions, tokenizer, number, template
+):
     """Prompts follow items and languages; they have the template and no request for a language."""
     config = make_config(questions, prompts=(number,), template=template)
     _, engine = ask(config, tokenizer)
-    renderer, benchmark = open_asker(config, tokenizer), load_benchmark(questions, LANGUAGES)
-    expected = [renderer.render_prompt(make_prompt(item.versions[code], number))
-                for item in benchmark.items for code in LANGUAGES]
+    renderer, benchmark = (
+        open_eval_renderer(config, tokenizer),
+        load_benchmark(questions, LANGUAGES),
+    )
+    expected = [
+        renderer.render_prompt(make_prompt(item.versions[code], number))
+        for item in benchmark.items
+        for code in LANGUAGES
+    ]
     assert [ids.tolist() for ids in engine.prompts] == [ids.tolist() for ids in expected]
 
 
@@ -104,7 +137,7 @@ def test_bare_questions_ask_for_their_language_as_in_training(tokenizer, tag):
     texts = [engine.renderer.decode(ids) for ids in engine.prompts]
     for text, (item, code) in zip(texts, ((i, c) for i in items for c in LANGUAGES), strict=True):
         question = item.versions[code].question
-        asked = {"none": "", "sentence": request_language(code, code)}.get(tag, f"[{code}]")
+        asked = {"none": "", "sentence": request_language(code, code)[0]}.get(tag, f"[{code}]")
         body = "".join(text.split()).removeprefix("".join(question.split()))
         assert body == "".join(asked.split()), (tag, code)
 
@@ -150,11 +183,13 @@ def test_what_is_asked_for_comes_in_order(questions, tokenizer):
     scored = ["sum", "mean", "byte", "letter", "generate"]
     assert [(p.benchmark, p.method, p.prompt) for p in predictions] == [
         *(("own", method, number) for number in (2, 4) for method in scored),
-        *(("cross_world:dev", method, 0) for method in scored if method != "letter")]
+        *(("cross_world:dev", method, 0) for method in scored if method != "letter"),
+    ]
     assert all(p.languages == LANGUAGES and len(p.items) == 2 for p in predictions)
 
 
 # ── answers ──────────────────────────────────────────────────────────────────────────────────────
+
 
 def number_in(text):
     """The number of the question that a prompt ends with, and its language's place."""
@@ -165,6 +200,7 @@ def number_in(text):
 @pytest.mark.parametrize("shots", [0, 2])
 def test_every_answer_belongs_to_its_item_and_language(questions, tokenizer, shots):
     """Free answers and scored choices are kept with the question that they answer."""
+
     def choose(text):
         item, language = number_in(text)
         return (item + language) % (2 + item % 2)
@@ -178,8 +214,9 @@ def test_every_answer_belongs_to_its_item_and_language(questions, tokenizer, sho
             if p.method != "letter":
                 assert {code: a.candidates for code, a in item.answers.items()} == picks
             assert all(len(a.scores) == 2 + i % 2 and a.text is None for a in item.answers.values())
-    written, _ = ask(make_config(questions, shots=shots), tokenizer,
-                     lambda text: f"({'ABC'[choose(text)]})")
+    written, _ = ask(
+        make_config(questions, shots=shots), tokenizer, lambda text: f"({'ABC'[choose(text)]})"
+    )
     for i, (item, row) in enumerate(zip(written[0].items, rows(), strict=True)):
         assert (item.id, item.num_choices, item.tags) == (row["id"], 2 + i % 2, tuple(row["tags"]))
         assert item.gold == {code: i % (2 + i % 2) for code in LANGUAGES}
@@ -188,25 +225,36 @@ def test_every_answer_belongs_to_its_item_and_language(questions, tokenizer, sho
 
 
 WRITTEN = [  # what the model writes, and what counts of it without and with shots
-    ("B", "B", "B"), ("B \n", "B", "B "), ("B\nQuestion:\nAnd A?", "B\nQuestion:\nAnd A?", "B"),
-    ("\n(B)", "(B)", ""), ("(A) Paris\n\n(B). (B). (B).", "(A) Paris\n\n(B). (B). (B).", "(A) Paris"),
+    ("B", "B", "B"),
+    ("B \n", "B", "B "),
+    ("B\nQuestion:\nAnd A?", "B\nQuestion:\nAnd A?", "B"),
+    ("\n(B)", "(B)", ""),
+    ("(A) Paris\n\n(B). (B). (B).", "(A) Paris\n\n(B). (B). (B).", "(A) Paris"),
     ("", "", ""),
 ]
 
 
 @pytest.mark.parametrize("shots", [0, 1, 2])
 @pytest.mark.parametrize(("written", "whole", "first_line"), WRITTEN)
-def test_an_answer_after_shots_ends_at_its_first_line_break(questions, tokenizer, shots, written, whole,
-                                                            first_line):
+def test_an_answer_after_shots_ends_at_its_first_line_break(
+    questions, tokenizer, shots, written, whole, first_line
+):
     """Without shots the whole answer counts; the engine is told to stop early only with them."""
-    (predictions,), engine = ask(make_config(questions, shots=shots), tokenizer, lambda text: written)
+    (predictions,), engine = ask(
+        make_config(questions, shots=shots), tokenizer, lambda text: written
+    )
     assert tuple(engine.options["stop"]) == (("\n",) if shots else ())
-    for item, version in zip(predictions.items, load_benchmark(questions, LANGUAGES).items, strict=True):
+    for item, version in zip(
+        predictions.items, load_benchmark(questions, LANGUAGES).items, strict=True
+    ):
         for code, answer in item.answers.items():
             choices, text = version.versions[code].choices, first_line if shots else whole
             expected = align(choices, text)
             assert (answer.text, answer.candidates, answer.reason) == (
-                text, expected.candidates, expected.reason)
+                text,
+                expected.candidates,
+                expected.reason,
+            )
             assert answer.own == read_choice(choices, text, code).candidates
 
 
@@ -227,6 +275,7 @@ def test_every_setting_of_generation_reaches_the_engine(questions, tokenizer):
 
 # ── scores of choices ────────────────────────────────────────────────────────────────────────────
 
+
 @pytest.fixture(scope="module")
 def log_probs(pretrained):
     """Sequences of ids → log-softmax of the model's logits at every position, in float64."""
@@ -237,31 +286,38 @@ def log_probs(pretrained):
     def read(sequences, length=320):
         ids = np.zeros((-(-len(sequences) // 8) * 8, length), np.int32)
         for i, sequence in enumerate(sequences):
-            ids[i, :len(sequence)] = sequence
-        logits = np.concatenate([np.asarray(forward(ids[i:i + 8]), np.float64)
-                                 for i in range(0, len(ids), 8)])[:len(sequences)]
+            ids[i, : len(sequence)] = sequence
+        logits = np.concatenate(
+            [np.asarray(forward(ids[i : i + 8]), np.float64) for i in range(0, len(ids), 8)]
+        )[: len(sequences)]
         logits -= logits.max(-1, keepdims=True)
         return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
     return read
 
 
-@pytest.mark.parametrize(("name", "shots"), [("questions", 0), ("questions", 1), ("cross_world:dev", 0)])
-def test_scores_of_choices_are_those_of_numpy(name, shots, questions, pretrained, log_probs, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "shots"), [("questions", 0), ("questions", 1), ("cross_world:dev", 0)]
+)
+def test_scores_of_choices_are_those_of_numpy(
+    name, shots, questions, pretrained, log_probs, tmp_path
+):
     """Sum, mean, byte and letter equal their formulas over the log-softmax of the model's logits.
 
     The choices have unequal numbers of tokens, of bytes and of characters, also in Chinese.
     """
     name = questions if name == "questions" else name
     config = make_config(name, method="choices", limit=2, shots=shots)
-    config.model = Model(path=str(pretrained / "model"), compute_dtype="float32",
-                         frozen_dtype="float32")
+    config.model = Model(
+        path=str(pretrained / "model"), compute_dtype="float32", frozen_dtype="float32"
+    )
     config.evaluation.cache_dtype = "float32"
     predictions, _ = evaluate(config, None, tmp_path / "out")
     by_method = {p.method: p for p in predictions}
     bare = not name.endswith(".json")
     assert list(by_method) == ["sum", "mean", "byte"] + ["letter"] * (not bare)
 
-    renderer = open_asker(config, load_tokenizer(str(pretrained / "model")))
+    renderer = open_eval_renderer(config, load_tokenizer(str(pretrained / "model")))
     benchmark = load_benchmark(name, LANGUAGES, limit=config.evaluation.limit, seed=config.seed)
     record = describe_benchmarks(config, [benchmark])[benchmark.name].get("shots")
     pool = {item.id: item for item in benchmark.pool}
@@ -271,7 +327,7 @@ def test_scores_of_choices_are_those_of_numpy(name, shots, questions, pretrained
         for code, version in item.versions.items():
             text = make_prompt(version, 0 if bare else 1, [pool[s].versions[code] for s in shown])
             if bare:
-                text += ("" if text.endswith("？") else " ") + request_language(code, code)
+                text += ("" if text.endswith("？") else " ") + request_language(code, code)[0]
             for c, choice in enumerate(version.choices):
                 choice = choice[4:] if bare else choice
                 for kind, answer in (("whole", choice), ("letter", choice[:3])):
@@ -280,9 +336,13 @@ def test_scores_of_choices_are_those_of_numpy(name, shots, questions, pretrained
                     sequences.append(rendered.ids)
     found = log_probs(sequences)
     for (i, code, c, kind, num_bytes, rendered), log_p in zip(places, found, strict=True):
-        values = [log_p[t - 1, rendered.ids[t]] for t in np.flatnonzero(rendered.learned)]
-        assert rendered.ids[-1] == renderer.eos_ids[0] and rendered.learned[-1]
-        wanted = {"sum": sum(values), "mean": sum(values) / len(values), "byte": sum(values) / num_bytes}
+        values = [log_p[t - 1, rendered.ids[t]] for t in np.flatnonzero(rendered.loss_mask)]
+        assert rendered.ids[-1] == renderer.eos_ids[0] and rendered.loss_mask[-1]
+        wanted = {
+            "sum": sum(values),
+            "mean": sum(values) / len(values),
+            "byte": sum(values) / num_bytes,
+        }
         if kind == "letter":
             wanted = {} if bare else {"letter": sum(values[:-1])}
         for method, value in wanted.items():
@@ -294,16 +354,26 @@ def test_scores_of_choices_are_those_of_numpy(name, shots, questions, pretrained
 
 # ── sampled answers ──────────────────────────────────────────────────────────────────────────────
 
+
 def test_sampled_answers_follow_the_seed(pretrained, questions):
     """With a temperature, one seed gives the same answers twice, and another seed others."""
     loaded, tokenizer = (load(str(pretrained / "model")) for load in (load_model, load_tokenizer))
     texts, engine = [], None
     for seed in (1, 1, 2):
         config = make_config(questions, seed=seed, temperature=1.0, max_new_tokens=6, limit=2)
-        renderer = open_asker(config, tokenizer)
-        engine = engine or Engine(loaded.graphdef, loaded.state, loaded.spec, pad_id=renderer.pad_id,
-                                  eos_ids=renderer.eos_ids, batch_size=8, cache_dtype="float32")
-        (predictions,) = run_benchmarks(config, engine, renderer, progress=False)
+        renderer = open_eval_renderer(config, tokenizer)
+        engine = engine or Engine(
+            loaded.graphdef,
+            loaded.state,
+            loaded.spec,
+            pad_id=renderer.pad_id,
+            eos_ids=renderer.eos_ids,
+            batch_size=8,
+            cache_dtype="float32",
+        )
+        (predictions,) = run_benchmarks(
+            config, engine, renderer, load_benchmarks(config), progress=False
+        )
         texts.append([a.text for item in predictions.items for a in item.answers.values()])
     assert texts[0] == texts[1] and len(set(texts[0])) == len(texts[0])
     assert all(one != other for one, other in zip(texts[0], texts[2], strict=True))

@@ -35,8 +35,13 @@ def prompts():
 
 
 def make_engine(model, **options) -> Engine:
-    options = {"batch_size": 1, "cache_dtype": "float32", "max_length": 128, "eos_ids": [],
-               "length_buckets": BUCKETS} | options
+    options = {
+        "batch_size": 1,
+        "cache_dtype": "float32",
+        "max_length": 128,
+        "eos_ids": [],
+        "length_buckets": BUCKETS,
+    } | options
     return Engine(*nnx.split(model), model.spec, pad_id=0, **options)
 
 
@@ -60,7 +65,7 @@ def alone(single, prompts):
 def cut(answer: list[int], limit: int, eos=()) -> list[int]:
     """What is left of an answer under a limit and with tokens that end it."""
     ends = [i for i, token in enumerate(answer) if token in eos]
-    return answer[:min([limit, *ends])]
+    return answer[: min([limit, *ends])]
 
 
 @pytest.mark.parametrize("order", [0, 1])
@@ -69,8 +74,12 @@ def test_neighbours_and_entry_change_no_answer(order, model, alone, prompts, req
     engine = request.getfixturevalue("four")
     chosen = np.random.default_rng(order).permutation(12)
     limits = [LONGEST if i % 3 else 1 + 7 * i for i in range(12)]
-    found = draw(engine, [prompts[i] for i in chosen], [100 * i for i in chosen],
-                 max_new_tokens=[limits[i] for i in chosen])
+    found = draw(
+        engine,
+        [prompts[i] for i in chosen],
+        [100 * i for i in chosen],
+        max_new_tokens=[limits[i] for i in chosen],
+    )
     for i, answer in zip(chosen, found, strict=True):
         assert answer == cut(alone[i], limits[i], EOS), i
     assert len({len(answer) for answer in found}) > 6  # they end at many places
@@ -88,14 +97,18 @@ def three(model):
     return make_engine(model, batch_size=3)
 
 
-@pytest.mark.parametrize("limits", [
-    # the first row outgrows a ring of 64 while the fourth has few tokens; that one then fills 128
-    pytest.param((96, 31, 39, 96, 96, 20, 96), id="grows"),
-    # rows fill a ring of 64 to its last slot, and start in the midst of it
-    pytest.param((20, 64, 64, 64, 64, 37, 64, 64), id="comes round")])
+@pytest.mark.parametrize(
+    "limits",
+    [
+        # the first row outgrows a ring of 64 while the fourth has few tokens; that one then fills 128
+        pytest.param((96, 31, 39, 96, 96, 20, 96), id="grows"),
+        # rows fill a ring of 64 to its last slot, and start in the midst of it
+        pytest.param((20, 64, 64, 64, 64, 37, 64, 64), id="comes round"),
+    ],
+)
 def test_a_ring_that_grows_or_comes_round_changes_no_answer(limits, three, single, monkeypatch):
     """Prompts fill their room too: a slot too far in any direction is one that is still needed."""
-    monkeypatch.setattr("crossin_jax.generation.engine.RING", 16)
+    monkeypatch.setattr("crossin_jax.generation.decoding.RING", 16)
     rng, seeds = np.random.default_rng(2), range(len(limits))
     prompts = [rng.integers(3, SPEC.vocab_size, 32, dtype=np.int32) for _ in limits]
     before = three.programs.compiled["resize"]
@@ -164,19 +177,30 @@ def test_a_stop_ends_an_answer_wherever_it_stands(size, single, alone, prompts):
     """
     whole = alone[0]
     for place in range(0, 30, 1 + size // 4):
-        stop = whole[place:place + size]
-        first = next(i for i in range(place + 1) if whole[i:i + size] == stop)
+        stop = whole[place : place + size]
+        first = next(i for i in range(place + 1) if whole[i : i + size] == stop)
         heard = []
-        (answer,) = draw(single, prompts[:1], [0], stop=[stop],
-                         stream=lambda i, new, heard=heard: heard.extend(new))
+        (answer,) = draw(
+            single,
+            prompts[:1],
+            [0],
+            stop=[stop],
+            stream=lambda i, new, heard=heard: heard.extend(new),
+        )
         assert answer == whole[:first]
-        assert heard[:first] == answer and heard[first:] == stop[:len(heard) - first]
+        assert heard[:first] == answer and heard[first:] == stop[: len(heard) - first]
 
 
 def test_a_stop_that_does_not_come_changes_nothing(single, alone, prompts):
     heard = []
-    assert draw(single, prompts[:1], [0], stop=[[60] * 5, "never"], detokenize=lambda ids: "x",
-                stream=lambda i, new: heard.extend(new)) == [alone[0]]
+    assert draw(
+        single,
+        prompts[:1],
+        [0],
+        stop=[[60] * 5, "never"],
+        detokenize=lambda ids: "x",
+        stream=lambda i, new: heard.extend(new),
+    ) == [alone[0]]
     assert heard == alone[0]
 
 
@@ -191,12 +215,15 @@ def test_logits_that_stop_being_finite_in_the_midst_of_an_answer_are_told():
     prompts = [np.array([5, 9, 4], np.int32), np.array([8, 3], np.int32)]
     limits = [24, 24]
     one, other = draw(engine, prompts, [1, 2], max_new_tokens=limits)
-    place = next(i for i, token in enumerate(one)
-                 if i > 2 and token not in (*one[:i], *other, *prompts[0], *prompts[1]))
+    place = next(
+        i
+        for i, token in enumerate(one)
+        if i > 2 and token not in (*one[:i], *other, *prompts[0], *prompts[1])
+    )
     weight = model.embed_tokens.weight
     weight.set_value(weight.get_value().at[one[place]].set(np.nan))
     engine.params = nnx.state(model)
     found = draw(engine, prompts, [1, 2], max_new_tokens=[place + 1, 24])
-    assert found == [one[:place + 1], other]
+    assert found == [one[: place + 1], other]
     with pytest.raises(UserError, match="logits are not finite"):
         draw(engine, prompts, [1, 2], max_new_tokens=[place + 2, 24])

@@ -18,11 +18,18 @@ def torch_answers(model, prompts):
     longest = max(map(len, prompts))
     tokens, mask = np.zeros((2, len(prompts), longest), np.int64)
     for row, seen, prompt in zip(tokens, mask, prompts, strict=True):
-        row[longest - len(prompt):], seen[longest - len(prompt):] = prompt, 1
+        row[longest - len(prompt) :], seen[longest - len(prompt) :] = prompt, 1
     with torch.no_grad():
-        out = model.generate(torch.tensor(tokens), attention_mask=torch.tensor(mask), max_new_tokens=NEW,
-                             do_sample=False, eos_token_id=None, pad_token_id=0, return_dict_in_generate=True,
-                             output_logits=True)
+        out = model.generate(
+            torch.tensor(tokens),
+            attention_mask=torch.tensor(mask),
+            max_new_tokens=NEW,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
     best = torch.stack(out.logits, dim=1).topk(2, dim=-1).values
     return out.sequences[:, longest:].numpy(), (best[..., 0] - best[..., 1]).numpy()
 
@@ -35,14 +42,23 @@ def test_greedy_answers_equal_those_of_transformers(family):
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, config["vocab_size"], n) for n in rng.integers(1, 60, PROMPTS)]
     expected, gaps = torch_answers(reference, prompts)
-    engine = Engine(*nnx.split(model), model.spec, eos_ids=[], pad_id=0, batch_size=min(48, len(prompts) - 3),
-                    cache_dtype="float32", max_length=256)
+    engine = Engine(
+        *nnx.split(model),
+        model.spec,
+        eos_ids=[],
+        pad_id=0,
+        batch_size=min(48, len(prompts) - 3),
+        cache_dtype="float32",
+        max_length=256,
+    )
     answers = np.array(engine.generate(prompts, max_new_tokens=NEW, progress=False))
     assert len(np.unique(answers)) > 12, "the answers are too alike to tell models apart"
     tied = 0
     for row in np.flatnonzero((answers != expected).any(axis=1)):
         first = np.flatnonzero(answers[row] != expected[row])[0]
-        assert gaps[row, first] < TIE, f"prompt {row} differs at token {first}, where the best logit leads by " \
-                                       f"{gaps[row, first]:.2g}"
+        assert gaps[row, first] < TIE, (
+            f"prompt {row} differs at token {first}, where the best logit leads by "
+            f"{gaps[row, first]:.2g}"
+        )
         tied += 1
     assert tied <= 2

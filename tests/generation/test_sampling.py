@@ -18,7 +18,12 @@ def draws(logits, count, **rules):
     """`count` draws (count, B) of the same logits at different positions."""
     sampling = make_sampling(**rules)
     B = len(logits)
-    return np.stack([sample(logits, np.arange(B, dtype=np.uint32), np.full(B, i), sampling) for i in range(count)])
+    return np.stack(
+        [
+            sample(logits, np.arange(B, dtype=np.uint32), np.full(B, i), sampling)
+            for i in range(count)
+        ]
+    )
 
 
 def test_greedy_takes_the_first_of_the_best():
@@ -26,8 +31,17 @@ def test_greedy_takes_the_first_of_the_best():
     assert draws(logits, 1).tolist() == [[1, 2]]
 
 
-@pytest.mark.parametrize("rules", [{"top_k": 4}, {"top_p": 0.8}, {"top_k": 20, "top_p": 0.9}, {"top_k": 999},
-                                   {"top_p": 1.0}, {"top_p": 1e-6}])
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"top_k": 4},
+        {"top_p": 0.8},
+        {"top_k": 20, "top_p": 0.9},
+        {"top_k": 999},
+        {"top_p": 1.0},
+        {"top_p": 1e-6},
+    ],
+)
 def test_rules_allow_the_tokens_that_transformers_allows_with_the_same_shares(rules):
     scores = torch.tensor(LOGITS)
     scores = TemperatureLogitsWarper(1.7)(None, scores)
@@ -38,12 +52,15 @@ def test_rules_allow_the_tokens_that_transformers_allows_with_the_same_shares(ru
     shares = torch.softmax(scores, -1).numpy()
     count = 3000
     sampling = make_sampling(temperature=1.7, **rules)
-    drawn = jax.jit(jax.vmap(lambda i: draw(jnp.asarray(LOGITS), jnp.zeros(3, jnp.uint32), jnp.full(3, i), sampling)))(
-        jnp.arange(count))
+    drawn = jax.jit(
+        jax.vmap(
+            lambda i: draw(jnp.asarray(LOGITS), jnp.zeros(3, jnp.uint32), jnp.full(3, i), sampling)
+        )
+    )(jnp.arange(count))
     for row in range(3):
         found = np.bincount(drawn[:, row], minlength=50) / count
         assert not found[shares[row] == 0].any()
-        assert np.abs(found - shares[row]).max() < 5 * 0.5 / count ** 0.5
+        assert np.abs(found - shares[row]).max() < 5 * 0.5 / count**0.5
 
 
 def allowed(logits, temperature, top_k=None, top_p=None) -> set[int]:
@@ -52,13 +69,26 @@ def allowed(logits, temperature, top_k=None, top_p=None) -> set[int]:
     shares = np.exp((logits[order] - logits.max()) / temperature)
     shares /= shares.sum()
     if top_p is not None:  # as few as reach the share
-        order = order[:np.searchsorted(np.cumsum(shares), top_p * (1 - 1e-6)) + 1]
+        order = order[: np.searchsorted(np.cumsum(shares), top_p * (1 - 1e-6)) + 1]
     return set(order.tolist())
 
 
-@pytest.mark.parametrize("rules", [
-    {}, {"top_k": 1}, {"top_k": 3}, {"top_k": 12}, {"top_p": 0.1}, {"top_p": 0.5}, {"top_p": 0.9},
-    {"top_p": 1.0}, {"top_k": 4, "top_p": 0.7}, {"top_k": 6, "top_p": 0.95}], ids=str)
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {},
+        {"top_k": 1},
+        {"top_k": 3},
+        {"top_k": 12},
+        {"top_p": 0.1},
+        {"top_p": 0.5},
+        {"top_p": 0.9},
+        {"top_p": 1.0},
+        {"top_k": 4, "top_p": 0.7},
+        {"top_k": 6, "top_p": 0.95},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("temperature", [1.5, 6.0])
 def test_exactly_the_tokens_that_the_rules_allow_are_drawn(temperature, rules):
     """Of twelve tokens, in three rows; two thousand draws leave none of them out."""
@@ -68,15 +98,21 @@ def test_exactly_the_tokens_that_the_rules_allow_are_drawn(temperature, rules):
     for row in range(3):
         expected = allowed(logits[row].astype(np.float64), temperature, **rules)
         assert set(drawn[:, row].tolist()) <= expected
-        likely = {i for i in expected if np.exp((logits[row, i] - logits[row].max()) / temperature)
-                  > 0.05}
+        likely = {
+            i for i in expected if np.exp((logits[row, i] - logits[row].max()) / temperature) > 0.05
+        }
         assert likely <= set(drawn[:, row].tolist())
     assert likely
 
 
-draw_many = jax.jit(jax.vmap(
-    lambda logits, i, sampling: draw(logits, jnp.zeros(3, jnp.uint32), jnp.full(3, i), sampling),
-    (None, 0, None)))
+draw_many = jax.jit(
+    jax.vmap(
+        lambda logits, i, sampling: draw(
+            logits, jnp.zeros(3, jnp.uint32), jnp.full(3, i), sampling
+        ),
+        (None, 0, None),
+    )
+)
 
 
 def test_tokens_that_tie_with_the_last_one_allowed_are_allowed_too():
@@ -107,12 +143,19 @@ def test_a_draw_depends_on_seed_and_position_alone():
     assert sample(logits[:1], seeds[:1], positions[:1], sampling)[0] == together[0]
 
 
-@pytest.mark.parametrize("rules, words", [
-    ({"temperature": -1.0}, "temperature=-1"), ({"temperature": 1.0, "top_k": 0}, "top_k=0"),
-    ({"temperature": 1.0, "top_p": 1.5}, "top_p=1.5"),
-    ({"top_p": 0.9}, "no effect at temperature=0"), ({"temperature": 1.0, "top_p": 0.0}, "top_p=0"),
-    ({"temperature": 1.0, "top_p": -0.5}, "top_p=-0.5"),
-    ({"top_k": 3}, "no effect at temperature=0"), ({"temperature": 1.0, "top_k": -1}, "top_k=-1")])
+@pytest.mark.parametrize(
+    "rules, words",
+    [
+        ({"temperature": -1.0}, "temperature=-1"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k=0"),
+        ({"temperature": 1.0, "top_p": 1.5}, "top_p=1.5"),
+        ({"top_p": 0.9}, "no effect at temperature=0"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p=0"),
+        ({"temperature": 1.0, "top_p": -0.5}, "top_p=-0.5"),
+        ({"top_k": 3}, "no effect at temperature=0"),
+        ({"temperature": 1.0, "top_k": -1}, "top_k=-1"),
+    ],
+)
 def test_rules_that_cannot_be_meant_are_refused(rules, words):
     with pytest.raises(UserError, match=words):
         make_sampling(**rules)

@@ -5,13 +5,21 @@ from pathlib import Path
 
 from crossin_jax.data.templates import TEMPLATES
 
-CASES = {"input": ("Name the river.", "It flows through Paris.\n[zh]"), "no_input": ("Name the river.", "")}
+CASES = {
+    "input": ("Name the river.", "It flows through Paris.\n[zh]"),
+    "no_input": ("Name the river.", ""),
+}
 
 
 def render() -> dict[str, dict[str, str]]:
-    return {name: {case: template.fill(*texts, None) for case, texts in CASES.items()} | {
-        "system": template.fill("Name the river.", "", "Be brief."), "answer_prefix": template.answer_prefix}
-        for name, template in TEMPLATES.items()}
+    return {
+        name: {case: template.fill(*texts, None) for case, texts in CASES.items()}
+        | {
+            "system": template.fill("Name the river.", "", "Be brief."),
+            "answer_prefix": template.answer_prefix,
+        }
+        for name, template in TEMPLATES.items()
+    }
 
 
 if __name__ == "__main__":

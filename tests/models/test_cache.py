@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crossin_jax.models.cache import init_cache, is_stacked, load, note_positions, stacks, store
+from crossin_jax.models.cache import init_cache, load, note_positions, stacks, store
 from tests.models.models import LLAMA
 
 L, B, K, S, H, T = LLAMA.num_layers, 3, LLAMA.num_kv_heads, 7, LLAMA.head_width, 2
@@ -20,7 +20,7 @@ def test_an_empty_cache_has_nothing_stored():
     """Shapes and precisions of both forms; -1 is no position."""
     for stacked in (True, False):
         cache = init_cache(LLAMA, B, S, "int8", stacked=stacked)
-        assert is_stacked(cache) == stacked
+        assert isinstance(cache["k"], tuple) != stacked
         assert cache["positions"].shape == (B, S) and (cache["positions"] == -1).all()
         assert cache["length"].shape == () and cache["length"] == 0
         arrays = stacks(cache)

@@ -10,8 +10,9 @@ from tests.models.models import LLAMA
 B, T, S = 2, 5, 9
 
 
-@pytest.mark.parametrize(("dtype", "step"), [
-    ("float32", 0), ("bfloat16", 2**-8), ("int8", 1 / 254)])
+@pytest.mark.parametrize(
+    ("dtype", "step"), [("float32", 0), ("bfloat16", 2**-8), ("int8", 1 / 254)]
+)
 def test_keys_and_values_are_rounded_by_no_more_than_their_precision(dtype, step):
     """int8: half of a 127th of the largest number of a vector, whatever stands in other vectors."""
     rng, K, H = np.random.default_rng(0), LLAMA.num_kv_heads, LLAMA.head_width
@@ -20,7 +21,7 @@ def test_keys_and_values_are_rounded_by_no_more_than_their_precision(dtype, step
     k[1, 2, 0] = 0
     stored = store(stacks(init_cache(LLAMA, B, S, dtype)), jnp.int32(1), jnp.int32(3), k, v)
     for expected, found in zip((k, v), load(stored, jnp.int32(1), "float32"), strict=True):
-        found, expected = np.asarray(found)[:, :, 3:3 + T], expected.swapaxes(1, 2)
+        found, expected = np.asarray(found)[:, :, 3 : 3 + T], expected.swapaxes(1, 2)
         limit = np.abs(expected).max(-1, keepdims=True) * step
         assert (np.abs(found - expected) <= limit * 1.001).all()
     for other in (0, 2):  # layers that were not written

@@ -48,22 +48,37 @@ def test_a_fresh_adapter_changes_nothing_and_a_trained_one_does(spec, use_dora):
     assert np.abs(trained - base(TOKENS)).max() > 0.1
 
 
-@pytest.mark.parametrize("lora", [Lora(rank=3), Lora(rank=4, use_rslora=True, targets=("q_proj", "down_proj")),
-                                  Lora(rank=3, use_dora=True)], ids=["lora", "rslora", "dora"])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        Lora(rank=3),
+        Lora(rank=4, use_rslora=True, targets=("q_proj", "down_proj")),
+        Lora(rank=3, use_dora=True),
+    ],
+    ids=["lora", "rslora", "dora"],
+)
 def test_merged_equals_unmerged(lora):
     model = make_model(QWEN, lora=dataclasses.replace(lora, alpha=2.0))
     merged = merge(model)
     np.testing.assert_allclose(merged(TOKENS), model(TOKENS), atol=3e-4)
     assert not any(isinstance(leaf, Adapter) for leaf in leaves_of(merged).values())
     assert leaves_of(merged).keys() == leaves_of(make_model(QWEN)).keys()
-    assert leaves_of(model)["layers/q_proj/lora_a"].get_value() is not None, "the model itself stays as it was"
+    assert leaves_of(model)["layers/q_proj/lora_a"].get_value() is not None, (
+        "the model itself stays as it was"
+    )
 
 
 def test_scale_is_alpha_over_rank_or_its_root():
-    for lora, factor in ((Lora(rank=16, alpha=8.0), 0.5), (Lora(rank=16, alpha=8.0, use_rslora=True), 2.0)):
+    for lora, factor in (
+        (Lora(rank=16, alpha=8.0), 0.5),
+        (Lora(rank=16, alpha=8.0, use_rslora=True), 2.0),
+    ):
         model = make_model(LLAMA, lora=lora)
         layer = model.layers.up_proj
-        a, b, w = (np.asarray(x.get_value()[0], np.float64) for x in (layer.lora_a, layer.lora_b, layer.weight))
+        a, b, w = (
+            np.asarray(x.get_value()[0], np.float64)
+            for x in (layer.lora_a, layer.lora_b, layer.weight)
+        )
         one = nnx.merge(*_first_layer(layer))
         np.testing.assert_allclose(one.merged_weight(), w + factor * b @ a, atol=1e-5)
 
@@ -80,14 +95,18 @@ def test_lengths_of_dora_equal_those_of_the_formed_sum():
         plain = nnx.clone(one)
         plain.magnitude = None
         axes = tuple(range(-contracted, 0))
-        np.testing.assert_allclose(one.lengths(), np.sqrt(np.square(plain.merged_weight()).sum(axes)), rtol=1e-5)
+        np.testing.assert_allclose(
+            one.lengths(), np.sqrt(np.square(plain.merged_weight()).sum(axes)), rtol=1e-5
+        )
 
 
 def test_dropout_acts_on_adapters_only_with_a_key_and_keeps_the_mean():
     lora = Lora(rank=3, dropout=0.5)
     model = make_model(LLAMA, lora=lora)
     graphdef, state = nnx.split(model)
-    hidden = jax.jit(lambda state, key: nnx.merge(graphdef, state).hidden(TOKENS, dropout_key=key)[0])
+    hidden = jax.jit(
+        lambda state, key: nnx.merge(graphdef, state).hidden(TOKENS, dropout_key=key)[0]
+    )
     np.testing.assert_array_equal(hidden(state, None), hidden(state, None))
     first, again, other = (hidden(state, jax.random.key(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
@@ -96,7 +115,10 @@ def test_dropout_acts_on_adapters_only_with_a_key_and_keeps_the_mean():
     np.testing.assert_allclose(hidden(fresh, jax.random.key(1)), hidden(fresh, None), atol=1e-6)
     x = jnp.ones((400, 500))
     dropped = dropout(x, 0.25, jax.random.key(0))
-    assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.75)} and abs(float(dropped.mean()) - 1) < 0.01
+    assert (
+        set(np.unique(dropped)) == {0.0, np.float32(1 / 0.75)}
+        and abs(float(dropped.mean()) - 1) < 0.01
+    )
 
 
 def test_rows_and_layers_draw_their_own_dropout():
@@ -105,13 +127,17 @@ def test_rows_and_layers_draw_their_own_dropout():
     assert np.abs(hidden[0] - hidden[1]).max() > 1e-2
 
 
-@pytest.mark.parametrize(("spec", "lora", "trained"), [
-    (LLAMA, None, {"embed_tokens", "norm", "q_proj", "up_proj", "input_layernorm"}),
-    (MISTRAL, Lora(), {"embed_tokens", "lm_head", "lora"}),
-    (LLAMA, Lora(modules_to_save=("lm_head",)), {"embed_tokens", "lora"}),  # tied: one matrix
-    (MISTRAL, Lora(modules_to_save=("lm_head",)), {"lm_head", "lora"}),
-    (MISTRAL, Lora(modules_to_save=("input_layernorm",)), {"input_layernorm", "lora"}),
-    (MISTRAL, Lora(modules_to_save=()), {"lora"})])
+@pytest.mark.parametrize(
+    ("spec", "lora", "trained"),
+    [
+        (LLAMA, None, {"embed_tokens", "norm", "q_proj", "up_proj", "input_layernorm"}),
+        (MISTRAL, Lora(), {"embed_tokens", "lm_head", "lora"}),
+        (LLAMA, Lora(modules_to_save=("lm_head",)), {"embed_tokens", "lora"}),  # tied: one matrix
+        (MISTRAL, Lora(modules_to_save=("lm_head",)), {"lm_head", "lora"}),
+        (MISTRAL, Lora(modules_to_save=("input_layernorm",)), {"input_layernorm", "lora"}),
+        (MISTRAL, Lora(modules_to_save=()), {"lora"}),
+    ],
+)
 def test_what_trains(spec, lora, trained):
     lora = resolve(lora, spec)
     model = make_model(spec, lora=lora, param_dtype="float32", frozen_dtype="bfloat16")
@@ -140,14 +166,18 @@ def test_released_code_compatible_leaves_q_proj_alone():
     assert make_model(LLAMA, lora=Lora(released_code_compatible=True)).layers.q_proj.lora_a is None
 
 
-@pytest.mark.parametrize(("lora", "words"), [
-    (Lora(targets=("q_proj", "p_proj")), "'p_proj' matches nothing.*did you mean"),
-    (Lora(targets=("q_prj",)), "did you mean q_proj"),
-    (Lora(targets=()), "targets is empty"),
-    (Lora(targets=("q_proj",), released_code_compatible=True), "targets is empty"),
-    (Lora(modules_to_save=("lm_haed",)), "did you mean lm_head"),
-    (Lora(modules_to_save=("q_norm",)), "'q_norm' matches nothing in a llama model"),
-    (Lora(modules_to_save=("up_proj",)), "stands in targets and in modules_to_save")])
+@pytest.mark.parametrize(
+    ("lora", "words"),
+    [
+        (Lora(targets=("q_proj", "p_proj")), "'p_proj' matches nothing.*did you mean"),
+        (Lora(targets=("q_prj",)), "did you mean q_proj"),
+        (Lora(targets=()), "targets is empty"),
+        (Lora(targets=("q_proj",), released_code_compatible=True), "targets is empty"),
+        (Lora(modules_to_save=("lm_haed",)), "did you mean lm_head"),
+        (Lora(modules_to_save=("q_norm",)), "'q_norm' matches nothing in a llama model"),
+        (Lora(modules_to_save=("up_proj",)), "stands in targets and in modules_to_save"),
+    ],
+)
 def test_names_that_match_nothing_or_twice_are_refused(lora, words):
     with pytest.raises(UserError, match=words):
         resolve(lora, LLAMA)

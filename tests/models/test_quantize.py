@@ -31,13 +31,31 @@ def quantized_model(model, spec, kind, **options):
 
 
 def test_nf4_values_are_those_of_the_paper():
-    published = [-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0, 0.0795803,
-                 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
+    published = [
+        -1.0,
+        -0.6961928,
+        -0.52507305,
+        -0.39491749,
+        -0.28444138,
+        -0.18477343,
+        -0.09105004,
+        0.0,
+        0.0795803,
+        0.1609302,
+        0.2461123,
+        0.33791524,
+        0.44070983,
+        0.562617,
+        0.72295684,
+        1.0,
+    ]
     np.testing.assert_allclose(nf4_values(), published, atol=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "scale_shape", "relative_error"), [
-    ("int8", (3, 6, 8), 0.01), ("nf4", (3, 6, 8, 2), 0.11)])
+@pytest.mark.parametrize(
+    ("kind", "scale_shape", "relative_error"),
+    [("int8", (3, 6, 8), 0.01), ("nf4", (3, 6, 8, 2), 0.11)],
+)
 def test_what_is_read_back_is_near_and_exact_where_it_can_be(kind, scale_shape, relative_error):
     weight = jax.random.normal(jax.random.key(0), (3, 6, 8, 128))
     codes, scale = quantize(weight, scale_shape, kind)
@@ -45,8 +63,12 @@ def test_what_is_read_back_is_near_and_exact_where_it_can_be(kind, scale_shape, 
     back = dequantize(codes, scale, jnp.float32)
     assert np.sqrt(np.square(back - weight).mean() / np.square(weight).mean()) < relative_error
     again, scale_again = quantize(back, scale_shape, kind)
-    np.testing.assert_allclose(dequantize(again, scale_again, jnp.float32), back, rtol=5e-3, atol=1e-6)
-    nothing = quantize(jnp.zeros((2, 4, 64)), scale_shape[:0] + ((2, 4) if kind == "int8" else (2, 4, 1)), kind)
+    np.testing.assert_allclose(
+        dequantize(again, scale_again, jnp.float32), back, rtol=5e-3, atol=1e-6
+    )
+    nothing = quantize(
+        jnp.zeros((2, 4, 64)), scale_shape[:0] + ((2, 4) if kind == "int8" else (2, 4, 1)), kind
+    )
     assert (dequantize(*nothing, jnp.float32) == 0).all()
 
 
@@ -126,12 +148,17 @@ def test_a_model_over_a_quantized_base_reads_it_and_only_adapters_are_wide(kind)
     np.testing.assert_allclose(small(TOKENS), wide(TOKENS), atol=1e-3)
     graphdef, trained, frozen = nnx.split(small, lambda path, leaf: "lora" in path[-1], ...)
     stored = {leaf.dtype for leaf in jax.tree.leaves(frozen)}
-    assert jnp.dtype(KINDS[kind]) in stored and stored <= {jnp.dtype(d) for d in (KINDS[kind], "bfloat16", "float32")}
+    assert jnp.dtype(KINDS[kind]) in stored and stored <= {
+        jnp.dtype(d) for d in (KINDS[kind], "bfloat16", "float32")
+    }
     assert all(leaf.size < 3000 for leaf in jax.tree.leaves(frozen) if leaf.dtype == jnp.float32)
     grads = jax.grad(lambda t: nnx.merge(graphdef, t, frozen)(TOKENS).var())(trained)
     assert all(np.isfinite(g).all() and np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
     merged = merge(small)
-    assert merged.layers.q_proj.weight.get_value().dtype == jnp.bfloat16 and merged.layers.q_proj.scale is None
+    assert (
+        merged.layers.q_proj.weight.get_value().dtype == jnp.bfloat16
+        and merged.layers.q_proj.scale is None
+    )
     assert np.abs(merged(TOKENS) - small(TOKENS)).mean() < 0.1 * np.std(small(TOKENS))
 
 
@@ -142,6 +169,10 @@ def test_the_backward_pass_keeps_no_wide_copy_of_the_frozen_weights(frozen):
     model = make_model(LLAMA, lora=lora, frozen_dtype=frozen)
     graphdef, trained, rest = nnx.split(model, lambda path, leaf: "lora" in path[-1], ...)
     _, pullback = jax.vjp(lambda t: nnx.merge(graphdef, t, rest)(TOKENS).var(), trained)
-    stacks = {leaf.shape for path, leaf in nnx.to_flat_state(rest) if path[-1] == "weight" and len(leaf.shape) > 2}
+    stacks = {
+        leaf.shape
+        for path, leaf in nnx.to_flat_state(rest)
+        if path[-1] == "weight" and len(leaf.shape) > 2
+    }
     kept = [leaf for leaf in jax.tree.leaves(pullback) if getattr(leaf, "shape", ()) in stacks]
     assert kept and all(leaf.dtype == jnp.dtype(KINDS.get(frozen, frozen)) for leaf in kept)

@@ -14,20 +14,33 @@ from types import SimpleNamespace
 
 import pytest
 
+from crossin_jax import process
 from crossin_jax.config import UserError
-from crossin_jax.parallel import hosts
-from crossin_jax.parallel.roll_call import Place, call_roll
+from crossin_jax.parallel import hosts, roll_call
+from crossin_jax.parallel.roll_call import Link, Place, Watch, call_roll
 from tests.processes import REPOSITORY, free_port
 
 
-def roll(*processes: int, number: int = 3, names: tuple[str, ...] = (), seconds: float = 20,
-         numbers: dict[int, int] | None = None) -> list[str | None]:
+def join(place: Place, seconds: float) -> None:
+    """The roll call alone; the links that it leaves open are closed."""
+    for link in call_roll(place, seconds):
+        link.socket.close()
+
+
+def roll(
+    *processes: int,
+    number: int = 3,
+    names: tuple[str, ...] = (),
+    seconds: float = 20,
+    numbers: dict[int, int] | None = None,
+) -> list[str | None]:
     """What each of the processes that come hears: None, or the error."""
     coordinator, answers = f"localhost:{free_port()}", [None] * len(processes)
 
     def come(i: int, process: int) -> None:
         try:
-            call_roll(Place(coordinator, (numbers or {}).get(process, number), process, names), seconds)
+            place = Place(coordinator, (numbers or {}).get(process, number), process, names)
+            join(place, seconds)
         except UserError as error:
             answers[i] = str(error)
 
@@ -45,10 +58,14 @@ def test_a_full_roll_passes_in_any_order():
 
 def test_missing_processes_are_named_on_every_host():
     for answer in roll(0, 2, number=5, names=tuple(f"host-{i}" for i in range(5)), seconds=2):
-        assert answer.startswith("3 of 5 processes did not come within 2 s: 1 (host-1), 3 (host-3), 4 (host-4); "
-                                 f"here are 0 ({socket.gethostname()}), 2 ({socket.gethostname()})\n")
-    assert roll(0, number=40, seconds=0.2)[0].startswith("39 of 40 processes did not come within 0.2 s: 1, 2, 3, 4, 5, "
-                                                         "6, 7, 8 and 31 more; here are 0 (")
+        assert answer.startswith(
+            "3 of 5 processes did not come within 2 s: 1 (host-1), 3 (host-3), 4 (host-4); "
+            f"here are 0 ({socket.gethostname()}), 2 ({socket.gethostname()})\n"
+        )
+    assert roll(0, number=40, seconds=0.2)[0].startswith(
+        "39 of 40 processes did not come within 0.2 s: 1, 2, 3, 4, 5, "
+        "6, 7, 8 and 31 more; here are 0 ("
+    )
 
 
 def test_without_process_0_its_address_is_named(monkeypatch):
@@ -57,8 +74,10 @@ def test_without_process_0_its_address_is_named(monkeypatch):
 
 
 def test_processes_that_disagree_are_refused():
-    assert all("1 (" in answer and "expects 4 processes, not 3 as 0 does" in answer
-               for answer in roll(0, 1, numbers={1: 4}))
+    assert all(
+        "1 (" in answer and "expects 4 processes, not 3 as 0 does" in answer
+        for answer in roll(0, 1, numbers={1: 4})
+    )
 
 
 def test_a_number_given_twice_is_refused(monkeypatch):
@@ -90,7 +109,7 @@ def test_a_process_that_was_started_again_hears_the_outcome():
 
     def come(process):
         try:
-            call_roll(Place(place.coordinator, 3, process), 6)
+            join(Place(place.coordinator, 3, process), 6)
             answers[process] = "passed"
         except UserError as error:
             answers[process] = str(error)
@@ -127,30 +146,34 @@ def test_a_process_is_named_with_its_host_where_it_is_known(process, host, shown
 
 def test_strangers_on_the_port_change_nothing():
     place = Place(f"localhost:{free_port()}", 2, 0)
-    zero = threading.Thread(target=call_roll, args=(place, 20))
+    zero = threading.Thread(target=join, args=(place, 20))
     zero.start()
     for word in (b"GET / HTTP/1.1\r\n\r\n", b'{"process": 1}\n', b""):
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
             try:
-                with socket.create_connection(("localhost", int(place.coordinator.split(":")[1]))) as link:
+                with socket.create_connection(
+                    ("localhost", int(place.coordinator.split(":")[1]))
+                ) as link:
                     link.sendall(word)
                 break
             except ConnectionRefusedError:
                 time.sleep(0.05)
-    call_roll(Place(place.coordinator, 2, 1), 20)
+    join(Place(place.coordinator, 2, 1), 20)
     zero.join()
 
 
 def test_a_port_in_use_is_named():
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(UserError, match=f"port {port} of --coordinator cannot be opened .*earlier run"):
+        with pytest.raises(
+            UserError, match=f"port {port} of --coordinator cannot be opened .*earlier run"
+        ):
             call_roll(Place(f"localhost:{port}", 2, 0), 1)
 
 
 def test_flags_say_where_this_process_stands():
-    assert hosts.find_place("host:99", 4, 3) == Place("host:99", 4, 3)
+    assert hosts.detect_process("host:99", 4, 3) == Place("host:99", 4, 3)
     for flags, words in (
         (("host:99", None, None), "needs --num_processes"),
         (("host", 4, 3), "give host:port"),
@@ -162,29 +185,39 @@ def test_flags_say_where_this_process_stands():
         ((None, None, 0), "need --coordinator"),
     ):
         with pytest.raises(UserError, match=words):
-            hosts.find_place(*flags)
+            hosts.detect_process(*flags)
 
 
 def test_slurm_tells_the_place_and_the_names(monkeypatch, tmp_path):
-    (tmp_path / "scontrol").write_text('#!/bin/sh\n[ "$*" = "show hostnames gpu[01-02]" ] && echo gpu01 gpu02\n')
+    (tmp_path / "scontrol").write_text(
+        '#!/bin/sh\n[ "$*" = "show hostnames gpu[01-02]" ] && echo gpu01 gpu02\n'
+    )
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    for name, value in {"JOB_ID": "7", "STEP_NODELIST": "gpu[01-02]", "NTASKS": "4", "PROCID": "3", "LOCALID": "1",
-                        "STEP_NUM_NODES": "2"}.items():
+    for name, value in {
+        "JOB_ID": "7",
+        "STEP_NODELIST": "gpu[01-02]",
+        "NTASKS": "4",
+        "PROCID": "3",
+        "LOCALID": "1",
+        "STEP_NUM_NODES": "2",
+    }.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    place = hosts.find_place(None, None, None)
-    assert place == Place(f"gpu01:{65535 - 2**12 + 1 + 7}", 4, 3, ("gpu01", "gpu01", "gpu02", "gpu02"))
+    place = hosts.detect_process(None, None, None)
+    assert place == Place(
+        f"gpu01:{65535 - 2**12 + 1 + 7}", 4, 3, ("gpu01", "gpu01", "gpu02", "gpu02")
+    )
     monkeypatch.setenv("JAX_COORDINATOR_PORT", "1234")
-    assert hosts.find_place(None, None, None).coordinator == "gpu01:1234"
+    assert hosts.detect_process(None, None, None).coordinator == "gpu01:1234"
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "10.0.0.7:99")
-    assert hosts.find_place(None, None, None) == Place("10.0.0.7:99", 4, 3, place.names)
-    assert hosts.find_place("host:99", 2, 0) == Place(
+    assert hosts.detect_process(None, None, None) == Place("10.0.0.7:99", 4, 3, place.names)
+    assert hosts.detect_process("host:99", 2, 0) == Place(
         "host:99", 2, 0
     )  # flags go before the cluster
     monkeypatch.setenv("PATH", "")  # no scontrol: names are only shown
-    assert hosts.find_place(None, None, None).names == ()
+    assert hosts.detect_process(None, None, None).names == ()
     monkeypatch.setenv("SLURM_NTASKS", "1")
-    assert hosts.find_place(None, None, None) is None
+    assert hosts.detect_process(None, None, None) is None
 
 
 @pytest.mark.parametrize(
@@ -204,36 +237,162 @@ def test_a_pod_of_kubernetes_is_one_of_several_only_in_a_job(monkeypatch, more, 
     monkeypatch.setattr(k8s_cluster.K8sCluster, "get_process_count", classmethod(count))
     for name, value in more.items():
         monkeypatch.setenv(name, value)
-    assert hosts.find_place(None, None, None) is None and bool(asked) == is_cluster
+    assert hosts.detect_process(None, None, None) is None and bool(asked) == is_cluster
 
 
 def test_tpu_pods_tell_the_place_and_the_names(monkeypatch):
     from jax._src.clusters import cloud_tpu_cluster
+
     monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # Kubernetes Engine: all is in the environment
-    for name, value in {"TPU_WORKER_HOSTNAMES": "localhost,w1", "TPU_WORKER_ID": "1", "MEGASCALE_NUM_SLICES": "2",
-                        "MEGASCALE_SLICE_ID": "1", "MEGASCALE_COORDINATOR_ADDRESS": "localhost:1"}.items():
+    for name, value in {
+        "TPU_WORKER_HOSTNAMES": "localhost,w1",
+        "TPU_WORKER_ID": "1",
+        "MEGASCALE_NUM_SLICES": "2",
+        "MEGASCALE_SLICE_ID": "1",
+        "MEGASCALE_COORDINATOR_ADDRESS": "localhost:1",
+    }.items():
         monkeypatch.setenv(name, value)
-    assert hosts.find_place(None, None, None) is None  # JAX_PLATFORMS=cpu: a pod's host computing for itself
+    assert (
+        hosts.detect_process(None, None, None) is None
+    )  # JAX_PLATFORMS=cpu: a pod's host computing for itself
     monkeypatch.setenv("JAX_PLATFORMS", "")
     names = ("slice 0, worker 0", "slice 0, worker 1", "slice 1, worker 0", "slice 1, worker 1")
-    assert hosts.find_place(None, None, None) == Place("localhost:8482", 4, 3, names)
+    assert hosts.detect_process(None, None, None) == Place("localhost:8482", 4, 3, names)
     monkeypatch.setenv("MEGASCALE_NUM_SLICES", "1")
     monkeypatch.setenv("MEGASCALE_SLICE_ID", "0")
-    assert hosts.find_place(None, None, None).names == ("localhost", "w1")
+    assert hosts.detect_process(None, None, None).names == ("localhost", "w1")
 
 
 def test_the_metadata_server_of_a_tpu_vm_tells_the_place(monkeypatch, metadata):
     from jax._src.clusters import cloud_tpu_cluster
+
     monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
     monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
     monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
-    metadata.entries |= {"attributes/agent-worker-number": "1", "attributes/tpu-env": "ZONE: 'z'",
-                         "attributes/worker-network-endpoints": "x:0:127.0.0.1,x:1:10.0.0.2"}
-    assert hosts.find_place(None, None, None) == Place("127.0.0.1:8482", 2, 1, ("127.0.0.1", "10.0.0.2"))
+    metadata.entries |= {
+        "attributes/agent-worker-number": "1",
+        "attributes/tpu-env": "ZONE: 'z'",
+        "attributes/worker-network-endpoints": "x:0:127.0.0.1,x:1:10.0.0.2",
+    }
+    assert hosts.detect_process(None, None, None) == Place(
+        "127.0.0.1:8482", 2, 1, ("127.0.0.1", "10.0.0.2")
+    )
+
+
+# ---- Losing a process
+
+
+@pytest.fixture
+def group(monkeypatch):
+    """Connected watches of processes 0, 1 and 2 that all live here, and how each of them left."""
+    left = {}
+
+    def leave(code, text):
+        left[threading.current_thread()] = code, text
+        raise SystemExit  # ends the thread of the watch
+
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+
+    monkeypatch.setattr(roll_call, "leave", leave)
+    monkeypatch.setattr(roll_call, "GRACE", 0.05)
+    pairs = {i: socket.socketpair() for i in (1, 2)}
+    before, watches = set(threading.enumerate()), []
+
+    def watch(process: int, links: list[Link], seconds: float) -> Watch:
+        watch = Watch(links, seconds)
+        watch.describe_saved = lambda: f"step {process}0 is saved"
+        (watch.thread,) = set(threading.enumerate()) - before
+        before.add(watch.thread)
+        watches.append(watch)
+        watch.left = lambda: wait_until(lambda: watch.thread in left) and left[watch.thread]
+        return watch
+
+    def start(seconds: float = 30, only: tuple[int, ...] = (0, 1, 2)) -> dict[int, Watch]:
+        links = {i: [Link(f"0 ({i}'s)", pair[1])] for i, pair in pairs.items()}
+        links[0] = [Link(f"{i} (host-{i})", pair[0]) for i, pair in pairs.items()]
+        return {i: watch(i, links[i], seconds) for i in only}
+
+    yield start, pairs
+    for watch in watches:
+        watch._links.clear()
+        watch.thread.join()
+    for pair in pairs.values():
+        for end in pair:
+            end.close()
+
+
+def test_a_killed_process_is_named_by_all_others(group):
+    """Process 0 sees its closed connection and passes it on."""
+    start, pairs = group
+    watches = start(only=(0, 2))
+    pairs[1][1].close()
+    for i in (0, 2):
+        assert watches[i].left() == (
+            75,
+            f"process 1 (host-1) was lost: its connection is closed; step {i}0 is saved; the same "
+            "command starts again",
+        )
+
+
+def test_a_silent_process_is_named_after_a_while(group):
+    start, _ = group
+    watches = start(seconds=0.3, only=(0, 2))  # nobody speaks for 1
+    assert "process 1 (host-1) was lost: no sign of life for 0.3 s" in watches[0].left()[1]
+    assert "process 1 (host-1) was lost" in watches[2].left()[1]
+
+
+def test_process_0_is_missed_too(group):
+    start, pairs = group
+    watches = start(seconds=0.3, only=(1, 2))
+    assert watches[1].left()[1].startswith("process 0 (1's) was lost: no sign of life for 0.3 s")
+
+
+def test_processes_that_beat_are_left_alone(group):
+    start, _ = group
+    watches = start(seconds=0.3)
+    time.sleep(0.9)
+    assert all(watch.thread.is_alive() for watch in watches.values())
+    began = time.monotonic()
+    watches[1].wait_for_verdict()
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("code", [0, 75, 130])
+def test_a_process_that_ends_as_it_should_is_not_missed(code, group):
+    start, pairs = group
+    watches = start(only=(0, 1))
+    watches[1].finish(code)
+    assert wait_until(lambda: len(watches[0]._at_work()) == 1)
+    pairs[1][1].close()
+    time.sleep(0.2)
+    assert watches[0].thread.is_alive()
+
+
+def test_two_processes_that_end_hear_each_other(group):
+    """The first word of an end must not close the link: the second one would be taken for a loss."""
+    start, _ = group
+    watches = start(only=(0, 1))
+    watches[1].finish(75)
+    assert wait_until(lambda: len(watches[0]._at_work()) == 1)
+    watches[0].finish(75)
+    assert wait_until(lambda: not watches[1]._at_work())
+
+
+@pytest.mark.parametrize("code", [1, 2])
+def test_a_process_that_ends_with_an_error_takes_the_others_with_it(code, group):
+    """Else they wait for it in their next collective."""
+    start, _ = group
+    watches = start(only=(0, 1))
+    watches[1].finish(code)
+    assert watches[0].left() == (
+        code,
+        f"process 1 (host-1) ended with code {code}: its output says why",
+    )
 
 
 # ---- Being told to stop
+
 
 class Metadata(http.server.BaseHTTPRequestHandler):
     """A metadata server with the entries of its class."""
@@ -278,8 +437,10 @@ def wait_until(condition, seconds: float = 5) -> bool:
     return condition()
 
 
-@pytest.mark.parametrize(("name", "notice"), [("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE"),
-                                              ("preempted", "TRUE")])
+@pytest.mark.parametrize(
+    ("name", "notice"),
+    [("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE"), ("preempted", "TRUE")],
+)
 def test_a_notice_of_the_host_becomes_the_signal(name, notice, metadata, told):
     over = hosts.watch_notices(seconds=0.02)
     time.sleep(0.2)
@@ -347,25 +508,25 @@ def test_hosts_without_a_metadata_server_are_left_alone(told, monkeypatch):
 
 
 def test_signals_are_a_question_and_the_second_changes_nothing(told):
+    process.listen()  # as every program does
     with hosts.Preemption() as preemption:
         assert not preemption.reached(1)
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
-        assert wait_until(lambda: preemption.reached(2)) and not told.is_set()
+        assert wait_until(lambda: preemption.reached(2)) and process.exit_code() == 75
     os.kill(os.getpid(), signal.SIGTERM)  # while the interpreter ends
+    process.unlisten()
     assert not told.is_set()
 
 
-def test_the_first_ctrl_c_is_a_question_and_the_second_leaves_at_once(capfd, told):
-    """`told` brings the handler of SIGTERM back, which a run that is leaving ignores."""
+def test_the_first_ctrl_c_is_a_question(capfd):
+    """The second one ends the process: see tests/test_process.py."""
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), hosts.Preemption() as preemption:
-        assert not preemption.reached(1) and preemption.exit_code == 75
+    with hosts.Preemption() as preemption:
+        assert not preemption.reached(1)
         os.kill(os.getpid(), signal.SIGINT)
-        assert wait_until(lambda: preemption.reached(2)) and preemption.exit_code == 130
-        assert "press Ctrl-C again to leave without saving" in capfd.readouterr().err
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(5)
+        assert wait_until(lambda: preemption.reached(2)) and process.exit_code() == 130
+    assert "press Ctrl-C again to leave at once" in capfd.readouterr().err
     assert signal.getsignal(signal.SIGINT) == before
 
 
@@ -384,14 +545,14 @@ from crossin_jax.config import UserError
 from crossin_jax.parallel import hosts
 coordinator, process, root = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
 hosts.start(coordinator, 2, process)
-print("agree", [hosts.agree(value) for value in (process == 1, process == 0, False, True)])
+print("agree", [hosts.any_process(value) for value in (process == 1, process == 0, False, True)])
 for folders in (("one", "one"), ("one", "two")):
     try:
         hosts.check_shared(root / folders[process])
         print("shared")
     except UserError as error:
         print("private", str(error).splitlines()[0])
-hosts.meet("the end")
+hosts.barrier("the end")
 """
 
 
@@ -424,19 +585,11 @@ def test_two_processes_agree_and_see_one_folder(tmp_path):
 
 def test_one_process_agrees_with_itself(tmp_path):
     """Nothing is asked of others, and no folder is touched."""
-    assert [hosts.agree(value) for value in (True, False)] == [True, False]
+    assert [hosts.any_process(value) for value in (True, False)] == [True, False]
     hosts.check_shared(tmp_path / "absent")
-    hosts.meet("nobody")
+    hosts.barrier("nobody")
 
 
-def test_before_the_first_step_a_signal_leaves_at_once():
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        hosts.start()
-        hosts.start("localhost:1", 1, 0)  # one process: there is nobody to wait for
-        with pytest.raises(SystemExit) as stop:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(5)
-        assert stop.value.code == 75
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def test_one_process_waits_for_nobody():
+    hosts.start()
+    hosts.start("localhost:1", 1, 0)

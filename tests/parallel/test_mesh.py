@@ -43,7 +43,9 @@ def test_the_free_axis_takes_the_devices_that_are_left():
 def test_a_batch_that_does_not_divide_names_sizes_that_do():
     mesh = make_mesh(Mesh())
     check_batch(16, 2, mesh)
-    with pytest.raises(UserError, match=r"batch_size=12 is not divisible by data\*fsdp=8 .* use 8 or 16"):
+    with pytest.raises(
+        UserError, match=r"batch_size=12 is not divisible by data\*fsdp=8 .* use 8 or 16"
+    ):
         check_batch(12, 1, mesh)
     with pytest.raises(UserError, match="use 16$"):
         check_batch(12, 2, mesh)
@@ -54,19 +56,33 @@ def test_dimensions_that_do_not_divide_are_refused_or_replicated_as_documented()
     heads, kv_heads = ("layers", "heads", "head", "embed"), ("layers", "kv_heads", "head", "embed")
     assert parameter_spec("q", (2, 8, 4, 6), heads, mesh) == P(None, "tensor", None, "fsdp")
     assert parameter_spec("k", (2, 2, 4, 6), kv_heads, mesh) == P(None, None, None, "fsdp")
-    with pytest.raises(UserError, match="layers/q_proj/weight: dimension heads=6 is not divisible by mesh tensor=4"):
+    with pytest.raises(
+        UserError, match="layers/q_proj/weight: dimension heads=6 is not divisible by mesh tensor=4"
+    ):
         parameter_spec("layers/q_proj/weight", (2, 6, 4, 6), heads, mesh)
     scale = parameter_spec("layers/down_proj/scale", (2, 6, 43), ("layers", "embed", "mlp"), mesh)
     assert scale == P(None, "fsdp", None)
-    assert activation_spec((8, 16, 6), ("batch", "length", "mlp"), mesh) == P(("data", "fsdp"), None, None)
+    assert activation_spec((8, 16, 6), ("batch", "length", "mlp"), mesh) == P(
+        ("data", "fsdp"), None, None
+    )
 
 
 def test_trees_take_the_axes_of_their_parameters():
     mesh = make_mesh(Mesh(fsdp=8))
-    state = nnx.State({"w": nnx.Param(jax.ShapeDtypeStruct((3, 16), jnp.float32), axes=("mlp", "embed"))})
-    tree = shardings({"moments": state, "factored": state["w"].replace(jax.ShapeDtypeStruct((3,), jnp.float32)),
-                      "count": jax.ShapeDtypeStruct((), jnp.int32)}, mesh)
-    specs = {leaf_name(path): leaf.spec for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    state = nnx.State(
+        {"w": nnx.Param(jax.ShapeDtypeStruct((3, 16), jnp.float32), axes=("mlp", "embed"))}
+    )
+    tree = shardings(
+        {
+            "moments": state,
+            "factored": state["w"].replace(jax.ShapeDtypeStruct((3,), jnp.float32)),
+            "count": jax.ShapeDtypeStruct((), jnp.int32),
+        },
+        mesh,
+    )
+    specs = {
+        leaf_name(path): leaf.spec for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
     assert specs == {"moments/w": P("tensor", "fsdp"), "factored": P(), "count": P()}
 
 
@@ -82,39 +98,89 @@ def test_constrain_does_nothing_without_a_mesh_and_pins_with_one():
 # ---- Which device holds which part of what
 
 # every kind of parameter, and no two dimensions of one size
-SPEC = dataclasses.replace(GEMMA, vocab_size=64, width=24, num_heads=6, num_kv_heads=2,
-                           head_width=10, ff_width=40, num_layers=3, local_layers=(),
-                           local_rope=None, window=None, qkv_bias=True, tie_embeddings=False)
+SPEC = dataclasses.replace(
+    GEMMA,
+    vocab_size=64,
+    width=24,
+    num_heads=6,
+    num_kv_heads=2,
+    head_width=10,
+    ff_width=40,
+    num_layers=3,
+    local_layers=(),
+    local_rope=None,
+    window=None,
+    qkv_bias=True,
+    tie_embeddings=False,
+)
 F, T = "fsdp", "tensor"
 # the mesh axis that divides each dimension; parameters of layers have one more in front
-OF_OUTPUTS = {"weight": (T, F), "lora_a": (None, F), "lora_b": (T, F), "magnitude": (T,),
-              "scale": (T,)}
-OF_HEADS = {"weight": (T, None, F), "bias": (T, None), "lora_a": (None, F),
-            "lora_b": (T, None, F), "magnitude": (T, None), "scale": (T, None)}
+OF_OUTPUTS = {
+    "weight": (T, F),
+    "lora_a": (None, F),
+    "lora_b": (T, F),
+    "magnitude": (T,),
+    "scale": (T,),
+}
+OF_HEADS = {
+    "weight": (T, None, F),
+    "bias": (T, None),
+    "lora_a": (None, F),
+    "lora_b": (T, None, F),
+    "magnitude": (T, None),
+    "scale": (T, None),
+}
 PLACES = {
-    "embed_tokens": {"weight": (T, F)}, "lm_head": {"weight": (T, F)}, "norm": {"weight": (None,)},
-    "q_proj": OF_HEADS, "k_proj": OF_HEADS, "v_proj": OF_HEADS,
-    "o_proj": {"weight": (F, T, None), "lora_a": (F, T, None), "lora_b": (F, None),
-               "magnitude": (F,), "scale": (F,)},
-    "gate_proj": OF_OUTPUTS, "up_proj": OF_OUTPUTS,
-    "down_proj": {"weight": (F, T), "lora_a": (F, T), "lora_b": (F, None), "magnitude": (F,),
-                  "scale": (F,)},
-    **{name: {"weight": (None,)} for name in (
-        "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
-        "post_feedforward_layernorm", "q_norm", "k_norm")}}
+    "embed_tokens": {"weight": (T, F)},
+    "lm_head": {"weight": (T, F)},
+    "norm": {"weight": (None,)},
+    "q_proj": OF_HEADS,
+    "k_proj": OF_HEADS,
+    "v_proj": OF_HEADS,
+    "o_proj": {
+        "weight": (F, T, None),
+        "lora_a": (F, T, None),
+        "lora_b": (F, None),
+        "magnitude": (F,),
+        "scale": (F,),
+    },
+    "gate_proj": OF_OUTPUTS,
+    "up_proj": OF_OUTPUTS,
+    "down_proj": {
+        "weight": (F, T),
+        "lora_a": (F, T),
+        "lora_b": (F, None),
+        "magnitude": (F,),
+        "scale": (F,),
+    },
+    **{
+        name: {"weight": (None,)}
+        for name in (
+            "input_layernorm",
+            "post_attention_layernorm",
+            "pre_feedforward_layernorm",
+            "post_feedforward_layernorm",
+            "q_norm",
+            "k_norm",
+        )
+    },
+}
 
 
 def make_parameters(rank: int = 4, **options) -> nnx.State:
     """All parameters of a model with adapters, without bytes."""
     lora = Lora(rank=rank, use_dora=True, modules_to_save=())
-    return nnx.state(nnx.eval_shape(lambda: Transformer(SPEC, lora=lora, rngs=nnx.Rngs(0),
-                                                        **options)))
+    return nnx.state(
+        nnx.eval_shape(lambda: Transformer(SPEC, lora=lora, rngs=nnx.Rngs(0), **options))
+    )
 
 
 def parts_of(sharding: NamedSharding, shape: tuple[int, ...]) -> dict:
     """{device: ((first, last), …)}: the part of an array that each device holds."""
-    return {device: tuple(index.indices(size)[:2] for index, size in zip(part, shape, strict=True))
-            for device, part in sharding.devices_indices_map(shape).items()}
+    return {
+        device: tuple(index.indices(size)[:2] for index, size in zip(part, shape, strict=True))
+        for device, part in sharding.devices_indices_map(shape).items()
+    }
 
 
 def expected_parts(mesh, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> dict:
@@ -122,23 +188,33 @@ def expected_parts(mesh, shape: tuple[int, ...], axes: tuple[str | None, ...]) -
     found = {}
     for place in itertools.product(*map(range, mesh.devices.shape)):
         at = dict(zip(("data", "fsdp", "tensor"), place, strict=True))
-        steps = [size // mesh.shape[axis] if axis else size
-                 for size, axis in zip(shape, axes, strict=True)]
+        steps = [
+            size // mesh.shape[axis] if axis else size
+            for size, axis in zip(shape, axes, strict=True)
+        ]
         starts = [at[axis] * step if axis else 0 for step, axis in zip(steps, axes, strict=True)]
         found[mesh.devices[place]] = tuple(
-            (start, start + step) for start, step in zip(starts, steps, strict=True))
+            (start, start + step) for start, step in zip(starts, steps, strict=True)
+        )
     return found
 
 
 @pytest.mark.parametrize("frozen", ["bfloat16", "int8"])
-@pytest.mark.parametrize("axes", [{}, {"fsdp": 4}, {"fsdp": 4, "tensor": 2}, {"tensor": 2},
-                                  {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "axes",
+    [{}, {"fsdp": 4}, {"fsdp": 4, "tensor": 2}, {"tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}],
+    ids=str,
+)
 def test_every_parameter_is_divided_as_the_table_says(axes, frozen):
     mesh, params = make_mesh(Mesh(**axes)), make_parameters(frozen_dtype=frozen)
-    shapes = {leaf_name(path): leaf.shape
-              for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
-    placed = {leaf_name(path): leaf
-              for path, leaf in jax.tree_util.tree_flatten_with_path(shardings(params, mesh))[0]}
+    shapes = {
+        leaf_name(path): leaf.shape
+        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+    }
+    placed = {
+        leaf_name(path): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(shardings(params, mesh))[0]
+    }
     seen = set()
     for name, shape in shapes.items():
         module, kind = name.split("/")[-2:]
@@ -152,30 +228,56 @@ def test_every_parameter_is_divided_as_the_table_says(axes, frozen):
 def test_what_may_be_whole_is_whole_where_it_does_not_divide():
     """Two heads of keys over four shards, a rank of three over two; everything else is divided."""
     mesh, params = make_mesh(Mesh(fsdp=2, tensor=4)), make_parameters(rank=3)
-    spec = {leaf_name(path): tuple(leaf.spec) for path, leaf in
-            jax.tree_util.tree_flatten_with_path(shardings({
-                "k_proj": params["layers"]["k_proj"], "down_proj": params["layers"]["down_proj"]},
-                mesh))[0]}
+    spec = {
+        leaf_name(path): tuple(leaf.spec)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(
+            shardings(
+                {"k_proj": params["layers"]["k_proj"], "down_proj": params["layers"]["down_proj"]},
+                mesh,
+            )
+        )[0]
+    }
     assert spec == {
-        "k_proj/weight": (None, None, None, F), "k_proj/bias": (None, None, None),
-        "k_proj/magnitude": (None, None, None), "k_proj/lora_a": (None, None, F),
-        "k_proj/lora_b": (None, None, None, None), "down_proj/weight": (None, F, T),
-        "down_proj/lora_a": (None, None, T), "down_proj/lora_b": (None, F, None),
-        "down_proj/magnitude": (None, F)}
+        "k_proj/weight": (None, None, None, F),
+        "k_proj/bias": (None, None, None),
+        "k_proj/magnitude": (None, None, None),
+        "k_proj/lora_a": (None, None, F),
+        "k_proj/lora_b": (None, None, None, None),
+        "down_proj/weight": (None, F, T),
+        "down_proj/lora_a": (None, None, T),
+        "down_proj/lora_b": (None, F, None),
+        "down_proj/magnitude": (None, F),
+    }
 
 
-@pytest.mark.parametrize(("axis", "mesh_axis"), [
-    ("embed", F), ("vocab", T), ("heads", T), ("mlp", T)])
+@pytest.mark.parametrize(
+    ("axis", "mesh_axis"), [("embed", F), ("vocab", T), ("heads", T), ("mlp", T)]
+)
 def test_what_must_be_divided_is_refused_where_it_does_not_divide(axis, mesh_axis):
     mesh = make_mesh(Mesh(fsdp=4, tensor=2))
-    with pytest.raises(UserError, match=f"here/weight: dimension {axis}=7 is not divisible by mesh "
-                                        f"{mesh_axis}={mesh.shape[mesh_axis]}"):
+    with pytest.raises(
+        UserError,
+        match=f"here/weight: dimension {axis}=7 is not divisible by mesh "
+        f"{mesh_axis}={mesh.shape[mesh_axis]}",
+    ):
         parameter_spec("here/weight", (3, 7), ("layers", axis), mesh)
 
 
-@pytest.mark.parametrize(("axis", "mesh_axes"), [
-    ("batch", ("data", "fsdp")), ("length", ()), ("layers", ()), ("embed", ()), ("norm", ()),
-    ("head", ()), ("vocab", (T,)), ("heads", (T,)), ("kv_heads", (T,)), ("mlp", (T,))])
+@pytest.mark.parametrize(
+    ("axis", "mesh_axes"),
+    [
+        ("batch", ("data", "fsdp")),
+        ("length", ()),
+        ("layers", ()),
+        ("embed", ()),
+        ("norm", ()),
+        ("head", ()),
+        ("vocab", (T,)),
+        ("heads", (T,)),
+        ("kv_heads", (T,)),
+        ("mlp", (T,)),
+    ],
+)
 def test_every_activation_is_divided_as_the_table_says(axis, mesh_axes):
     """Over its mesh axes where it divides over all of them, else not at all."""
     mesh = make_mesh(Mesh(data=2, fsdp=2, tensor=2))
@@ -189,11 +291,15 @@ def test_every_activation_is_divided_as_the_table_says(axis, mesh_axes):
             assert NamedSharding(mesh, spec).is_equivalent_to(whole, 2)
         else:
             assert NamedSharding(mesh, spec).is_equivalent_to(
-                NamedSharding(mesh, P(None, mesh_axes)), 2)
+                NamedSharding(mesh, P(None, mesh_axes)), 2
+            )
 
 
-@pytest.mark.parametrize("axes", [{}, {"fsdp": 8}, {"data": 2, "fsdp": 4},
-                                  {"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 8}], ids=str)
+@pytest.mark.parametrize(
+    "axes",
+    [{}, {"fsdp": 8}, {"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}, {"tensor": 8}],
+    ids=str,
+)
 def test_rows_of_a_batch_are_divided_over_data_and_fsdp(axes):
     """In the order of data, then fsdp; shards of tensor have the same rows."""
     mesh = make_mesh(Mesh(**axes))
@@ -258,13 +364,18 @@ def test_activations_of_a_step_and_the_heads_gradient_are_pinned_to_the_mesh():
     state = jax.eval_shape(lambda t, f: init_state(t, f, rule), trainable, frozen)
     ids = jax.ShapeDtypeStruct((8, 12), jnp.int32)
     names = ("tokens_BT", "targets_BT", "segment_ids_BT", "positions_BT", "group_BT")
-    batch = dict.fromkeys(names, ids) | {"learned_BT": jax.ShapeDtypeStruct((8, 12), bool)}
-    static = StepSettings(accumulation=1, loss_chunk=4, remat="none", attention="reference",
-                          seed=0, num_groups=1)
+    batch = dict.fromkeys(names, ids) | {"loss_mask_BT": jax.ShapeDtypeStruct((8, 12), bool)}
+    static = StepSettings(
+        accumulation=1, loss_chunk=4, remat="none", attention="reference", seed=0, num_groups=1
+    )
     with jax.set_mesh(make_mesh(Mesh(data=2, fsdp=2, tensor=2))):
         jaxpr = jax.make_jaxpr(make_train_step(graphdef, rule, static))(state, batch)
     rows = ("data", "fsdp")
     assert constraints(jaxpr.jaxpr) == {
-        (8, 12, 24): {(rows, None, None)}, (8, 12, 6, 10): {(rows, None, T, None)},
-        (8, 12, 2, 10): {(rows, None, T, None)}, (8, 12, 40): {(rows, None, T)},
-        (8, 4, 64): {(rows, None, T)}, (64, 24): {(T, F)}}
+        (8, 12, 24): {(rows, None, None)},
+        (8, 12, 6, 10): {(rows, None, T, None)},
+        (8, 12, 2, 10): {(rows, None, T, None)},
+        (8, 12, 40): {(rows, None, T)},
+        (8, 4, 64): {(rows, None, T)},
+        (64, 24): {(T, F)},
+    }

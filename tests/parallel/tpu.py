@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-from crossin_jax.parallel.topology import Topology, open_topology
+from crossin_jax.plan.topology import Topology, open_topology
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import transformers
 from tests.parity.families import tiny_config, torch_model
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FUSED = ["qkv_proj", "gate_up_proj"]
 # name: (family, settings of peft.LoraConfig)
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "released_recipe": ("llama3.1", {"modules_to_save": ["embed_tokens", "lm_head"]}),
@@ -18,13 +19,32 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "rslora": ("qwen2", {"use_rslora": True, "modules_to_save": ["lm_head"]}),
     "norms": ("qwen3", {"modules_to_save": ["model.norm", "q_norm", "input_layernorm"]}),
     "dora": ("llama2", {"use_dora": True}),
-    "dora_rslora": ("qwen2", {"use_dora": True, "use_rslora": True, "modules_to_save": ["o_proj"],
-                              "target_modules": ["q_proj", "up_proj"]}),
-    "tied_kept": ("gemma_2b", {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}),
+    "dora_rslora": (
+        "qwen2",
+        {
+            "use_dora": True,
+            "use_rslora": True,
+            "modules_to_save": ["o_proj"],
+            "target_modules": ["q_proj", "up_proj"],
+        },
+    ),
+    "tied_kept": (
+        "gemma_2b",
+        {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+    ),
     "tied_broken": ("gemma3", {"modules_to_save": ["embed_tokens", "lm_head"]}),
     "tied_head_only": ("llama3.2_tied", {"modules_to_save": ["lm_head"]}),
     "tied_embedding_only": ("qwen2.5_tied", {"modules_to_save": ["embed_tokens"]}),
     "tied_frozen": ("gemma2", {}),
+    "fused": (
+        "phi4_mini",
+        {"target_modules": [*FUSED, "o_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+        | {"ensure_weight_tying": True},
+    ),
+    "fused_dora": (
+        "phi3_mini",
+        {"target_modules": FUSED, "modules_to_save": ["down_proj"], "use_dora": True},
+    ),
 }
 
 
@@ -40,7 +60,14 @@ def make_adapter(folder: Path, name: str, **changes: Any) -> tuple[Path, Path]:
     family, settings = ADAPTERS[name]
     base, adapter = folder / "base", folder / "adapter"
     quiet(torch_model(tiny_config(family)).save_pretrained, base)
-    options = {"r": 4, "lora_alpha": 12, "target_modules": LINEAR, "task_type": "CAUSAL_LM", **settings, **changes}
+    options = {
+        "r": 4,
+        "lora_alpha": 12,
+        "target_modules": LINEAR,
+        "task_type": "CAUSAL_LM",
+        **settings,
+        **changes,
+    }
     model = quiet(peft.get_peft_model, load_base(base), peft.LoraConfig(**options))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -53,8 +80,12 @@ def make_adapter(folder: Path, name: str, **changes: Any) -> tuple[Path, Path]:
 
 def load_base(base: Path) -> Any:
     """The base model in float32."""
-    return quiet(transformers.AutoModelForCausalLM.from_pretrained, base, dtype=torch.float32,
-                 attn_implementation="eager").eval()
+    return quiet(
+        transformers.AutoModelForCausalLM.from_pretrained,
+        base,
+        dtype=torch.float32,
+        attn_implementation="eager",
+    ).eval()
 
 
 def load_peft(base: Path, adapter: Path, *, trainable: bool = False) -> Any:

@@ -29,7 +29,11 @@ def pair(request):
 
 def torch_logits(model, tokens, **inputs):
     with torch.no_grad():
-        return model(torch.as_tensor(tokens, dtype=torch.long), use_cache=False, **inputs).logits.float().numpy()
+        return (
+            model(torch.as_tensor(tokens, dtype=torch.long), use_cache=False, **inputs)
+            .logits.float()
+            .numpy()
+        )
 
 
 def test_float32_logits_agree_over_512_tokens_packed_padded_and_at_far_positions(pair):
@@ -53,12 +57,20 @@ def test_float32_logits_agree_over_512_tokens_packed_padded_and_at_far_positions
     starts = np.cumsum((0, *DOCUMENTS))
     for i, n in enumerate(DOCUMENTS):
         row = slice(starts[i], starts[i] + n)
-        padded[i, :n], packed_positions[0, row], packed_segments[0, row] = tokens[0, row], np.arange(n), i + 1
-    mask = torch.as_tensor(np.arange(max(DOCUMENTS)) < np.array(DOCUMENTS)[:, None], dtype=torch.long)
+        padded[i, :n], packed_positions[0, row], packed_segments[0, row] = (
+            tokens[0, row],
+            np.arange(n),
+            i + 1,
+        )
+    mask = torch.as_tensor(
+        np.arange(max(DOCUMENTS)) < np.array(DOCUMENTS)[:, None], dtype=torch.long
+    )
     expected = torch_logits(reference, padded, attention_mask=mask)
     packed = run(tokens, packed_positions, packed_segments)
     for i, n in enumerate(DOCUMENTS):
-        assert np.abs(packed[0, starts[i]:starts[i] + n] - expected[i, :n]).max() <= LIMIT, f"document {i}"
+        assert np.abs(packed[0, starts[i] : starts[i] + n] - expected[i, :n]).max() <= LIMIT, (
+            f"document {i}"
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -82,20 +94,32 @@ GLOBAL, LOCAL = "full_attention", "sliding_attention"
 VARIANTS = {
     "gemma3_local_layers_alone": ("gemma3", {"layer_types": [LOCAL] * 3}),
     "gemma3_global_layers_alone": ("gemma3", {"layer_types": [GLOBAL] * 3}),
-    "gemma3_with_final_soft_cap": ("gemma3", {"layer_types": [GLOBAL, LOCAL, LOCAL],
-                                              "final_logit_softcapping": 2.0}),
-    "gemma2_without_soft_caps": ("gemma2", {"attn_logit_softcapping": None,
-                                            "final_logit_softcapping": None}),
+    "gemma3_with_final_soft_cap": (
+        "gemma3",
+        {"layer_types": [GLOBAL, LOCAL, LOCAL], "final_logit_softcapping": 2.0},
+    ),
+    "gemma2_without_soft_caps": (
+        "gemma2",
+        {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+    ),
     "gemma2_global_first": ("gemma2", {"layer_types": [GLOBAL, LOCAL, LOCAL]}),
-    "qwen2_windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 8,
-                                "max_window_layers": 1}),
-    "qwen3_windows": ("qwen3", {"use_sliding_window": True, "sliding_window": 8,
-                                "max_window_layers": 2}),
-    "qwen2_windows_off": ("qwen2", {"use_sliding_window": False, "sliding_window": 8,
-                                    "max_window_layers": 1}),
+    "qwen2_windows": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    ),
+    "qwen3_windows": (
+        "qwen3",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+    ),
+    "qwen2_windows_off": (
+        "qwen2",
+        {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 1},
+    ),
     "mistral_window_of_two": ("mistral_v0.1", {"sliding_window": 2}),
-    "llama_with_gelu_and_a_large_epsilon": ("llama2", {"hidden_act": "gelu_pytorch_tanh",
-                                                       "rms_norm_eps": 0.5}),
+    "llama_with_gelu_and_a_large_epsilon": (
+        "llama2",
+        {"hidden_act": "gelu_pytorch_tanh", "rms_norm_eps": 0.5},
+    ),
     "qwen3_with_a_large_epsilon": ("qwen3", {"rms_norm_eps": 0.5}),
     "gemma2_with_a_large_epsilon": ("gemma2", {"rms_norm_eps": 0.5}),
 }

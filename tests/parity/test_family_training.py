@@ -19,17 +19,27 @@ def test_loss_and_gradient_equal_those_of_torch(family):
     tokens = np.random.default_rng(1).integers(3, config["vocab_size"], (2, 25)).astype(np.int32)
     graphdef, state, nothing = nnx.split(our_model(config, reference.state_dict()), nnx.Param, ...)
     optimizer = make_optimizer(Optim(learning_rate=1e-3, warmup_share=0.0, clip_norm=None), 2)
-    settings = StepSettings(accumulation=1, loss_chunk=8, remat="full", attention="reference", seed=0, num_groups=1)
+    settings = StepSettings(
+        accumulation=1, loss_chunk=8, remat="full", attention="reference", seed=0, num_groups=1
+    )
     ones = np.ones((2, 24), np.int32)
-    batch = {"tokens_BT": tokens[:, :-1], "targets_BT": tokens[:, 1:], "segment_ids_BT": ones, "learned_BT": ones > 0,
-             "positions_BT": np.arange(24, dtype=np.int32)[None].repeat(2, 0), "group_BT": 0 * ones}
+    batch = {
+        "tokens_BT": tokens[:, :-1],
+        "targets_BT": tokens[:, 1:],
+        "segment_ids_BT": ones,
+        "loss_mask_BT": ones > 0,
+        "positions_BT": np.arange(24, dtype=np.int32)[None].repeat(2, 0),
+        "group_BT": 0 * ones,
+    }
     step = jax.jit(make_train_step(graphdef, optimizer, settings))
     after, metrics = step(init_state(state, nothing, optimizer), batch)
 
     reference.train()
     ids = torch.from_numpy(tokens.astype(np.int64))
     loss = reference(ids[:, :-1]).logits
-    loss = torch.nn.functional.cross_entropy(loss.reshape(-1, loss.shape[-1]), ids[:, 1:].reshape(-1))
+    loss = torch.nn.functional.cross_entropy(
+        loss.reshape(-1, loss.shape[-1]), ids[:, 1:].reshape(-1)
+    )
     loss.backward()
     norm = torch.sqrt(sum((p.grad**2).sum() for p in reference.parameters()))
     assert float(metrics["loss"]) == pytest.approx(loss.item(), rel=1e-5)

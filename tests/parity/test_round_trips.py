@@ -8,7 +8,8 @@ import torch
 import transformers
 
 from crossin_jax.checkpoint.hf import load_weights, read_spec, read_tensors, same_bytes, save_model
-from crossin_jax.checkpoint.load import abstract_transformer, load_model
+from crossin_jax.checkpoint.open import load_model
+from tests.checkpoint.abstract import abstract_transformer
 from tests.parity.families import FAMILIES, tiny_config, torch_model
 
 # of no effect: provenance, windows that are off, and an activation whose name transformers corrects
@@ -20,7 +21,9 @@ def torch_logits(folder, dtype=torch.float32):
     """Logits of the folder's model in `transformers`, and the model."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="eager"
+        )
     with torch.no_grad():
         return model(torch.as_tensor(TOKENS)).logits.float().numpy(), model
 
@@ -31,7 +34,14 @@ def test_weights_come_back_bit_by_bit(tmp_path, family):
     spec = read_spec(tmp_path / "theirs")
     _, state = abstract_transformer(spec, None, param_dtype="bfloat16")
     state = load_weights(tmp_path / "theirs", state, progress=False)
-    save_model(tmp_path / "ours", spec, state, source=tmp_path / "theirs", shard_bytes=50_000, progress=False)
+    save_model(
+        tmp_path / "ours",
+        spec,
+        state,
+        source=tmp_path / "theirs",
+        shard_bytes=50_000,
+        progress=False,
+    )
     before, after = read_tensors(tmp_path / "theirs"), read_tensors(tmp_path / "ours")
     if spec.tie_embeddings:
         before.pop("lm_head.weight", None)
@@ -44,7 +54,8 @@ def test_weights_come_back_bit_by_bit(tmp_path, family):
     assert type(again) is type(model)
     theirs, ours = model.config.to_dict(), again.config.to_dict()
     assert {name: ours.get(name) for name in theirs if name not in UNEQUAL} == {
-        name: value for name, value in theirs.items() if name not in UNEQUAL}
+        name: value for name, value in theirs.items() if name not in UNEQUAL
+    }
     assert again.generation_config.eos_token_id == model.generation_config.eos_token_id
     ours = load_model(tmp_path / "ours", progress=False)
     assert ours.spec == spec

@@ -20,8 +20,9 @@ from tests.models.models import LLAMA, make_model, make_tokens
 
 RATE = 0.3
 LORA = Lora(rank=2, dropout=RATE, modules_to_save=())
-SETTINGS = StepSettings(accumulation=1, loss_chunk=8, remat="none", attention="reference", seed=1,
-                        num_groups=4)
+SETTINGS = StepSettings(
+    accumulation=1, loss_chunk=8, remat="none", attention="reference", seed=1, num_groups=4
+)
 still = optax.set_to_zero()  # an optimizer that moves nothing
 
 
@@ -31,6 +32,7 @@ def spread(share: float, size: int) -> float:
 
 
 # ---- Masks, read off gradients
+
 
 @pytest.fixture(scope="module")
 def input_gradients():
@@ -61,10 +63,16 @@ def input_gradients():
             model = nnx.merge(graphdef, adapters, rest)
             hidden, _ = model.hidden(tokens, dropout_key=key)
             return (hidden * jnp.sin(jnp.arange(hidden.shape[-1]))[None, None]).sum()
+
         return jax.grad(target)(adapters, key), jax.grad(target)(adapters, None)
 
-    return [{name: np.asarray(grads["layers"][name]["lora_a"].get_value()).reshape(3, 2, -1)
-             for name in TARGETS} for grads in gradients(adapters)]
+    return [
+        {
+            name: np.asarray(grads["layers"][name]["lora_a"].get_value()).reshape(3, 2, -1)
+            for name in TARGETS
+        }
+        for grads in gradients(adapters)
+    ]
 
 
 def test_every_projection_reads_its_input_after_inverted_dropout(input_gradients):
@@ -74,17 +82,25 @@ def test_every_projection_reads_its_input_after_inverted_dropout(input_gradients
         kept = dropped[name] != 0
         assert (kept[:, 0] == kept[:, 1]).all(), name  # of all ranks alike: the input is dropped
         assert abs(kept[:, 0].mean() - (1 - RATE)) < 4 * spread(RATE, kept[:, 0].size), name
-        np.testing.assert_allclose(dropped[name][kept], plain[name][kept] / (1 - RATE), rtol=1e-2,
-                                   atol=1e-4 * np.abs(plain[name]).max(), err_msg=name)
+        np.testing.assert_allclose(
+            dropped[name][kept],
+            plain[name][kept] / (1 - RATE),
+            rtol=1e-2,
+            atol=1e-4 * np.abs(plain[name]).max(),
+            err_msg=name,
+        )
         assert (plain[name] != 0).all(), name
 
 
 def test_every_layer_and_every_input_within_a_layer_has_a_mask_of_its_own(input_gradients):
     """No two masks agree in more places than chance would have it."""
     dropped, _ = input_gradients
-    expected = RATE**2 + (1 - RATE)**2
-    masks = {(layer, name): dropped[name][layer, 0] != 0 for layer in range(3)
-             for name in ("q_proj", "o_proj", "up_proj", "down_proj")}
+    expected = RATE**2 + (1 - RATE) ** 2
+    masks = {
+        (layer, name): dropped[name][layer, 0] != 0
+        for layer in range(3)
+        for name in ("q_proj", "o_proj", "up_proj", "down_proj")
+    }
     for (one, a), (other, b) in itertools.combinations(masks.items(), 2):
         assert abs((a == b).mean() - expected) < 5 * spread(expected, len(a)), (one, other)
 
@@ -119,13 +135,19 @@ def test_nothing_is_dropped_without_a_key_or_at_rate_zero():
 
 # ---- Masks of steps, micro-batches and rows
 
+
 def equal_rows(rows: int) -> dict[str, np.ndarray]:
     """A batch of equal rows; each is a group of its own, so that metrics tell its loss."""
     tokens = make_tokens(1, 13).repeat(rows, 0)
     ones = np.ones((rows, 12), np.int32)
-    return {"tokens_BT": tokens[:, :-1], "targets_BT": tokens[:, 1:], "segment_ids_BT": ones,
-            "positions_BT": np.arange(12, dtype=np.int32)[None] * ones, "learned_BT": ones > 0,
-            "group_BT": np.arange(rows, dtype=np.int32)[:, None] * ones}
+    return {
+        "tokens_BT": tokens[:, :-1],
+        "targets_BT": tokens[:, 1:],
+        "segment_ids_BT": ones,
+        "positions_BT": np.arange(12, dtype=np.int32)[None] * ones,
+        "loss_mask_BT": ones > 0,
+        "group_BT": np.arange(rows, dtype=np.int32)[:, None] * ones,
+    }
 
 
 def make_state(lora: Lora = LORA):

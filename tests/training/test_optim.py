@@ -18,27 +18,59 @@ from crossin_jax.training.optim import make_optimizer, make_schedule
 from tests.models.models import GEMMA
 
 # every kind of parameter there is, and no two dimensions of one size
-SPEC = dataclasses.replace(GEMMA, vocab_size=62, width=24, num_heads=6, num_kv_heads=2,
-                           head_width=8, ff_width=40, num_layers=2, local_layers=(),
-                           local_rope=None, window=None, qkv_bias=True, tie_embeddings=False)
+SPEC = dataclasses.replace(
+    GEMMA,
+    vocab_size=62,
+    width=24,
+    num_heads=6,
+    num_kv_heads=2,
+    head_width=8,
+    ff_width=40,
+    num_layers=2,
+    local_layers=(),
+    local_rope=None,
+    window=None,
+    qkv_bias=True,
+    tie_embeddings=False,
+)
 LORA = Lora(rank=3, use_dora=True, modules_to_save=("embed_tokens", "lm_head"))
-NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
-         "post_feedforward_layernorm", "q_norm", "k_norm", "norm")
+NORMS = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+    "q_norm",
+    "k_norm",
+    "norm",
+)
 NUM_STEPS = 6
 SCALES = (1.0, 0.01, 3.0)  # of the gradients: the second is not clipped
-OPTIM = Optim(learning_rate=2e-2, warmup_share=0.34, schedule="linear", final_share=0.2,
-              weight_decay=0.3, b1=0.7, b2=0.8, clip_norm=2.0)
+OPTIM = Optim(
+    learning_rate=2e-2,
+    warmup_share=0.34,
+    schedule="linear",
+    final_share=0.2,
+    weight_decay=0.3,
+    b1=0.7,
+    b2=0.8,
+    clip_norm=2.0,
+)
 RATES = (0.01, 0.02, 0.02)  # two steps of warm-up
 
 
 @cache
 def parameters() -> nnx.State:
     """All parameters of a model with adapters, as random numbers."""
-    model = nnx.eval_shape(lambda: Transformer(SPEC, lora=LORA, param_dtype="float32",
-                                               frozen_dtype="float32", rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(
+        lambda: Transformer(
+            SPEC, lora=LORA, param_dtype="float32", frozen_dtype="float32", rngs=nnx.Rngs(0)
+        )
+    )
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32),
-                        nnx.state(model, nnx.Param))
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32),
+        nnx.state(model, nnx.Param),
+    )
 
 
 def flatten(tree) -> dict[str, np.ndarray]:
@@ -52,8 +84,9 @@ def gradients() -> list[nnx.State]:
     rng = np.random.default_rng(1)
 
     def draw(scale: float) -> nnx.State:
-        return jax.tree.map(lambda leaf: jnp.asarray(scale * rng.normal(size=leaf.shape),
-                                                     jnp.float32), parameters())
+        return jax.tree.map(
+            lambda leaf: jnp.asarray(scale * rng.normal(size=leaf.shape), jnp.float32), parameters()
+        )
 
     return [draw(scale) for scale in SCALES]
 
@@ -63,10 +96,16 @@ def test_the_model_has_every_kind_of_parameter():
     names = flatten(parameters())
     assert {name.split("/")[-2] for name in names} == {*TARGETS, *NORMS, "embed_tokens", "lm_head"}
     assert {name.split("/")[-1] for name in names} == {
-        "weight", "bias", "lora_a", "lora_b", "magnitude"}
+        "weight",
+        "bias",
+        "lora_a",
+        "lora_b",
+        "magnitude",
+    }
 
 
 # ---- The formulas: each yields the update of one parameter, before rate and decay, step by step
+
 
 def adamw(name, grads, nesterov=False):
     mean = square = 0
@@ -100,8 +139,11 @@ def muon(name, grads):
         yield from adamw(name, grads, nesterov=True)
         return
     momentum, shape = 0, grads[0].shape
-    split = {"weight": 2 if module == "o_proj" else len(shape) - 1, "lora_a": 2,
-             "lora_b": len(shape) - 1}[kind]  # (L, outputs …, inputs …): where the inputs begin
+    split = {
+        "weight": 2 if module == "o_proj" else len(shape) - 1,
+        "lora_a": 2,
+        "lora_b": len(shape) - 1,
+    }[kind]  # (L, outputs …, inputs …): where the inputs begin
     rows, columns = math.prod(shape[1:split]), math.prod(shape[split:])
     for t, g in enumerate(grads, 1):
         momentum = 0.95 * momentum + 0.05 * g
@@ -160,19 +202,30 @@ def test_moments_lie_where_their_parameters_lie(optimizer):
 
 # ---- Schedules
 
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 @pytest.mark.parametrize("warmup_share", [0.0, 0.1, 0.5])
 @pytest.mark.parametrize("final_share", [0.0, 0.3, 1.0])
 def test_every_step_has_its_rate(schedule, warmup_share, final_share):
     """Linear warm-up from peak / steps to the peak, then the decay to the final share."""
     for num_steps in (1, 10, 40):
-        rates = make_schedule(Optim(learning_rate=3.0, schedule=schedule, warmup_share=warmup_share,
-                                    final_share=final_share), num_steps)
+        rates = make_schedule(
+            Optim(
+                learning_rate=3.0,
+                schedule=schedule,
+                warmup_share=warmup_share,
+                final_share=final_share,
+            ),
+            num_steps,
+        )
         warmup = round(warmup_share * num_steps)
         for step in range(num_steps + 1):
             done = min(1, (step - warmup) / max(1, num_steps - warmup))
-            left = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done,
-                    "constant": 1}[schedule]
+            left = {
+                "cosine": (1 + math.cos(math.pi * done)) / 2,
+                "linear": 1 - done,
+                "constant": 1,
+            }[schedule]
             final = 0 if schedule == "constant" else final_share
             expected = (step + 1) / warmup if step < warmup else final + (1 - final) * left
             assert float(rates(step)) == pytest.approx(3 * expected, rel=1e-5, abs=1e-6), step

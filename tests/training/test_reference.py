@@ -16,8 +16,16 @@ from crossin_jax.training.optim import make_optimizer
 from crossin_jax.training.step import init_state, loss_sums, make_train_step
 from tests.training.test_step import SETTINGS, make_batch, make_state
 
-OPTIM = Optim(learning_rate=1e-2, warmup_share=0.25, schedule="linear", final_share=0.1,
-              weight_decay=0.2, b1=0.8, b2=0.9, clip_norm=0.82)
+OPTIM = Optim(
+    learning_rate=1e-2,
+    warmup_share=0.25,
+    schedule="linear",
+    final_share=0.1,
+    weight_decay=0.2,
+    b1=0.8,
+    b2=0.9,
+    clip_norm=0.82,
+)
 NUM_STEPS = 8  # of the schedule: two of warm-up, six of decay
 RATES = (0.005, 0.01, 0.01, 0.0085)
 
@@ -35,18 +43,21 @@ def token_losses(logits: jax.Array, targets: np.ndarray) -> jax.Array:
 
 def follow(graphdef, params, batches) -> list[tuple[dict, dict]]:
     """(metrics, parameters by name) after each step, by the definitions."""
+
     @jax.jit
     def differentiate(params, batch):
         def loss(params):
             model = nnx.merge(graphdef, params)
             logits = model(batch["tokens_BT"], batch["positions_BT"], batch["segment_ids_BT"])
-            losses = jnp.where(batch["learned_BT"], token_losses(logits, batch["targets_BT"]), 0)
-            return losses.sum() / batch["learned_BT"].sum(), losses
+            losses = jnp.where(batch["loss_mask_BT"], token_losses(logits, batch["targets_BT"]), 0)
+            return losses.sum() / batch["loss_mask_BT"].sum(), losses
+
         return jax.value_and_grad(loss, has_aux=True)(params)
 
     results, structure = [], jax.tree.structure(params)
-    mean, square = ({name: np.zeros(leaf.shape) for name, leaf in flatten(params).items()}
-                    for _ in range(2))
+    mean, square = (
+        {name: np.zeros(leaf.shape) for name, leaf in flatten(params).items()} for _ in range(2)
+    )
     for step, batch in enumerate(batches):
         (loss, losses), gradient = differentiate(params, batch)
         gradient = {name: leaf.astype(np.float64) for name, leaf in flatten(gradient).items()}
@@ -63,11 +74,19 @@ def follow(graphdef, params, batches) -> list[tuple[dict, dict]]:
         leaves = [jnp.asarray(value, jnp.float32) for value in after.values()]
         params = jax.tree.unflatten(structure, leaves)
         chosen = [batch["group_BT"] == group for group in range(3)]
-        results.append(({
-            "loss": loss, "grad_norm": norm, "count": batch["learned_BT"].sum(),
-            "tokens": (batch["segment_ids_BT"] > 0).sum(),
-            "group_loss": [losses[where].sum() for where in chosen],
-            "group_count": [batch["learned_BT"][where].sum() for where in chosen]}, after))
+        results.append(
+            (
+                {
+                    "loss": loss,
+                    "grad_norm": norm,
+                    "count": batch["loss_mask_BT"].sum(),
+                    "tokens": (batch["segment_ids_BT"] > 0).sum(),
+                    "group_loss": [losses[where].sum() for where in chosen],
+                    "group_count": [batch["loss_mask_BT"][where].sum() for where in chosen],
+                },
+                after,
+            )
+        )
     return results
 
 
@@ -110,14 +129,21 @@ def compiled(accumulation: int):
 def test_targets_that_are_not_learned_may_be_anything(monkeypatch):
     """Not even a target of probability zero has an influence where it is not learned."""
     unembed = Transformer.unembed
-    monkeypatch.setattr(Transformer, "unembed", lambda *inputs: (
-        unembed(*inputs).at[..., 95].set(-jnp.inf)))  # no position gives token 95
+    monkeypatch.setattr(
+        Transformer, "unembed", lambda *inputs: unembed(*inputs).at[..., 95].set(-jnp.inf)
+    )  # no position gives token 95
     graphdef, state, _ = make_state()
     model, batch = nnx.merge(graphdef, state.trainable, state.frozen), make_batch(0)
     targets = np.minimum(batch["targets_BT"], 94)
-    sound, odd = (loss_sums(model, batch | {
-        "targets_BT": np.where(batch["learned_BT"], targets, other)}, SETTINGS, None)
-        for other in (targets, 95))
+    sound, odd = (
+        loss_sums(
+            model,
+            batch | {"targets_BT": np.where(batch["loss_mask_BT"], targets, other)},
+            SETTINGS,
+            None,
+        )
+        for other in (targets, 95)
+    )
     assert np.isfinite(sound["loss"])
     for name, value in sound.items():
         np.testing.assert_array_equal(odd[name], value, err_msg=name)
@@ -128,7 +154,7 @@ def test_a_batch_without_learned_tokens_has_loss_zero_and_moves_by_decay_alone()
     rule = make_optimizer(OPTIM, NUM_STEPS)
     state = init_state(state.trainable, state.frozen, rule)
     batch = make_batch(0)
-    batch["learned_BT"] = np.zeros_like(batch["learned_BT"])
+    batch["loss_mask_BT"] = np.zeros_like(batch["loss_mask_BT"])
     after, metrics = jax.jit(make_train_step(graphdef, rule, SETTINGS))(state, batch)
     assert metrics["loss"] == metrics["grad_norm"] == metrics["count"] == 0
     assert after.finite and int(after.step) == 1
@@ -164,6 +190,9 @@ def test_a_fault_in_loss_or_gradient_changes_nothing_from_then_on(fault, accumul
     assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
     for old, new in ((bad, after), (good, later)):
         assert int(new.step) == 1 and not new.finite
-        for a, b in zip(jax.tree.leaves((old.trainable, old.optimizer)),
-                        jax.tree.leaves((new.trainable, new.optimizer)), strict=True):
+        for a, b in zip(
+            jax.tree.leaves((old.trainable, old.optimizer)),
+            jax.tree.leaves((new.trainable, new.optimizer)),
+            strict=True,
+        ):
             np.testing.assert_array_equal(a, b)

@@ -10,6 +10,7 @@ from crossin_jax.config import Config, Lora, Mesh
 from crossin_jax.export import export
 from crossin_jax.models.lora import TARGETS
 from crossin_jax.parallel.mesh import leaf_name, make_mesh
+from crossin_jax.train import set_up
 from crossin_jax.training.optim import make_optimizer
 from crossin_jax.training.state import (
     abstract_model,
@@ -32,8 +33,11 @@ def start(config: Config, **mesh) -> dict[str, np.ndarray]:
         state = start_state(config, model, abstract, rule)
     assert int(state.step) == 0 and bool(state.finite)
     trees = ("", state.trainable), ("", state.frozen), ("moments/", state.optimizer)
-    return {prefix + leaf_name(path): np.asarray(leaf) for prefix, tree in trees
-            for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    return {
+        prefix + leaf_name(path): np.asarray(leaf)
+        for prefix, tree in trees
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
 
 
 def weights(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -55,7 +59,7 @@ def test_every_drawn_weight_of_a_new_model_follows_the_seed(tmp_path):
             assert (value != other[name]).mean() > 0.99, name
     matrices = [value for name, value in weights(one).items() if "norm" not in name]
     for i, a in enumerate(matrices):  # no two are drawn alike either, where they have one shape
-        for b in matrices[i + 1:]:
+        for b in matrices[i + 1 :]:
             assert a.shape != b.shape or (a != b).mean() > 0.99
 
 
@@ -64,8 +68,10 @@ def test_a_fresh_adapter_follows_the_seed_and_the_base_does_not(changes, pretrai
     """lora_a is drawn by the seed with peft's bound, lora_b is zero, everything else is loaded."""
     base = start(config_in(tmp_path, str(pretrained / "model"), lora=None))
     lora = Lora(rank=4, modules_to_save=(), **changes)
-    states = [start(config_in(tmp_path, str(pretrained / "model"), lora=lora, seed=seed))
-              for seed in (1, 2)]
+    states = [
+        start(config_in(tmp_path, str(pretrained / "model"), lora=lora, seed=seed))
+        for seed in (1, 2)
+    ]
     one, other = map(weights, states)
     for module in TARGETS:
         a, b, weight = (one[f"layers/{module}/{kind}"] for kind in ("lora_a", "lora_b", "weight"))
@@ -76,13 +82,17 @@ def test_a_fresh_adapter_follows_the_seed_and_the_base_does_not(changes, pretrai
         assert not b.any() and not other[f"layers/{module}/lora_b"].any(), module
         if changes:
             inputs = tuple(range(weight.ndim - a.ndim + 2, weight.ndim))
-            np.testing.assert_allclose(one[f"layers/{module}/magnitude"],
-                                       np.sqrt((weight**2).sum(inputs)), rtol=1e-5)
+            np.testing.assert_allclose(
+                one[f"layers/{module}/magnitude"], np.sqrt((weight**2).sum(inputs)), rtol=1e-5
+            )
     for name, value in weights(base).items():
         np.testing.assert_array_equal(value, one[name], err_msg=name)
         np.testing.assert_array_equal(value, other[name], err_msg=name)
-    assert one.keys() - base.keys() == {f"layers/{module}/{kind}" for module in TARGETS for kind in
-                                        ("lora_a", "lora_b", *["magnitude"] * bool(changes))}
+    assert one.keys() - base.keys() == {
+        f"layers/{module}/{kind}"
+        for module in TARGETS
+        for kind in ("lora_a", "lora_b", *["magnitude"] * bool(changes))
+    }
 
 
 def test_a_continued_adapter_is_loaded_as_it_is(adapted, pretrained, tmp_path):
@@ -90,8 +100,9 @@ def test_a_continued_adapter_is_loaded_as_it_is(adapted, pretrained, tmp_path):
     export(adapted, "peft", tmp_path / "adapter")
     config = config_in(tmp_path, str(pretrained / "model"))
     lora = dataclasses.replace(config.lora, path=str(tmp_path / "adapter"))
-    one, other = (weights(start(dataclasses.replace(config, lora=lora, seed=seed)))
-                  for seed in (1, 2))
+    one, other = (
+        weights(start(dataclasses.replace(config, lora=lora, seed=seed))) for seed in (1, 2)
+    )
     for name, value in one.items():
         np.testing.assert_array_equal(value, other[name], err_msg=name)
     for name, value in read_arrays(adapted, 6).items():
@@ -103,8 +114,10 @@ def test_a_continued_adapter_is_loaded_as_it_is(adapted, pretrained, tmp_path):
 def test_a_batch_lies_on_the_mesh_by_rows(axes):
     """Every device has whole rows, in the order of data and fsdp; tensor has copies."""
     mesh = make_mesh(Mesh(**axes))
-    batch = {"tokens_BT": np.arange(48, dtype=np.int32).reshape(16, 3),
-             "learned_BT": np.arange(48).reshape(16, 3) % 2 == 0}
+    batch = {
+        "tokens_BT": np.arange(48, dtype=np.int32).reshape(16, 3),
+        "loss_mask_BT": np.arange(48).reshape(16, 3) % 2 == 0,
+    }
     placed = to_mesh(batch, mesh)
     assert placed.keys() == batch.keys()
     parts = 8 // axes.get("tensor", 1)
@@ -115,4 +128,16 @@ def test_a_batch_lies_on_the_mesh_by_rows(axes):
             assert shard.data.shape == (16 // parts, 3)
             if shard.device in order:
                 i = order[shard.device] * (16 // parts)
-                np.testing.assert_array_equal(shard.data, rows[i:i + 16 // parts])
+                np.testing.assert_array_equal(shard.data, rows[i : i + 16 // parts])
+
+
+def test_rows_longer_than_the_context_are_announced_before_the_run(tmp_path, caplog):
+    """Not rows as long as the context; and the run is set up all the same."""
+    config = config_in(tmp_path)
+    config.model.architecture = dataclasses.replace(config.model.architecture, max_length=64)
+    for length, is_said in ((64, False), (65, True)):
+        caplog.clear()
+        longer = dataclasses.replace(config, data=dataclasses.replace(config.data, length=length))
+        assert set_up(longer, tmp_path).num_steps > 0
+        said = "data.length=65 is longer than the context of the model, 64 tokens"
+        assert (said in caplog.text) == is_said

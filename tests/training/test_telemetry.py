@@ -15,8 +15,13 @@ from crossin_jax.config import Lora
 from crossin_jax.models.spec import spec_from_architecture
 from crossin_jax.parallel.mesh import make_mesh
 from crossin_jax.training import telemetry as module
-from crossin_jax.training.state import abstract_model
-from crossin_jax.training.telemetry import Profiler, Telemetry, flops_per_token, is_recorded, peak_flops
+from crossin_jax.training.state import abstract_model, flops_per_token
+from crossin_jax.training.telemetry import (
+    Profiler,
+    Telemetry,
+    is_recorded,
+    peak_flops,
+)
 from tests.helpers import config_in, small_architecture
 
 GROUPS = [("base", "en"), ("x2x", "zh")]
@@ -24,8 +29,14 @@ GROUPS = [("base", "en"), ("x2x", "zh")]
 
 def metrics(loss: float = 2.0) -> dict[str, np.ndarray]:
     """What a step returns: 30 learned tokens of base/en at 1.0 and 10 of x2x/zh at 5.0, out of 100."""
-    return {"loss": np.float32(loss), "count": np.float32(40), "tokens": np.float32(100), "grad_norm": np.float32(0.5),
-            "group_loss": np.float32([30, 50]), "group_count": np.float32([30, 10])}
+    return {
+        "loss": np.float32(loss),
+        "count": np.float32(40),
+        "tokens": np.float32(100),
+        "grad_norm": np.float32(0.5),
+        "group_loss": np.float32([30, 50]),
+        "group_count": np.float32([30, 10]),
+    }
 
 
 @pytest.fixture
@@ -41,9 +52,23 @@ def start(tmp_path, clock):
     started = []
 
     def start(**changes) -> Telemetry:
-        started.append(Telemetry(tmp_path, **{
-            "name": "mine", "start": 0, "num_steps": 10, "log_every": 2, "groups": GROUPS, "flops_per_token": 1e9,
-            "use_tensorboard": False, "use_wandb": False, "config": {"seed": 1}} | changes))
+        started.append(
+            Telemetry(
+                tmp_path,
+                **{
+                    "name": "mine",
+                    "start": 0,
+                    "num_steps": 10,
+                    "log_every": 2,
+                    "groups": GROUPS,
+                    "flops_per_token": 1e9,
+                    "use_tensorboard": False,
+                    "use_wandb": False,
+                    "config": {"seed": 1},
+                }
+                | changes,
+            )
+        )
         return started[-1]
 
     yield start
@@ -61,31 +86,50 @@ def read_records(folder) -> list[dict]:
 
 
 def test_a_record_holds_all_there_is_to_know(start, tmp_path, monkeypatch):
-    device = types.SimpleNamespace(device_kind="TPU v5 lite", memory_stats=lambda: {"peak_bytes_in_use": 3 * 2**30})
+    device = types.SimpleNamespace(
+        device_kind="TPU v5 lite", memory_stats=lambda: {"peak_bytes_in_use": 3 * 2**30}
+    )
     for name in ("devices", "local_devices"):
         monkeypatch.setattr(jax, name, lambda: [device] * 8)
     take_steps(start())
     first, second, third = read_records(tmp_path)
-    assert [record["step"] for record in (first, second, third)] == [1, 2, 4]  # the first step compiles: not timed
+    assert [record["step"] for record in (first, second, third)] == [
+        1,
+        2,
+        4,
+    ]  # the first step compiles: not timed
     assert not {"tokens_per_second", "mfu", "seconds_left"} & first.keys()
     host = third.pop("peak_host_memory_gib")
     assert 0.05 < host < 100
     assert third == {
-        "step": 4, "loss": 2.0, "losses": [2.0, 2.0], "grad_norm": 0.5, "learning_rate": 1e-4, "loss/base/en": 1.0,
-        "loss/x2x/zh": 5.0, "share/base/en": 0.75, "share/x2x/zh": 0.25, "tokens_per_second": 100.0,
-        "learned_tokens_per_second": 40.0, "seconds_left": 6.0, "mfu": pytest.approx(100 * 1e9 / (8 * 197e12)),
-        "peak_memory_gib": 3.0}
+        "step": 4,
+        "loss": 2.0,
+        "losses": [2.0, 2.0],
+        "grad_norm": 0.5,
+        "learning_rate": 1e-4,
+        "loss/base/en": 1.0,
+        "loss/x2x/zh": 5.0,
+        "share/base/en": 0.75,
+        "share/x2x/zh": 0.25,
+        "tokens_per_second": 100.0,
+        "learned_tokens_per_second": 40.0,
+        "seconds_left": 6.0,
+        "mfu": pytest.approx(100 * 1e9 / (8 * 197e12)),
+        "peak_memory_gib": 3.0,
+    }
 
 
-def test_a_log_file_gets_a_line_per_report(start, capsys):
+def test_a_log_file_gets_a_line_per_report(start, tmp_path, capsys):
     telemetry = start()
     take_steps(telemetry)
     telemetry.write({"step": 4, "held_out/loss": 1.25})
     assert capsys.readouterr().err.splitlines() == [
+        f"step 0/10 begins anew in {tmp_path}",
         "step 1/10 loss 2.000 norm 0.50 rate 1.00e-04",
         "step 2/10 loss 2.000 norm 0.50 rate 1.00e-04 tok/s 50 left 0:00:16",
         "step 4/10 loss 2.000 norm 0.50 rate 1.00e-04 tok/s 100 left 0:00:06",
-        "step 4/10 held-out loss 1.250"]
+        "step 4/10 held-out loss 1.250",
+    ]
 
 
 def test_a_terminal_gets_a_bar_with_the_time_left(start, monkeypatch):
@@ -96,11 +140,18 @@ def test_a_terminal_gets_a_bar_with_the_time_left(start, monkeypatch):
     take_steps(telemetry)
     telemetry._bar.refresh()
     last = terminal.getvalue().split("\r")[-1]
-    assert "mine:  40%" in last and "| 4/10 [" in last and "<" in last and "tok/s=100" in last and "loss=2.000" in last
+    assert (
+        "mine:  40%" in last
+        and "| 4/10 [" in last
+        and "<" in last
+        and "tok/s=100" in last
+        and "loss=2.000" in last
+    )
 
 
 def test_tensorboard_gets_every_number(start, tmp_path):
     from tensorboardX.proto.event_pb2 import Event
+
     telemetry = start(use_tensorboard=True)
     take_steps(telemetry)
     telemetry.close()
@@ -108,9 +159,9 @@ def test_tensorboard_gets_every_number(start, tmp_path):
     data, values = file.read_bytes(), {}
     while data:  # records of length, checksum, event, checksum
         (length,) = struct.unpack("<Q", data[:8])
-        event = Event.FromString(data[12:12 + length])
+        event = Event.FromString(data[12 : 12 + length])
         values |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
-        data = data[16 + length:]
+        data = data[16 + length :]
     for record in read_records(tmp_path):
         for name, value in record.items():
             if isinstance(value, float):
@@ -119,8 +170,10 @@ def test_tensorboard_gets_every_number(start, tmp_path):
 
 def test_wandb_gets_them_where_it_is_installed_and_asked_for(start, tmp_path, monkeypatch, caplog):
     calls = []
-    run = types.SimpleNamespace(log=lambda values, step: calls.append((step, values)),
-                                finish=lambda: calls.append("finished"))
+    run = types.SimpleNamespace(
+        log=lambda values, step: calls.append((step, values)),
+        finish=lambda: calls.append("finished"),
+    )
     fake = types.SimpleNamespace(init=lambda **options: calls.append(options) or run)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     telemetry = start(use_wandb=True)
@@ -156,9 +209,15 @@ def test_a_fault_is_told_by_its_first_step(start):
     assert fault.value.args == (5,)
 
 
-@pytest.mark.parametrize(("first", "last", "expected"), [
-    (1, 9, [("start", 4), ("stop", 6)]), (5, 9, [("start", 5), ("stop", 6)]), (7, 9, []),
-    (1, 5, [("start", 4), ("stop", 5)])])
+@pytest.mark.parametrize(
+    ("first", "last", "expected"),
+    [
+        (1, 9, [("start", 4), ("stop", 6)]),
+        (5, 9, [("start", 5), ("stop", 6)]),
+        (7, 9, []),
+        (1, 5, [("start", 4), ("stop", 5)]),
+    ],
+)
 def test_the_profiler_runs_in_its_window(first, last, expected, tmp_path, monkeypatch):
     """From the start, resumed inside the window or behind it, and ended inside it."""
     calls = []
@@ -194,12 +253,31 @@ def test_records_are_exact_to_the_step(start, tmp_path):
     assert not is_recorded(tmp_path, 25, "held_out/")
 
 
+def test_a_log_is_cut_to_the_checkpoint_that_is_continued(start, tmp_path, capsys):
+    """Steps 4 and 5 were not saved: they come again, and every step is there once."""
+    take_steps(start(log_every=1), 5)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "loss": 2.0, "lo')
+    telemetry = start(start=3, log_every=1)
+    assert f"step 3/10 continues from the checkpoint in {tmp_path}" in capsys.readouterr().err
+    assert [record["step"] for record in read_records(tmp_path)] == [1, 2, 3]
+    for step in (4, 5, 6):
+        telemetry.add(step, metrics(), 1e-4)
+    assert [record["step"] for record in read_records(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    start()  # in a folder without a checkpoint
+    assert read_records(tmp_path) == []
+
+
 # step: loss, learned tokens, tokens, gradient norm, sums of losses and learned tokens by group
 STEPS = {
-    1: (9.0, 10, 90, 8.0, (60, 30), (6, 4)), 2: (8.0, 20, 70, 7.0, (100, 60), (15, 5)),
-    3: (7.0, 30, 80, 6.0, (10, 200), (5, 25)), 4: (6.0, 10, 20, 5.0, (60, 0), (10, 0)),
-    5: (2.0, 30, 60, 4.0, (60, 0), (30, 0)), 6: (1.0, 60, 100, 3.0, (60, 0), (60, 0)),
-    7: (0.0, 0, 10, 0.0, (0, 0), (0, 0))}
+    1: (9.0, 10, 90, 8.0, (60, 30), (6, 4)),
+    2: (8.0, 20, 70, 7.0, (100, 60), (15, 5)),
+    3: (7.0, 30, 80, 6.0, (10, 200), (5, 25)),
+    4: (6.0, 10, 20, 5.0, (60, 0), (10, 0)),
+    5: (2.0, 30, 60, 4.0, (60, 0), (30, 0)),
+    6: (1.0, 60, 100, 3.0, (60, 0), (60, 0)),
+    7: (0.0, 0, 10, 0.0, (0, 0), (0, 0)),
+}
 
 
 def test_every_field_of_a_record_is_what_it_is_said_to_be(start, tmp_path, monkeypatch):
@@ -211,28 +289,80 @@ def test_every_field_of_a_record_is_what_it_is_said_to_be(start, tmp_path, monke
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')  # a run that continues keeps it
     telemetry = start(log_every=3, num_steps=7, flops_per_token=2e9)
     for step, (loss, count, tokens, norm, group_loss, group_count) in STEPS.items():
-        telemetry.add(step, {name: np.float32(value) for name, value in {
-            "loss": loss, "count": count, "tokens": tokens, "grad_norm": norm,
-            "group_loss": group_loss, "group_count": group_count}.items()}, step / 100)
+        telemetry.add(
+            step,
+            {
+                name: np.float32(value)
+                for name, value in {
+                    "loss": loss,
+                    "count": count,
+                    "tokens": tokens,
+                    "grad_norm": norm,
+                    "group_loss": group_loss,
+                    "group_count": group_count,
+                }.items()
+            },
+            step / 100,
+        )
     mfu = 2e9 / (4 * 275e12)  # of one token a second
     expected = [
-        {"step": 1, "loss": 9.0, "grad_norm": 8.0, "learning_rate": 0.01, "loss/base/en": 10.0,
-         "loss/x2x/zh": 7.5, "share/base/en": 0.6, "share/x2x/zh": 0.4},
+        {
+            "step": 1,
+            "loss": 9.0,
+            "grad_norm": 8.0,
+            "learning_rate": 0.01,
+            "loss/base/en": 10.0,
+            "loss/x2x/zh": 7.5,
+            "share/base/en": 0.6,
+            "share/x2x/zh": 0.4,
+        },
         # two steps in two seconds: 160 and 210 are the sums of losses of 20 and 30 tokens
-        {"step": 3, "loss": (160 + 210) / 50, "grad_norm": 6.0, "learning_rate": 0.03,
-         "loss/base/en": 110 / 20, "loss/x2x/zh": 260 / 30, "share/base/en": 0.4,
-         "share/x2x/zh": 0.6, "tokens_per_second": 75.0, "learned_tokens_per_second": 25.0,
-         "seconds_left": 4.0, "mfu": 75 * mfu},
+        {
+            "step": 3,
+            "loss": (160 + 210) / 50,
+            "grad_norm": 6.0,
+            "learning_rate": 0.03,
+            "loss/base/en": 110 / 20,
+            "loss/x2x/zh": 260 / 30,
+            "share/base/en": 0.4,
+            "share/x2x/zh": 0.6,
+            "tokens_per_second": 75.0,
+            "learned_tokens_per_second": 25.0,
+            "seconds_left": 4.0,
+            "mfu": 75 * mfu,
+        },
         # a group of which nothing was learned is not named
-        {"step": 6, "loss": 180 / 100, "grad_norm": 3.0, "learning_rate": 0.06,
-         "loss/base/en": 1.8, "share/base/en": 1.0, "tokens_per_second": 90.0,
-         "learned_tokens_per_second": 50.0, "seconds_left": 2 / 3, "mfu": 90 * mfu},
-        {"step": 7, "loss": 0.0, "grad_norm": 0.0, "learning_rate": 0.07, "tokens_per_second": 5.0,
-         "learned_tokens_per_second": 0.0, "seconds_left": 0.0, "mfu": 5 * mfu}]
+        {
+            "step": 6,
+            "loss": 180 / 100,
+            "grad_norm": 3.0,
+            "learning_rate": 0.06,
+            "loss/base/en": 1.8,
+            "share/base/en": 1.0,
+            "tokens_per_second": 90.0,
+            "learned_tokens_per_second": 50.0,
+            "seconds_left": 2 / 3,
+            "mfu": 90 * mfu,
+        },
+        {
+            "step": 7,
+            "loss": 0.0,
+            "grad_norm": 0.0,
+            "learning_rate": 0.07,
+            "tokens_per_second": 5.0,
+            "learned_tokens_per_second": 0.0,
+            "seconds_left": 0.0,
+            "mfu": 5 * mfu,
+        },
+    ]
     before, *records = read_records(tmp_path)
     assert before == {"step": 0}
     assert [record.pop("losses") for record in records] == [
-        [9.0], [8.0, 7.0], [6.0, 2.0, 1.0], [0.0]]
+        [9.0],
+        [8.0, 7.0],
+        [6.0, 2.0, 1.0],
+        [0.0],
+    ]
     for record in records:
         assert record.pop("peak_host_memory_gib") > 0
     assert records == [pytest.approx(record) for record in expected]
@@ -263,17 +393,29 @@ def test_what_is_not_finite_is_told_and_not_written(name, value, start, tmp_path
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("lora", [
-    None, Lora(rank=3, modules_to_save=()),
-    Lora(rank=3, targets=("o_proj", "up_proj"), use_dora=True, modules_to_save=("lm_head",))],
-    ids=["full", "adapters", "dora_and_head"])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        None,
+        Lora(rank=3, modules_to_save=()),
+        Lora(rank=3, targets=("o_proj", "up_proj"), use_dora=True, modules_to_save=("lm_head",)),
+    ],
+    ids=["full", "adapters", "dora_and_head"],
+)
 def test_flops_are_counted_by_what_trains_and_what_is_frozen(tied, lora):
     """A token costs 6 for a number that trains and 4 for a frozen one; a look-up costs nothing."""
     D, F, L, N, K, H, V, T = 32, 48, 2, 8, 2, 4, 300, 16
     spec = spec_from_architecture(small_architecture(tie_embeddings=tied), V)
     config = config_in("x", lora=lora)
-    sizes = {"q_proj": (D, N * H), "k_proj": (D, K * H), "v_proj": (D, K * H), "o_proj": (N * H, D),
-             "gate_proj": (D, F), "up_proj": (D, F), "down_proj": (F, D)}
+    sizes = {
+        "q_proj": (D, N * H),
+        "k_proj": (D, K * H),
+        "v_proj": (D, K * H),
+        "o_proj": (N * H, D),
+        "gate_proj": (D, F),
+        "up_proj": (D, F),
+        "down_proj": (F, D),
+    }
     layers = L * (sum(a * b for a, b in sizes.values()) + 2 * D)
     head = V * D  # also where it is the embedding too
     if lora is None:
@@ -284,20 +426,32 @@ def test_flops_are_counted_by_what_trains_and_what_is_frozen(tied, lora):
         expected = 6 * L * (pairs + magnitudes) + 4 * (layers + D)
         expected += (6 if lora.modules_to_save else 4) * head
     model = abstract_model(config, spec, make_mesh(config.mesh))
-    assert flops_per_token(spec, model, T) == expected + 12 * L * N * H * T
+    assert flops_per_token(model, T) == expected + 12 * L * N * H * T
 
 
 def test_flops_and_peaks():
     """The count of a small model by hand: the embedding is tied, so it is a matrix that tokens pass through."""
     spec = spec_from_architecture(small_architecture(), 300)
-    model = abstract_model(config_in("x", model=config_in("x").model), spec, make_mesh(config_in("x").mesh))
+    model = abstract_model(
+        config_in("x", model=config_in("x").model), spec, make_mesh(config_in("x").mesh)
+    )
     width, heads, kv, head, ff, layers = 32, 8, 2, 4, 48, 2
     matrices = layers * (width * head * (2 * heads + 2 * kv) + 3 * width * ff) + 300 * width
     norms = (2 * layers + 1) * width
-    assert flops_per_token(spec, model, 16) == 6 * (matrices + norms) + 12 * layers * heads * head * 16
-    for kind, peak in (("TPU v4", 275e12), ("TPU v5 lite", 197e12), ("TPU v5e", 197e12),
-                       ("TPU v5p", 459e12), ("TPU v5", 459e12), ("TPU v6 lite", 918e12),
-                       ("TPU v6e", 918e12), ("cpu", None), ("NVIDIA A100-SXM4-80GB", 312e12),
-                       ("NVIDIA H100 80GB HBM3", 989e12),
-                       ("NVIDIA H200", 989e12), ("NVIDIA B200", 2250e12), ("NVIDIA GeForce", None)):
+    assert flops_per_token(model, 16) == 6 * (matrices + norms) + 12 * layers * heads * head * 16
+    for kind, peak in (
+        ("TPU v4", 275e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5e", 197e12),
+        ("TPU v5p", 459e12),
+        ("TPU v5", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("TPU v6e", 918e12),
+        ("cpu", None),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA GeForce", None),
+    ):
         assert peak_flops(types.SimpleNamespace(device_kind=kind)) == peak

@@ -1,0 +1,318 @@
+"""How every program starts: flags, configuration, and errors that a user can act on."""
+
+import dataclasses
+import functools
+import glob
+import importlib.util
+import logging
+import os
+import sys
+import traceback
+import typing
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from crossin_jax import process
+from crossin_jax.checks import check
+from crossin_jax.config import (
+    Config,
+    UserError,
+    hint,
+    iterate_fields,
+)
+from crossin_jax.settings import hint_setting, redact, shorten
+
+EXIT_USER_ERROR = 2
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE: nobody reads the output any more, as after `| head`
+
+
+def run(
+    main: Callable[..., int | None],
+    *,
+    define: Callable[[], None] | None = None,
+    takes_config: bool = True,
+    run_flag: tuple[str, Callable[[str], Config]] | None = None,
+) -> None:
+    """Parses the command line, calls `main(config, FLAGS)` or `main(FLAGS)`, and exits.
+
+    `run_flag` is the flag that names a run, and what reads the run's configuration: it serves where --config is absent.
+    A `UserError` or a fault in a flag prints one to three lines and exits with 2; anything else is our fault and keeps
+    its traceback. docs/reliability.md lists all exit codes.
+    """
+    process.listen()
+    try:
+        _run(main, define, takes_config, run_flag)
+    except BrokenPipeError:
+        silence()
+        sys.exit(EXIT_BROKEN_PIPE)
+    finally:
+        process.wait_if_leaving()
+
+
+def _run(
+    main: Callable[..., int | None],
+    define: Callable[[], None] | None,
+    takes_config: bool,
+    run_flag: tuple[str, Callable[[str], Config]] | None,
+) -> None:
+    argv = sys.argv
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is as intended
+    # set by JAX where it finds no chips, but on Kubernetes also where there are some
+    if os.environ.get("TPU_SKIP_MDS_QUERY") and not glob.glob("/dev/accel*") + glob.glob(
+        "/dev/vfio/[0-9]*"
+    ):
+        set_libtpu_env()  # no TPU, but libtpu may be here for `plan`
+    if define:
+        define()
+    if {"-h", "--help", "-help"} & set(argv[1:]):
+        print(_help(takes_config), flush=True)
+        sys.exit(0)
+    try:
+        check_platforms(os.environ.get("JAX_PLATFORMS", ""))
+        config = define_config(argv, run_flag=run_flag) if takes_config else None
+        rest = flags.FLAGS(argv)[1:]
+        if rest:
+            raise UserError(f"unexpected argument {rest[0]!r}; flags start with --")
+        arguments = (check(config()), flags.FLAGS) if takes_config else (flags.FLAGS,)
+        code = main(*arguments) or 0
+        print(end="", flush=True)  # what cannot be written is an error now, and none at the exit
+        sys.exit(code)
+    except (UserError, flags.Error) as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        print("stopped by the keyboard", file=sys.stderr)
+        sys.exit(process.EXIT_INTERRUPTED)
+    except RuntimeError as error:
+        # JAX has no type of its own for a platform that is named and has no device.
+        if not str(error).startswith("Unable to initialize backend"):
+            raise
+        reason = str(error).partition(" (set JAX_PLATFORMS")[0]
+        fail(f"{reason}\nunset JAX_PLATFORMS, or set it to what this machine has, e.g. cpu")
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a full disk or an unwritable folder; the path is in the message
+        if error.filename is None and error.errno is None:
+            raise
+        silence(1)
+        fail(f"{error.filename or 'output'}: {os.strerror(error.errno) if error.errno else error}")
+
+
+def check_platforms(names: str) -> None:
+    """Refuses a value of JAX_PLATFORMS that names a platform whose plugin is not installed.
+
+    JAX itself ends with an AssertionError there, after many imports.
+    """
+    installed = {"cpu"} | ({"tpu"} if importlib.util.find_spec("libtpu") else set())
+    plugins = " ".join(plugin.name for plugin in entry_points(group="jax_plugins"))
+    installed |= {name for name in ("cuda", "rocm") if name in plugins} | set(plugins.split())
+    installed |= {"gpu"} if {"cuda", "rocm"} & installed else set()
+    extras = {"cuda": "cuda", "gpu": "cuda", "tpu": "tpu"}
+    for name in filter(None, names.lower().replace(" ", "").split(",")):
+        if name in installed:
+            continue
+        known = sorted(installed | extras.keys())
+        remedy = (
+            f"pip install 'crossin_jax[{extras[name]}]'"
+            if name in extras
+            else f"there are {', '.join(known)}{hint(name, known)}"
+        )
+        raise UserError(
+            f"JAX_PLATFORMS={names}: JAX has no plugin for {name!r} here; {remedy}, or unset JAX_PLATFORMS"
+        )
+
+
+def set_libtpu_env() -> None:
+    """Sets what libtpu reads about its host when it is loaded; without it, libtpu prints a page of complaints."""
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # no questions to a metadata server that is not there
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+
+
+def silence(*outputs: int) -> None:
+    """Drops what is still to be written to standard output and standard error, which cannot be written."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for output in outputs or (1, 2):
+        os.dup2(nowhere, output)
+
+
+def fail(message: str) -> None:
+    """Prints a user error and exits with 2."""
+    print(f"error: {shorten(redact(message))}", file=sys.stderr)
+    sys.exit(EXIT_USER_ERROR)
+
+
+def load_config_file(path: str) -> Any:
+    """The value of `get_config()` in a file; `FILE.py:variant` passes the variant to it."""
+    return call_config_file(path, "get_config")
+
+
+def call_config_file(path: str, function: str, **options: Any) -> Any:
+    """Loads a configuration file and calls one of its functions, with the text after the colon as argument if any."""
+    file, colon, variant = path.partition(":")
+    if not os.path.isfile(file):
+        raise UserError(f"--config={file}: no such file; pass a Python file with {function}()")
+    spec = importlib.util.spec_from_file_location("crossin_jax_config", file)
+    if spec is None or spec.loader is None:
+        raise UserError(
+            f"--config={file}: not a Python file; it must end in .py and define {function}()"
+        )
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, function):
+            raise UserError(f"defines no {function}()")
+        return getattr(module, function)(*([variant] if colon else []), **options)
+    except Exception as error:
+        lines = [
+            entry for entry in traceback.extract_tb(error.__traceback__) if entry.filename == file
+        ]
+        line = f":{lines[-1].lineno}" if lines else ""
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        raise UserError(f"--config={file}{line}: {kind}{error}") from error
+
+
+def define_config(
+    argv: list[str],
+    flag_values: flags.FlagValues = flags.FLAGS,
+    run_flag: tuple[str, Callable[[str], Config]] | None = None,
+) -> Callable[[], Config]:
+    """Registers `--config` with its overrides; returns a function that yields the configuration after parsing.
+
+    The file named by `--config` is loaded here, so that `--config.field=value` is typed by the field it overrides.
+    """
+    path = flag_value(argv, "config")
+    named = flag_value(argv, run_flag[0]) if run_flag and path is None else None
+    config = run_flag[1](named) if named is not None else None
+    if sum(argument.partition("=")[0] in ("--config", "-config") for argument in argv) > 1:
+        raise UserError("--config is given twice; one run has one file")
+    if path is None and config is None:
+        flags_that_serve = ["--config", *([f"--{run_flag[0]}"] if run_flag else [])]
+        for flag in (
+            argument.partition("=")[0] for argument in argv[1:] if argument.startswith("--")
+        ):
+            if (
+                "." not in flag
+                and flag not in flags_that_serve
+                and (near := hint(flag, flags_that_serve))
+            ):
+                raise UserError(f"{flag}: no such flag{near}")
+        or_run = f" or --{run_flag[0]}=RUN" if run_flag else ""
+        raise UserError(f"--config=FILE.py{or_run} is missing; see configs/ for examples")
+    config = config or load_config_file(path)
+    if not isinstance(config, Config):
+        raise UserError(
+            f"--config={path}: get_config() returns {type(config).__name__}, not crossin_jax.config.Config"
+        )
+    switched_off = _prepare_overrides(argv, config)
+    holder = config_flags.DEFINE_config_dataclass(
+        "config", config, sys_argv=argv, flag_values=flag_values
+    )
+
+    def resolve() -> Config:
+        for name in switched_off:
+            *parents, last = name.split(".")
+            setattr(functools.reduce(getattr, parents, holder.value), last, None)
+        return holder.value
+
+    return resolve
+
+
+def _prepare_overrides(argv: list[str], config: Config) -> list[str]:
+    """Checks the overrides in `argv` and brings them into a form that absl parses; --config itself is taken out.
+
+    Returns the names that are switched off with none, which are taken out too: absl has no flag for "no section".
+    """
+    known = {name: field for name, _, field in iterate_fields(config)}
+    given: dict[str, str] = {}
+    rest = []
+    words = iter(_without_flag(argv, "config"))
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not key.startswith(("--config.", "-config.")):
+            rest.append(word)
+            continue
+        name = key.lstrip("-").removeprefix("config.")
+        _check_name(config, name, list(known))
+        if not equals and (name not in known or known[name].type is not bool):
+            value = next(words, None)
+            if value is None:
+                raise UserError(f"--config.{name}: no value; write --config.{name}=VALUE")
+            word = f"{key}={value}"
+        given[name] = value
+        if value.lower() == "none":
+            continue
+        # A sequence may be written as a,b,c or a, without brackets and quotes.
+        is_tuple = name in known and typing.get_origin(known[name].type) is tuple
+        if is_tuple and not value.lstrip().startswith(("(", "[")):
+            entries = value.strip().removesuffix(",").split(",") if value.strip() else []
+            word = f"{key}=({''.join(_literal(entry) + ',' for entry in entries)})"
+        rest.append(word)
+    argv[:] = rest
+    switched_off = [name for name, value in given.items() if value.lower() == "none"]
+    for name in switched_off:
+        if inside := [other for other in given if other.startswith(f"{name}.")]:
+            raise UserError(
+                f"--config.{name}=none contradicts --config.{inside[0]}={given[inside[0]]}; "
+                "leave one of them out"
+            )
+    return switched_off
+
+
+def _check_name(config: Config, name: str, known: list[str]) -> None:
+    """Raises `UserError` where an override names no setting, or one inside a section that is off."""
+    value: Any = config
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if value is None and i:
+            off = ".".join(parts[:i])
+            raise UserError(
+                f"--config.{name}: {off} is None in this configuration; set {off} in its file"
+            )
+        if not dataclasses.is_dataclass(value) or not hasattr(value, part):
+            raise UserError(f"--config.{name}: no such setting{hint_setting(name, known)}")
+        value = getattr(value, part)
+
+
+def _literal(text: str) -> str:
+    try:
+        return repr(int(text))
+    except ValueError:
+        return repr(text.strip("'\" "))
+
+
+def flag_value(argv: list[str], name: str) -> str | None:
+    """What the command line gives a flag, before flags are parsed; None where it is absent."""
+    for i, argument in enumerate(argv):
+        key, equals, value = argument.partition("=")
+        if key.lstrip("-") == name and key.startswith("-"):
+            return value if equals else argv[i + 1] if i + 1 < len(argv) else None
+    return None
+
+
+def _without_flag(argv: list[str], name: str) -> list[str]:
+    result, skip = [], False
+    for argument in argv:
+        key, equals, _ = argument.partition("=")
+        if skip:
+            skip = False
+        elif key.startswith("-") and key.lstrip("-") == name:
+            skip = not equals
+        else:
+            result.append(argument)
+    return result
+
+
+def _help(takes_config: bool) -> str:
+    main = sys.modules["__main__"]
+    lines = [(main.__doc__ or "").strip(), ""]
+    for flag in flags.FLAGS.get_flags_for_module(main.__name__):
+        lines.append(f"  --{flag.name}  {flag.help} (default: {flag.default})")
+    if takes_config:
+        lines += ["  --config=FILE.py[:VARIANT]  experiment; every setting can be overridden:"]
+        for name, value, field in iterate_fields(Config()):
+            lines.append(f"  --config.{name}  {field.metadata['doc']} (default: {value})")
+    return "\n".join(lines)

@@ -1,0 +1,490 @@
+"""Rows of any layout become texts by language: which columns, which id, and which faults drop a
+row.
+"""
+
+import array
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crossin_jax.config import Source, UserError, hint
+from crossin_jax.data.readers import (
+    ALIASES,
+    EMPTY,
+    SQUAD,
+    Fields,
+    File,
+    first_answer,
+    is_chat,
+    parse_list,
+    parse_pairs,
+    read_rows,
+)
+from crossin_jax.files import JSON_NAMES
+from crossin_jax.languages import find_code, match
+
+# Longer texts are dropped and counted: one would hold a tokenizing worker for seconds.
+MAX_CHARACTERS = 1_000_000
+MAX_REASONS = 1000
+UNREAD = "unread"  # the key of `fields` that says what happens to fields that nobody reads
+NOT_KNOWN = ", which is not a known language"
+TEXTS = ("instruction", "input", "output")
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """One language's version of a record; `messages` is the chat as (role, text) where the source
+    has turns.
+
+    Roles are system, user, assistant, and `MASKED`: an assistant's turn that is read but not
+    learned.
+    """
+
+    instruction: str
+    input: str
+    output: str
+    messages: tuple[tuple[str, str], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One row: `texts` maps a language code to that language's version."""
+
+    id: str
+    texts: dict[str, Text]
+
+
+def hash_key(text: str) -> int:
+    """The first 8 bytes of BLAKE2b as an integer: the identity of a row id in every draw."""
+    return int.from_bytes(
+        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
+    )
+
+
+class Unusable(Exception):
+    """A text that cannot be used as it stands: its record is dropped and counted under this reason."""
+
+
+class TextReader:
+    """Iterates the texts of a source as rows of the Arrow file; unusable texts come blank, with
+    their reason.
+
+    After the pass `reasons` has the index of each reason, and `ignored` counts rows by what of them
+    was not read: fields that no rule knows, and rows in other languages. `ignored_rows` names the
+    first place of each.
+    """
+
+    def __init__(self, source: Source, codes: Sequence[str], files: list[File]):
+        self.source, self.codes, self.files = source, tuple(codes), files
+        self.named_by_content: bool | None = None
+        self._columns: dict[tuple[str, ...], dict] = {}  # `_assign` of each set of columns
+        self.reasons: dict[str | None, int] = {None: 0}
+        self.ignored: Counter[str] = Counter()
+        self.ignored_rows: dict[str, str] = {}
+        self.unknown: dict[str, str] = {}  # marks that are no language: their first places
+        self.masked_turns = 0
+        self._unread: set[str] = set()  # fields of the current row
+        self._place = f"data source {source.name or source.path!r}"
+        for name in source.fields.keys() - {UNREAD}:
+            if name not in ALIASES:
+                raise UserError(
+                    f"{self._place}: fields has no {name!r}{hint(name, ALIASES)}; "
+                    f"it maps {', '.join(ALIASES)}"
+                )
+        if source.fields.get(UNREAD, "count") not in ("count", "refuse"):
+            raise UserError(
+                f"{self._place}: fields[{UNREAD!r}]={source.fields[UNREAD]!r} is not one of count, refuse"
+            )
+
+    # A row may hold one language or several; a row of the Arrow file holds one:
+    #
+    #     {"id": 7, "en": {…}, "zh": {…}}       → (7, en, …), (7, zh, …)
+    #     xquad.en.json and xquad.zh.json       → (7, en, …) … (7, zh, …)
+    #     {"id": 7, "language": "zh", …}        → (7, zh, …)
+    #
+    # The corpus joins them by id. An unusable text still has its row there, blank and with its
+    # reason: the corpus then drops the record in all its languages.
+    def __iter__(self) -> Iterator[tuple]:
+        positions, counts = array.array("Q"), []
+        for f, file in enumerate(self.files):
+            count = 0
+            for number, row in read_rows(file, self.source.split):
+                place = f"{file.path}, row {number}"
+                fields = Fields(row, self.source.fields, file.layout == "csv")
+                texts = self._split_languages(file, fields, place)
+                count += 1
+                # Joined by position, a row is named after the content of the first file's row.
+                if self.source.join == "position" and len(self.files) > 1:
+                    if f == 0:
+                        positions.append(hash_key(_content(texts)))
+                    row_id = f"{positions[count - 1]:016x}" if count <= len(positions) else ""
+                    self.named_by_content = True
+                else:
+                    row_id = self._identify(fields, place, texts)
+                group = self._find_group(fields, place) if texts else 0
+                for code, (text, fault) in texts.items():
+                    body = ("", "", "", None) if fault else as_row(text)
+                    language, reason = self.codes.index(code), self._number(fault)
+                    yield hash_key(row_id), group, language, f, number, reason, row_id, *body
+                for what in fields.missing_cells():
+                    self._ignore(what, place)
+                for name in sorted(self._unread.union(fields.unread() if texts else ())):
+                    self._ignore(f"field {name!r}", place)
+                self._unread.clear()
+            counts.append(count)
+            if self.source.join == "position" and count != counts[0]:
+                listed = ", ".join(
+                    f"{Path(g.path).name}: {n}" for g, n in zip(self.files, counts, strict=False)
+                )
+                raise UserError(
+                    f"{self._place}: joined by position, but the files disagree in their number of rows "
+                    f"({listed}); mend the files, or give the rows ids and join by them"
+                )
+        # Raised after the last row, so that the message can say how many rows there are.
+        if self.unknown and self.source.fields.get(UNREAD) != "count":
+            mark, place = next(iter(self.unknown.items()))
+            count = sum(n for what, n in self.ignored.items() if what.endswith(NOT_KNOWN))
+            marks = ", ".join(repr(mark[:40]) for mark in [*self.unknown][:5])
+            raise UserError(
+                f"{place}: {mark!r} is not a known language ({count} rows in all, "
+                f"marked {marks})\n"
+                "give codes such as fr or zh-Hant, or English names; "
+                f"fields={{{UNREAD!r}: 'count'}} leaves these rows out and counts them"
+            )
+
+    def _ignore(self, what: str, place: str) -> None:
+        self.ignored[what] += 1
+        self.ignored_rows.setdefault(what, place)
+
+    def _number(self, fault: str | None) -> int:
+        """The number of a reason; reasons quote values of the data, so their number has a limit."""
+        if fault not in self.reasons and len(self.reasons) >= MAX_REASONS:
+            fault = "another fault"
+        return self.reasons.setdefault(fault, len(self.reasons))
+
+    def _identify(self, fields: Fields, place: str, texts: dict) -> str:
+        row_id = fields.find("id")
+        # An object under "id" is the Indonesian version of the record.
+        by_content = row_id is None or row_id == "" or isinstance(row_id, dict)
+        if by_content and len(self.files) > 1:
+            raise UserError(
+                f"{place}: no id to join the languages by; "
+                f"set fields={{'id': COLUMN}}, or join='position' where the files are parallel"
+            )
+        if self.named_by_content not in (None, by_content):
+            raise UserError(
+                f"{place}: {'no id' if by_content else 'an id'}, "
+                f"unlike the rows before it; give every row an id, or none"
+            )
+        self.named_by_content = by_content
+        return f"{hash_key(_content(texts)):016x}" if by_content else str(row_id)
+
+    def _find_group(self, fields: Fields, place: str) -> int:
+        """The hash of the value that keeps rows together; SQuAD files have "article" and
+        "paragraph".
+        """
+        name = self.source.fields.get("group")
+        if not name:
+            return 0
+        value = fields.find("group")
+        value = fields.get(SQUAD + name) if value is None else value
+        if value is None or isinstance(value, dict):
+            raise UserError(
+                f"{place}: no value under {name!r}, the field of the group; columns: "
+                f"{', '.join(fields.row)}"
+            )
+        return hash_key(str(value))
+
+    def _split_languages(
+        self, file: File, fields: Fields, place: str
+    ) -> dict[str, tuple[Text, str | None]]:
+        """The text of each language in a row, with the reason why it cannot be used or None."""
+        self._check_kind(fields, place)
+        if file.language:
+            return {file.language: self._read_text(fields, place)}
+        mark = fields.find("language")
+        if isinstance(mark, str):
+            if find_code(mark) is None:
+                self.unknown.setdefault(mark, place)
+                self._ignore(f"rows in {mark[:40]!r}{NOT_KNOWN}", place)
+            elif code := match(mark, self.codes):
+                return {code: self._read_text(fields, place)}
+            else:
+                self._ignore(f"rows in {mark[:40]!r}, which the source does not read", place)
+            return {}
+        groups = {code: group for code in self.codes if (group := self._group(fields, code))}
+        if groups:
+            texts = {}
+            for code, group in groups.items():
+                part = Fields(group, fields.mapped, fields.is_csv)
+                texts[code] = self._read_text(part, place)
+                self._unread.update(part.unread())
+            return texts
+        if len(self.codes) != 1:
+            raise UserError(
+                f"{place}: columns {', '.join(fields.row)} name no language; for one language set "
+                f"languages=('{self.codes[0]}',), for several give one column group per language"
+            )
+        return {self.codes[0]: self._read_text(fields, place)}
+
+    def _check_kind(self, fields: Fields, place: str) -> None:
+        """Refuses rows that are not of the kind that the source claims."""
+        kind, why = self.source.kind, None
+        if kind == "messages" and not isinstance(fields.find("messages"), (list, str)):
+            why = "it has no list messages or conversations"
+        elif kind == "columns" and not any(self._group(fields, code) for code in self.codes):
+            why = f"it has no column group for any of {', '.join(self.codes)}"
+        elif kind == "squad" and any(
+            fields.find(field) is None for field in ("id", "instruction", "input")
+        ):
+            why = "it has no question and context"
+        if why:
+            raise UserError(
+                f"{place}: kind={kind!r}, but {why}; columns: {', '.join(fields.row)}; "
+                f"set kind='auto' or name the columns in fields"
+            )
+
+    def _group(self, fields: Fields, code: str) -> dict | None:
+        """One language's columns of a row: row["zh"], row["Chinese"], "instruction_zh",
+        "zh_instruction" ...
+        """
+        row, columns = fields.row, tuple(fields.row)
+        if columns not in self._columns:
+            self._columns[columns] = self._assign(columns)
+        group = {}
+        for name, column in self._columns[columns].get(code, ()):
+            value, whole = row[column], None
+            if name:
+                fields.read.add(column)
+                group.setdefault(name, value)
+                continue
+            if isinstance(value, dict):
+                whole = value
+            elif isinstance(value, list):
+                whole = {"messages": value}
+            # A column "id" of strings holds row ids, not Indonesian.
+            elif isinstance(value, str) and (column != "id" or "id" in fields.mapped):
+                whole = {"output": value}
+            if whole is not None:
+                fields.read.add(column)
+                return whole
+        return group or None
+
+    def _assign(self, columns: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
+        """By language its columns as (field, column), in the order of preference; the field is ""
+        for a whole text.
+
+        ("zh", "question_fra_Latn") → {"zh": [("", "zh")], "fr": [("question",
+        "question_fra_Latn")]}
+        """
+        forms = [("", "{lang}")]
+        for field in (*TEXTS, "messages", "system", "history"):
+            mapped = self.source.fields.get(field)
+            if mapped and "{lang}" in mapped:
+                forms.append((mapped, mapped))
+            for name in () if mapped else ALIASES[field]:
+                forms += [
+                    (name, form.format(name, "{lang}"))
+                    for form in ("{0}_{1}", "{1}_{0}", "{0}.{1}", "{1}.{0}")
+                ]
+        assigned: dict[str, list[tuple[str, str]]] = {}
+        for name, form in forms:
+            before, _, after = form.partition("{lang}")
+            found = []
+            for column in columns:
+                spelling = column.removeprefix(before).removesuffix(after)
+                code = find_code(spelling) if before + spelling + after == column else None
+                if code:
+                    found.append((spelling != code, code, column))
+            # a column with the code itself goes before one with the language's name
+            for _, code, column in sorted(found):
+                assigned.setdefault(code, []).append((name, column))
+        return assigned
+
+    def _read_text(self, fields: Fields, place: str) -> tuple[Text, str | None]:
+        """The text of one language; and why it cannot be used, or None."""
+        try:
+            text = self._join_fields(fields, place)
+        except Unusable as fault:
+            return Text("", "", ""), str(fault)
+        return text, find_fault(text)
+
+    def _join_fields(self, fields: Fields, place: str) -> Text:
+        """The text that the fields of one language make: a chat where there are turns."""
+        # messages                              → its turns
+        # prompt and completion with turns      → their turns
+        # instruction, input, output            → a text
+        # the same with system S and history    → a chat: S, q → a, instruction + input → output
+        turns = parse_list(fields.find("messages"))
+        if isinstance(turns, str):
+            raise UserError(
+                f"{place}: messages is a text that is neither JSON nor a Python list; write a list of turns"
+            )
+        system = _as_text(fields.find("system"), "system")
+        values: list[Any] = [None] * len(TEXTS)
+        if not isinstance(turns, list) or not turns:
+            values = [fields.find(field) for field in TEXTS]
+            # The prompt and its completion may be lists of turns.
+            turns = [turn for part in (values[0], values[2]) if is_chat(part) for turn in part]
+        if turns:
+            return _join_chat([self._read_turn(turn) for turn in turns], system)
+        names = [name for field in ("instruction", "output") for name in fields.columns(field)]
+        if values[0] is None and values[2] is None and not fields.row.keys() & {*names}:
+            raise UserError(
+                f"{place}: no instruction and no output among the columns {', '.join(fields.row) or '(none)'}; "
+                f"set fields={{'instruction': COLUMN, 'output': COLUMN}}"
+            )
+        if "answers" in fields.read:
+            values[2] = first_answer(values[2])
+        for field, value in zip(TEXTS, values, strict=True):
+            if isinstance(value, (list, dict)):
+                raise UserError(
+                    f"{place}: {field} is a {type(value).__name__}, not text; "
+                    f"reach into it with a dotted path, e.g. fields={{'{field}': 'instances.0.{field}'}}"
+                )
+        instruction, input, output = map(_as_text, values, TEXTS)
+        history = parse_pairs(fields.find("history"))
+        if history is None:  # a column of another meaning, which nobody reads
+            fields.read.difference_update(fields.columns("history"))
+        if not system and not history:
+            return Text(instruction, input, output)
+        request = f"{instruction}\n{input}" if input else instruction
+        return _join_chat([*(history or ()), ("user", request), ("assistant", output)], system)
+
+    def _read_turn(self, turn: Any) -> tuple[str, str]:
+        """(role, text) of a chat turn."""
+        if not isinstance(turn, dict):
+            raise Unusable("chat turn that is no object with role and content")
+        name = turn.get("role") or turn.get("from")
+        role = ROLES.get(name.lower()) if isinstance(name, str) else None
+        if role is None:
+            raise Unusable(f"chat turn with role {str(name)[:40]!r}")
+        content = turn.get("content")
+        text = _turn_text(turn.get("value") if content is None else content, role)
+        for key, value in turn.items():
+            if key in TURN_KEYS or value in EMPTY or value != value:
+                continue
+            if key in TOOL_KEYS:
+                raise Unusable("tool call in a chat turn")
+            if key not in LEARN_KEYS:
+                self._unread.add(f"messages[].{key}")
+            elif value not in (0, 1):
+                raise Unusable(
+                    f"chat turn with {key} {str(value)[:40]!r}, which is neither 0 nor 1"
+                )
+            elif not value and role == "assistant":
+                role = MASKED
+                self.masked_turns += 1
+        return role, text
+
+
+# ---- Chats
+
+MASKED = "masked assistant"  # an assistant's turn that is read, but not learned
+ANSWERING = ("assistant", MASKED)
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatbot"), "assistant"),
+}
+TURN_KEYS = ("role", "from", "content", "value")
+TOOL_KEYS = ("tool_calls", "function_call", "tool_call_id")
+LEARN_KEYS = ("weight", "train", "training", "loss")  # 0 or False: the turn is not learned
+
+
+def to_turn(role: str, text: str) -> dict[str, Any]:
+    """A chat turn as rows have it; `TextReader` reads it back."""
+    if role == MASKED:
+        return {"role": "assistant", "content": text, "weight": 0}
+    return {"role": role, "content": text}
+
+
+def _turn_text(value: Any, role: str) -> str:
+    """The text of a turn: a text, or a list of texts and {"type": "text", "text": …} parts, joined
+    by line breaks.
+    """
+    if value is None and role != "assistant":
+        raise Unusable("chat turn without content")
+    if not isinstance(value, list):
+        return _as_text(value, "content of a chat turn")
+    texts = [part.get("text") if isinstance(part, dict) else part for part in value]
+    kinds = [part.get("type", "text") for part in value if isinstance(part, dict)]
+    if not all(isinstance(text, str) for text in texts) or {*kinds} - {"text"}:
+        raise Unusable("chat turn with parts that are not text")
+    return "\n".join(texts)
+
+
+# Only learned exchanges count here: kinds that need one prompt and one answer take the last.
+def _join_chat(turns: list[tuple[str, str]], system: str) -> Text:
+    """A chat as a text whose instruction and output are the last exchange that is learned."""
+    if system and turns[0] != ("system", system):
+        if turns[0][0] == "system":
+            raise Unusable("two system prompts that differ")
+        turns = [("system", system), *turns]
+    instruction = question = output = ""
+    for role, text in turns:
+        if role == "user":
+            question = text
+        elif role == "assistant":
+            instruction, output = question, text
+    if MASKED in dict(turns) and "assistant" not in dict(turns):
+        raise Unusable("chat of which no turn is learned")
+    return Text(instruction, "", output, tuple(turns))
+
+
+# ---- Values and faults
+
+
+def _as_text(value: Any, what: str) -> str:
+    """A text; whole numbers are written out, and nothing else is made into a text."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise Unusable(f"{what} is {JSON_NAMES.get(type(value), 'not text')}, not text")
+
+
+def find_fault(text: Text) -> str | None:
+    """Why a text cannot be used; None where it can."""
+    # The order decides which reason is counted where a text has several faults.
+    whole = text.instruction + text.input + text.output
+    if text.messages:
+        whole = "".join(content for _, content in text.messages)  # output is one of the turns
+        roles = [role for role, _ in text.messages if role != "system"]
+        turns = ["user", "assistant"] * (len(roles) // 2)
+        if not roles or ["assistant" if role == MASKED else role for role in roles] != turns:
+            return "chat turns out of order"
+    if not text.output.strip():
+        return "empty output"
+    if any(role == "assistant" and not turn.strip() for role, turn in text.messages or ()):
+        return "empty assistant turn"
+    if "\0" in whole:
+        return "NUL character"
+    if len(whole) > MAX_CHARACTERS:
+        return f"over {MAX_CHARACTERS} characters"
+    try:
+        whole.encode()
+    except UnicodeEncodeError:
+        return "lone surrogate"
+    return None
+
+
+def as_row(text: Text) -> tuple:
+    """The columns of a text in the Arrow file."""
+    messages = json.dumps(text.messages, ensure_ascii=False) if text.messages else None
+    return text.instruction, text.input, text.output, messages
+
+
+def _content(texts: dict[str, tuple[Text, str | None]]) -> str:
+    return json.dumps([[code, *as_row(text)] for code, (text, _) in sorted(texts.items())])
+
+
+def digest(text: str) -> bytes:
+    """16 bytes of BLAKE2b."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()

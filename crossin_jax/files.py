@@ -1,0 +1,331 @@
+"""Files and folders: read with complaints that name the remedy, written whole or not at all,
+hashed.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import io
+import json
+import math
+import operator
+import os
+import re
+import types
+import typing
+import uuid
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from crossin_jax.process import temporary
+from crossin_jax.settings import Settings, UserError, hint, redact
+
+MAX_BYTES = 4 << 30  # of a file that is read whole
+BLOCK_BYTES = 1 << 20  # that are read at once
+MAX_DEPTH = 100  # of lists and objects in a JSON value; Python's own functions fail near 1,000
+JSON_NAMES = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    type(None): "null",
+}
+
+
+def check_output(flag: str, path: Path) -> None:
+    """Refuses a file that cannot be written, before hours are spent on what belongs in it."""
+    if path.is_dir():
+        raise UserError(f"{flag}={path}: a folder; name a file in it")
+    if path.exists() and not path.is_file():  # replacing /dev/null would break the machine
+        raise UserError(f"{flag}={path}: not a regular file; name another")
+    if not path.parent.is_dir():
+        raise UserError(f"{flag}={path}: the folder {path.parent} does not exist; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{flag}={path}: the folder {path.parent} is not writable; choose another")
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replaces a file, or leaves the old one; several processes and hosts may write the same at
+    once.
+    """
+    with temporary(path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")) as part:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(part, path)
+
+
+def read_bytes(path: str | Path, *, remedy: str = "") -> bytes:
+    """The content of a file that a user named, unpacked where it is compressed with gzip.
+
+    Raises `UserError` with the path, the reason and `remedy` where it cannot be read.
+    """
+    content = io.BytesIO()
+    with _explain_faults(path, remedy), open_unpacked(path) as file:
+        # A small file may unpack to any size; and one large read would reserve all of it beforehand.
+        while content.tell() <= MAX_BYTES and (block := file.read(BLOCK_BYTES)):
+            content.write(block)
+    if content.tell() > MAX_BYTES:
+        hint = f"; {remedy}" if remedy else ""
+        raise UserError(f"{path}: above {MAX_BYTES >> 30} GiB; is this the right file?{hint}")
+    return content.getvalue()
+
+
+def open_unpacked(path: str | Path) -> BinaryIO:
+    """Opens a file for reading bytes; gzip is recognised by its first bytes, whatever the file is
+    called.
+    """
+    check_regular(path)
+    with open(path, "rb") as start:
+        is_compressed = start.read(2) == b"\x1f\x8b"
+    return gzip.open(path, "rb") if is_compressed else open(path, "rb")
+
+
+@contextlib.contextmanager
+def _explain_faults(path: str | Path, remedy: str) -> Iterator[None]:
+    """Faults while a user's file is read become a `UserError` with path, reason and remedy."""
+    hint = f"; {remedy}" if remedy else ""
+    try:
+        yield
+    except FileNotFoundError:
+        start = "" if Path(path).is_absolute() else f"; paths start at {Path.cwd()}"
+        raise UserError(f"{path}: no such file{hint}{start}") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: damaged gzip ({error}); copy or write the file again") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}){hint}") from None
+
+
+def read_json(
+    path: str | Path, *, expect: type | None = None, what: str = "a JSON file", remedy: str = ""
+) -> Any:
+    """The value in a JSON file that a user named (UTF-8, with or without byte order mark or gzip).
+
+    Raises `UserError` with path, place and `remedy`, also where the value is no `expect` (dict or
+    list); `what` says in a few words what the file should hold.
+    """
+    hint = f"; {remedy}" if remedy else ""
+    text = decode_text(read_bytes(path, remedy=remedy), str(path))
+    return parse_json(text, str(path), expect, what, hint)
+
+
+def read_json_lines(path: str | Path, *, remedy: str = "") -> Iterator[tuple[int, Any]]:
+    """(number of the line from 1, its value) of a JSON Lines file; empty lines are left out.
+
+    The file is read line by line. Raises `UserError` with path, line and remedy.
+    """
+    hint = f"; {remedy or 'a .jsonl file holds one object per line'}"
+    for number, line in read_lines(path, remedy=remedy):
+        line = line.removeprefix("\ufeff")  # files with a mark may have been joined
+        if line.strip():
+            yield number, parse_json(line, f"{path}, row {number}", None, "one object", hint)
+
+
+def read_lines(path: str | Path, *, remedy: str = "") -> Iterator[tuple[int, str]]:
+    """(number from 1, text) of each line of a UTF-8 file, compressed with gzip or not.
+
+    Lines end at "\\n" only: U+2028, U+2029 and U+0085 are characters of a text, not ends of lines.
+    """
+    with _explain_faults(path, remedy), open_unpacked(path) as file:
+        for number, line in enumerate(file, 1):
+            yield number, decode_text(line, f"{path}, row {number}", has_mark=number == 1)
+
+
+def decode_text(raw: bytes, place: str, *, has_mark: bool = True) -> str:
+    """UTF-8 as text, without a byte order mark if it may have one; `UserError` with `place`, line
+    and remedy for other bytes.
+    """
+    if has_mark and (raw[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in raw[:4]):
+        raise UserError(
+            f"{place}: UTF-16 or UTF-32, not UTF-8; convert it: iconv -f utf-16 -t utf-8"
+        )
+    try:
+        return raw.decode("utf-8-sig" if has_mark else "utf-8")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        at = f", line {line}" if b"\n" in raw.rstrip(b"\n") else ""
+        raise UserError(
+            f"{place}{at}: byte {raw[error.start]:#04x} is not UTF-8; convert the file, e.g. "
+            "iconv -f latin1 -t utf-8"
+        ) from None
+
+
+def refuse_utf16(raw: bytes, place: str) -> None:
+    """Raises `UserError` where the first bytes of a file are those of UTF-16 or UTF-32."""
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in raw[:4]:
+        raise UserError(
+            f"{place}: UTF-16 or UTF-32, not UTF-8; convert it: iconv -f utf-16 -t utf-8"
+        )
+
+
+def parse_json(text: str, place: str, expect: type | None, what: str, hint: str) -> Any:
+    """The value that a JSON text holds; `UserError` with `place` and `hint` where it holds none."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if "\n" in text.strip() else ""
+        raise UserError(
+            f"{place}: not JSON at {line}column {error.colno} ({error.msg}){hint}"
+        ) from None
+    except ValueError as error:  # Python reads no number of more than 4,300 digits
+        raise UserError(f"{place}: {str(error).partition(';')[0]}{hint}") from None
+    except RecursionError:
+        raise UserError(f"{place}: nested too deeply for {what}{hint}") from None
+    if text.count("[") + text.count("{") > MAX_DEPTH and _is_deeper(value, MAX_DEPTH):
+        raise UserError(f"{place}: nested too deeply for {what}{hint}")
+    if expect is not None and not isinstance(value, expect):
+        raise UserError(
+            f"{place}: holds {JSON_NAMES[type(value)]}, but {what} is {JSON_NAMES[expect]}{hint}"
+        )
+    return value
+
+
+def check_regular(path: str | Path) -> None:
+    """Refuses what is there but is no file: a folder, or a pipe or device, which could be read for
+    ever.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: a folder; name a file in it")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: a pipe or device; write its content to a file, and name that")
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    """Whether lists and objects lie in one another more than `depth` times."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(depth):
+        entries = [c.values() if isinstance(c, dict) else c for c in level]
+        level = [e for group in entries for e in group if isinstance(e, dict | list)]
+    return bool(level)
+
+
+LARGEST = 2**31 - 1  # devices count in 32 bits; a declaration that goes further says so
+
+
+def allows(annotation: Any, value: Any) -> bool:
+    """Whether a value, with all its entries, has the annotated type; an int is a float, a bool is
+    not an int.
+    """
+    origin, entries = typing.get_origin(annotation), typing.get_args(annotation)
+    if isinstance(annotation, types.UnionType):
+        return any(allows(option, value) for option in entries)
+    if annotation is Any:
+        return True
+    if annotation in (int, float):
+        kinds = (int, float) if annotation is float else (int,)
+        return isinstance(value, kinds) and not isinstance(value, bool)
+    if not isinstance(value, origin or annotation):
+        return False
+    if origin is dict:
+        key, entry = entries
+        return all(allows(key, k) and allows(entry, v) for k, v in value.items())
+    return origin not in (tuple, list) or all(allows(entries[0], entry) for entry in value)
+
+
+def name_type(annotation: Any) -> str:
+    """An annotation as a reader writes it: int | None, tuple[Component, ...]."""
+    if isinstance(annotation, type) and not typing.get_args(annotation):
+        return annotation.__name__
+    return str(annotation).replace("crossin_jax.config.", "")
+
+
+def check_value(path: str, value: Any, annotation: Any, rules: Mapping[str, Any]) -> None:
+    """Raises `UserError` with path and value where the value breaks its declaration (see
+    `config.setting`).
+    """
+    if fault := _find_fault(value, annotation, rules):
+        known = rules.get("choices", ())
+        near = hint(value, known) if isinstance(value, str) else ""
+        about = f": {rules['doc']}" if "doc" in rules else ""
+        raise UserError(f"{path}={value!r} {fault}{about}{near}")
+
+
+def check_fields(values: Mapping[str, Any], fields: Mapping[str, Any], place: str) -> None:
+    """Checks the fields of an outside file: name → type, or (type, rules of `config.setting`).
+
+    Fields that are absent or null pass, and so do those that are not declared. What lies in a table
+    passes too: its own fields are declared where they are read. Raises `UserError` with `place`.
+    """
+    for name, declared in fields.items():
+        annotation, rules = declared if isinstance(declared, tuple) else (declared, {})
+        value = values.get(name)
+        if value is None:
+            continue
+        entries = value if isinstance(value, list) else [value]
+        if allows(annotation, value) and any(isinstance(entry, dict) for entry in entries):
+            continue
+        check_value(f"{place}: {name}", value, annotation, rules)
+
+
+def join_some(faults: Sequence[str], most: int = 5) -> str:
+    """The first few faults, and how many more there are."""
+    more = [f"and {len(faults) - most} more"] if len(faults) > most else []
+    return "; ".join([*faults[:most], *more])
+
+
+def _find_fault(value: Any, annotation: Any, rules: Mapping[str, Any]) -> str | None:
+    if not allows(annotation, value):
+        return f"is a {type(value).__name__}; it takes {name_type(annotation)}"
+    if isinstance(value, tuple) and not rules.get("may_repeat"):
+        for i, entry in enumerate(value):
+            if entry in value[:i] and not isinstance(entry, Settings):
+                return f"names {entry!r} twice; name each once"
+    for entry in _scalars(value):
+        if isinstance(entry, str):
+            fault = _find_fault_in_text(entry, rules)
+        else:
+            fault = _find_fault_in_number(entry, rules)
+        if fault:
+            return fault
+    return None
+
+
+def _scalars(value: Any) -> Iterator[Any]:
+    """Every text and number in a value; the keys of a dictionary count too."""
+    if isinstance(value, dict | tuple | list):
+        for entry in (*value, *value.values()) if isinstance(value, dict) else value:
+            yield from _scalars(entry)
+    elif isinstance(value, str | int | float) and not isinstance(value, bool):
+        yield value
+
+
+def _find_fault_in_text(text: str, rules: Mapping[str, Any]) -> str | None:
+    if "choices" in rules and text not in rules["choices"]:
+        if "form" in rules and re.fullmatch(rules["form"], text):
+            return None
+        return f"is not one of {', '.join(rules['choices'])}"
+    if text == "" and not rules.get("may_be_empty"):
+        return "is empty"
+    if "\0" in text or not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        return "holds a character that no file can hold"
+    if redact(text) != text:  # settings are stored beside every checkpoint and result
+        return "holds a password or token; give it in the environment instead"
+    return None
+
+
+def _find_fault_in_number(number: float, rules: Mapping[str, Any]) -> str | None:
+    if isinstance(number, float) and not math.isfinite(
+        number
+    ):  # a comparison with nan is never true
+        return "must be finite"
+    if "choices" in rules and number not in rules["choices"]:
+        return f"is not one of {', '.join(map(str, rules['choices']))}"
+    limits = {"at_most": LARGEST, **rules}
+    for word, breaks in (
+        ("above", operator.le),
+        ("at_least", operator.lt),
+        ("at_most", operator.gt),
+    ):
+        if word in limits and breaks(number, limits[word]):
+            return f"must be {word.replace('_', ' ')} {limits[word]}"
+    return None
+
+
+def content_hash(value: Any) -> str:
+    """A short hash of JSON-able content, the same on every machine."""
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
+    ).hexdigest()[:16]

@@ -1,0 +1,469 @@
+"""Compiles the programs of a run for absent TPUs, and looks for changes if it does not fit."""
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from crossin_jax.checkpoint.hf import is_adapter, leaf_path
+from crossin_jax.checkpoint.hf_map import weight_keys
+from crossin_jax.checkpoint.weights import layers_at_once, make_writer, predict_peak
+from crossin_jax.checks import check
+from crossin_jax.config import Config, UserError
+from crossin_jax.generation.batching import LENGTH_BUCKETS, bucket
+from crossin_jax.generation.decoding import RING
+from crossin_jax.generation.programs import CHUNK, Programs
+from crossin_jax.generation.sampling import make_sampling
+from crossin_jax.models.attention import Kernel, choose_kernel, kernel_flops
+from crossin_jax.parallel.mesh import batch_sharding, check_batch, make_mesh
+from crossin_jax.plan.proposal import replace_settings
+from crossin_jax.plan.topology import (
+    Program,
+    Topology,
+    compile_program,
+    open_topology,
+    shard_bytes,
+    uncached,
+)
+from crossin_jax.training.optim import make_optimizer
+from crossin_jax.training.state import AbstractModel, abstract_model, abstract_state, model_spec
+from crossin_jax.training.step import COMPILER_OPTIONS, StepSettings, make_train_step
+from crossin_jax.training.telemetry import peak_flops
+
+PROGRAMS = ("load", "train", "prefill", "decode")
+# bytes of a number in a checkpoint's bfloat16 file
+FILE_BYTES = 2
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A compiled program of the run; all numbers are per chip and per execution.
+
+    Decode counts one token of every row. A program that does not fit has no costs: they are None.
+    """
+
+    argument_bytes: int
+    temporary_bytes: int
+    peak_bytes: int
+    # in the host's memory, where model.remat=offload keeps what the backward pass needs
+    offloaded_bytes: int
+    compile_seconds: float
+    # executed matrix FLOPs, and those of them in attention kernels, which follow from a formula
+    flops: float | None = None
+    kernel_flops: float | None = None
+    hbm_bytes: float | None = None
+    # the compiler's estimate, without attention kernels and collectives
+    cycles: float | None = None
+    matrix_cycles: float | None = None
+    sent_bytes: dict[str, float] | None = None
+    collectives: dict[str, float] | None = None
+    floor_seconds: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run would need and cost on a topology."""
+
+    topology: str
+    chips: int
+    hosts: int
+    hbm_limit: int
+    mesh: dict[str, int]
+    fits: bool
+    phases: dict[str, Phase]
+    # what the busiest host reads of the model's files, and its peak of memory meanwhile
+    read_bytes: int
+    host_peak_bytes: int
+    # trained weights and moments that a host copies and writes for a checkpoint
+    saved_bytes: int
+    tokens_per_step: int
+    steps: int | None
+    hours_floor: float | None
+    # settings that differ from the given configuration
+    change: dict[str, Any]
+
+
+def make_plan(
+    config: Config, topology: str | Topology, programs: tuple[str, ...] = PROGRAMS
+) -> Plan:
+    """Compiles the programs of a run for a topology; `programs` are some of PROGRAMS."""
+    if isinstance(topology, str):
+        topology = open_topology(topology)
+    mesh, spec = make_mesh(config.mesh, list(topology.devices)), model_spec(config)
+    check_batch(config.train.batch_size, config.train.accumulation, mesh)
+    model = abstract_model(config, spec, mesh)
+    optimizer = make_optimizer(config.optim, config.train.steps or 1000)
+    state = abstract_state(model, optimizer, mesh)
+    host_peak = predict_peak(0, max(_file_sizes(config, model), default=0))
+    phases = {}
+    with jax.set_mesh(mesh):
+        if "load" in programs and config.model.path:
+            phases["load"] = _plan_load(config, topology, mesh, model)
+        if "train" in programs:
+            phases["train"] = _plan_step(config, topology, mesh, model, optimizer, state)
+        if config.evaluation.benchmarks and {"prefill", "decode"} & set(programs):
+            phases |= _plan_generation(config, topology, mesh, model)
+    # The optimizer's moments stay on the chip while training asks a benchmark.
+    beside = shard_bytes(state.optimizer) if config.train.benchmark_every else 0
+    fits = all(
+        phase.peak_bytes + (beside if name in ("prefill", "decode") else 0) <= topology.hbm_limit
+        for name, phase in phases.items()
+    )
+    seconds = phases["train"].floor_seconds if "train" in phases else None
+    chips_per_host = len(topology.devices) // topology.num_hosts
+    return Plan(
+        topology.name,
+        len(topology.devices),
+        topology.num_hosts,
+        topology.hbm_limit,
+        dict(mesh.shape),
+        fits,
+        phases,
+        _read_bytes(config, model),
+        host_peak,
+        shard_bytes((state.trainable, state.optimizer)) * chips_per_host,
+        config.train.batch_size * config.data.length,
+        config.train.steps,
+        seconds * config.train.steps / 3600 if seconds and config.train.steps else None,
+        {},
+    )
+
+
+def _plan_load(config: Config, topology: Topology, mesh: Mesh, model: AbstractModel) -> Phase:
+    """Writing a piece of the largest stack of layers, beside all other weights."""
+    # The loader writes some layers of a stack at a time, straight to where they are sharded:
+    #   q_proj/weight  (L, N, H, D)  ◄── layers 0 to 3 ── layers 4 to 7 ── …
+    leaves = jax.tree_util.tree_flatten_with_path((model.trainable, model.frozen))[0]
+    weights = {leaf_path(path): leaf for path, leaf in leaves if not is_adapter(leaf_path(path))}
+    stacks = {
+        path: leaf
+        for path, leaf in weights.items()
+        if path.startswith("layers/") and path.endswith("/weight")
+    }
+    path, array = max(stacks.items(), key=lambda item: np.prod(item[1].shape))
+    scale = weights.get(path.removesuffix("weight") + "scale")
+    targets = (array,) if scale is None else (array, scale)
+    layers = layers_at_once(
+        int(np.prod(array.shape[1:])) * FILE_BYTES, max(_file_sizes(config, model))
+    )
+    piece = jax.ShapeDtypeStruct(
+        (min(layers, array.shape[0]), *array.shape[1:]), jnp.bfloat16, sharding=array.sharding
+    )
+    compiled = compile_program(
+        make_writer(array, scale), targets, piece, jax.ShapeDtypeStruct((), jnp.int32)
+    )
+    others = shard_bytes(weights) - shard_bytes(targets)
+    compiled = dataclasses.replace(
+        compiled,
+        argument_bytes=compiled.argument_bytes + others,
+        peak_bytes=compiled.peak_bytes + others,
+    )
+    phase = _phase(topology, mesh, model, compiled, Kernel("reference"), 0, 0)
+    # No lower limit of the time: files are slower than the chip.
+    return dataclasses.replace(phase, floor_seconds=None)
+
+
+def _plan_step(
+    config: Config, topology: Topology, mesh: Mesh, model: AbstractModel, optimizer: Any, state: Any
+) -> Phase:
+    """The training step, with the settings that `train` gives it."""
+    rows, length = config.train.batch_size, config.data.length
+    kernel = choose_kernel(
+        config.model.attention, model.spec, length, config.model.compute_dtype, "tpu"
+    )
+    groups = max(1, len(config.data.components)) * max(1, len(config.data.languages))
+    static = StepSettings(
+        config.train.accumulation,
+        config.train.loss_chunk,
+        config.model.remat,
+        kernel,
+        config.seed,
+        groups,
+    )
+    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=batch_sharding(mesh))
+    names = ("tokens_BT", "targets_BT", "segment_ids_BT", "positions_BT", "group_BT")
+    batch = dict.fromkeys(names, ids)
+    batch["loss_mask_BT"] = jax.ShapeDtypeStruct(ids.shape, bool, sharding=ids.sharding)
+    step = jax.jit(
+        make_train_step(model.graphdef, optimizer, static),
+        donate_argnums=0,
+        compiler_options=COMPILER_OPTIONS["tpu"],
+    )
+    compiled = compile_program(step, state, batch)
+    return _phase(
+        topology, mesh, model, compiled, kernel, rows // config.train.accumulation, length
+    )
+
+
+class AbsentPrograms(Programs):
+    """The generation engine's programs, compiled but never run.
+
+    Instead of arrays they return the shapes of arrays, which the next program is compiled for.
+    """
+
+    def _run(
+        self, kind: str, key: tuple, program: Any, *inputs: Any, donate: tuple[int, ...] = ()
+    ) -> Any:
+        program.__name__ = kind
+        function = jax.jit(program, donate_argnums=donate)
+        if kind in PROGRAMS:
+            return compile_program(function, *inputs)
+        with uncached():
+            compiled = function.lower(*inputs).compile()
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            compiled.out_info,
+            compiled.output_shardings,
+        )
+
+
+def _plan_generation(
+    config: Config, topology: Topology, mesh: Mesh, model: AbstractModel
+) -> dict[str, Phase]:
+    """Prefill and one decoding step for the longest prompts that the configuration allows."""
+    settings, spec = config.evaluation, model.spec
+    limit = min(settings.max_new_tokens, spec.max_length - 1)
+    buckets = (*(size for size in LENGTH_BUCKETS if size < spec.max_length), spec.max_length)
+    length = bucket(min(config.data.length, spec.max_length - limit), buckets)
+    ring = bucket(min(limit, RING), buckets)
+    kernel = choose_kernel(
+        config.model.attention, spec, length, config.model.compute_dtype, "tpu", required=False
+    )
+    programs = AbsentPrograms(
+        model.graphdef,
+        nnx.merge_state(model.trainable, model.frozen),
+        mesh=mesh,
+        batch_size=settings.batch_size,
+        cache_dtype=settings.cache_dtype,
+        eos_ids=(0,),
+        pad_id=0,
+        attention=kernel,
+    )
+    sampling = make_sampling(settings.temperature, settings.top_k, settings.top_p)
+    prefill = programs.prefill(None, length, [np.zeros(length, np.int32)], [limit], [0], sampling)
+    decode = programs.decode(
+        programs.create(length, ring),
+        length,
+        np.ones(programs.batch_size, bool),
+        CHUNK,
+        programs.batch_size,
+        sampling,
+    )
+    return {
+        "prefill": _phase(topology, mesh, model, prefill, kernel, programs.admitted, length),
+        "decode": _phase(topology, mesh, model, decode, kernel, programs.batch_size, 1),
+    }
+
+
+def _phase(
+    topology: Topology,
+    mesh: Mesh,
+    model: AbstractModel,
+    compiled: Program,
+    kernel: Kernel,
+    rows: int,
+    length: int,
+) -> Phase:
+    """A compiled program with its costs; `rows` and `length` are those that attention computes."""
+    cost = compiled.cost
+    sizes = {
+        field.name: getattr(compiled, field.name)
+        for field in dataclasses.fields(Program)
+        if field.name != "cost"
+    }
+    if cost is None:
+        return Phase(**sizes)
+    rows_here = rows // (mesh.shape["data"] * mesh.shape["fsdp"])
+    in_kernels = kernel_flops(
+        model.spec, kernel, cost.kernels, rows_here, length, mesh.shape["tensor"]
+    )
+    flops = cost.flops + in_kernels
+    # Every argument is read at least once, and the chip is never faster than its data sheet.
+    floor = max(
+        flops / peak_flops(topology.devices[0]), compiled.argument_bytes / topology.chip.hbm
+    )
+    return Phase(
+        **sizes,
+        flops=flops,
+        kernel_flops=in_kernels,
+        hbm_bytes=cost.bytes,
+        cycles=cost.cycles,
+        matrix_cycles=cost.matrix_cycles,
+        sent_bytes=dict(cost.sent),
+        collectives=dict(cost.collectives),
+        floor_seconds=floor,
+    )
+
+
+def _file_sizes(config: Config, model: AbstractModel) -> list[int]:
+    """Bytes of each kind of tensor in the checkpoint's files."""
+    if config.model.path is None:
+        return []
+    return [int(np.prod(key.file_shape)) * FILE_BYTES for key in weight_keys(model.spec).values()]
+
+
+def _read_bytes(config: Config, model: AbstractModel) -> int:
+    """Bytes that the busiest host reads of the files: the slices of its chips, each once."""
+    if config.model.path is None:
+        return 0
+    by_host: dict[int, int] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path((model.trainable, model.frozen))[0]:
+        name, slices = leaf_path(path), {}
+        if is_adapter(name) or name.endswith("/scale"):
+            continue  # adapters and scales are made here: the files have neither
+        for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
+            # (start, stop) of the slice in every dimension; chips that hold the same slice share it
+            box = tuple(
+                part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True)
+            )
+            slices.setdefault(device.process_index, set()).add(box)
+        for host, boxes in slices.items():
+            numbers = sum(int(np.prod([stop - start for start, stop in box])) for box in boxes)
+            by_host[host] = by_host.get(host, 0) + numbers * FILE_BYTES
+    return max(by_host.values())
+
+
+# ---- What to change if it does not fit
+
+
+def find_change(config: Config, topology: Topology, failed: Plan) -> Plan | None:
+    """The plan of the smallest change that fits, found by compiling; None if no change fits."""
+    if failed.phases["train"].peak_bytes <= topology.hbm_limit and (
+        found := _find_batch(config, topology, failed)
+    ):
+        return found
+    for change in changes(config, topology):
+        changed = check(replace_settings(config, change))
+        try:
+            mesh = make_mesh(changed.mesh, list(topology.devices))
+            check_batch(changed.train.batch_size, changed.train.accumulation, mesh)
+            model = abstract_model(changed, model_spec(changed), mesh)
+        except UserError:
+            continue  # this mesh does not divide the model or the batch
+        state = abstract_state(model, make_optimizer(changed.optim, 1000), mesh)
+        if shard_bytes(state) >= topology.hbm_limit:
+            continue  # the state alone is too big: nothing to compile
+        print(f"trying {describe_change(change)}", file=sys.stderr)
+        plan = make_plan(changed, topology, tuple(failed.phases))
+        if plan.fits:
+            return dataclasses.replace(plan, change=change)
+    return None
+
+
+def _find_batch(config: Config, topology: Topology, failed: Plan) -> Plan | None:
+    """The plan with the largest evaluation.batch_size that fits; training fits already."""
+    rows = config.evaluation.batch_size
+    while (rows := rows // 2) >= failed.mesh["data"] * failed.mesh["fsdp"]:
+        change = {"evaluation.batch_size": rows}
+        print(f"trying {describe_change(change)}", file=sys.stderr)
+        plan = make_plan(check(replace_settings(config, change)), topology, ("prefill", "decode"))
+        if plan.fits:
+            return dataclasses.replace(
+                failed, fits=True, phases=failed.phases | plan.phases, change=change
+            )
+    return None
+
+
+def changes(config: Config, topology: Topology) -> Iterator[dict[str, Any]]:
+    """Settings to try, from those that change only the speed to those that need another mesh."""
+    # From what keeps the most for the backward pass to what keeps the least.
+    weaker = ("none", "dots", "full")
+    kept = config.model.remat if config.model.remat in weaker else "dots"
+    remats = [{"model.remat": name} for name in weaker[weaker.index(kept) + 1 :]]
+    parts = config.train.accumulation
+    micro = [
+        {"train.accumulation": parts * factor}
+        for factor in (2, 4, 8, 16)
+        if config.train.batch_size % (parts * factor) == 0
+    ]
+    # First less memory per token, then with the least of it also fewer tokens at once.
+    here = [*remats, *([remats[-1] | one for one in micro] if remats else micro)]
+    yield from here
+    devices, mesh = len(topology.devices), config.mesh
+    least = here[-1] if here else {}
+    for tensor in sorted({mesh.tensor, 2, 4, 8}):
+        fsdp = devices // tensor
+        if (
+            tensor >= mesh.tensor
+            and fsdp * tensor == devices
+            and (fsdp, tensor) != (mesh.fsdp, mesh.tensor)
+        ):
+            moved = {"mesh.data": None, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
+            yield from (moved, *(moved | remat for remat in remats[-1:]))
+            if least:
+                yield moved | least
+
+
+def describe_change(change: dict[str, Any]) -> str:
+    """A change as flags, e.g. "--config.model.remat=full"."""
+    return " ".join(f"--config.{name}={value}" for name, value in change.items())
+
+
+# ---- What is printed
+
+
+def render(plan: Plan) -> str:
+    """The plan as text for people."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
+    lines = [
+        f"{plan.topology}: {plan.chips} chips on {plan.hosts} hosts, mesh {mesh}, "
+        f"{plan.tokens_per_step:,} tokens per step"
+    ]
+    rows = [("per chip", *plan.phases), *_describe_phases(plan)]
+    lines += [f"  {label:40}" + "".join(f"{cell:>14}" for cell in cells) for label, *cells in rows]
+    if plan.read_bytes:
+        lines.append(
+            f"loading: a host reads {plan.read_bytes / GIB:.2f} GiB of weights; "
+            f"its memory peaks at about {plan.host_peak_bytes / GIB:.2f} GiB"
+        )
+    lines.append(f"checkpoints: a host copies and writes {plan.saved_bytes / GIB:.2f} GiB")
+    train = plan.phases.get("train")
+    if train and train.floor_seconds:
+        hours = (
+            f"; {plan.steps:,} steps take at least {plan.hours_floor:.2f} hours"
+            if plan.steps
+            else "; set train.steps for the hours of the run"
+        )
+        lines.append(
+            f"training: at most {plan.tokens_per_step / train.floor_seconds:,.0f} tokens/s{hours}"
+        )
+    lines.append("fits" if plan.fits else "does not fit")
+    return "\n".join(lines)
+
+
+def _describe_phases(plan: Plan) -> Iterator[tuple[str, ...]]:
+    """The rows of the table: a label, and a cell for each phase."""
+    phases = plan.phases.values()
+
+    def row(label: str, values: list[float | None], form: str = ",.2f") -> tuple[str, ...]:
+        return (label, *("-" if value is None else f"{value:{form}}" for value in values))
+
+    def scaled(field: str, unit: float) -> list[float | None]:
+        values = [getattr(phase, field) for phase in phases]
+        return [None if value is None else value / unit for value in values]
+
+    yield row("HBM, arguments, GiB", scaled("argument_bytes", GIB))
+    yield row("HBM, temporaries, GiB", scaled("temporary_bytes", GIB))
+    yield row(f"HBM, peak of {plan.hbm_limit / GIB:.2f} GiB", scaled("peak_bytes", GIB))
+    if any(phase.offloaded_bytes for phase in phases):
+        yield row("memory of its host, GiB", scaled("offloaded_bytes", GIB))
+    yield row("matrix TFLOP executed", scaled("flops", 1e12), ",.3f")
+    yield row("  of it in attention kernels (formula)", scaled("kernel_flops", 1e12), ",.3f")
+    yield row("HBM traffic, GB", scaled("hbm_bytes", 1e9))
+    yield row("compiler's Mcycles", scaled("cycles", 1e6), ",.1f")
+    shares = [phase.matrix_cycles / phase.cycles if phase.cycles else None for phase in phases]
+    yield row("  of it matrix work", shares, ".0%")
+    for kind in sorted({kind for phase in phases for kind in phase.sent_bytes or ()}):
+        sent = [(phase.sent_bytes or {}).get(kind, 0) / 1e9 for phase in phases]
+        yield row(f"sent by {kind}, GB", sent)
+        times = [(phase.collectives or {}).get(kind, 0) for phase in phases]
+        yield row("  times", times, ",.0f")
+    yield row("compiled here in seconds", scaled("compile_seconds", 1), ",.0f")
+    yield row("seconds at least (ceiling of the chip)", scaled("floor_seconds", 1), ",.4f")

@@ -1,0 +1,1 @@
+"""Prepare data: everything between a parallel data set and a training run."""

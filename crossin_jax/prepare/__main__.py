@@ -1,0 +1,51 @@
+"""Prepare data: build, preview, audit and translate a mixture.
+
+  python -m crossin_jax.prepare build       --config FILE [--out DIR] [--format parquet|jsonl]
+  python -m crossin_jax.prepare preview     --config FILE [-n 5] [--html PAGE]
+  python -m crossin_jax.prepare audit       --config FILE [--out DIR]
+  python -m crossin_jax.prepare translate   --config FILE [--command CMD] [--out FILE]
+  python -m crossin_jax.prepare cross_xquad --config FILE [--out FILE]
+
+build writes the mixture. preview shows what is learned, token by token. audit reports languages,
+lengths and leakage. translate fills missing languages. cross_xquad makes a benchmark from XQuAD.
+"""
+
+import sys
+
+from absl import flags
+
+from crossin_jax import cli
+from crossin_jax.config import hint
+from crossin_jax.prepare.commands import COMMANDS
+
+
+def define_flags() -> None:
+    """Flags beside --config."""
+    flags.DEFINE_string("out", None, "folder or file to write; by default inside output_dir")
+    flags.DEFINE_enum("format", "parquet", ["parquet", "jsonl"], "file format of build")
+    flags.DEFINE_integer("n", 5, "examples in preview", lower_bound=1)
+    flags.DEFINE_string("html", None, "page that preview writes")
+    flags.DEFINE_string(
+        "source", None, "source that translate and cross_xquad read; needed where there are several"
+    )
+    flags.DEFINE_string(
+        "command", None, "shell command that translates; without it the configured model does"
+    )
+    flags.DEFINE_integer(
+        "max_new_tokens", 512, "longest translation of a text, tokens", lower_bound=1
+    )
+
+
+def main() -> None:
+    """Takes the command's name off the command line and runs it."""
+    name = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else None
+    if name is None and not {"-h", "--help", "-help"} & set(sys.argv):
+        cli.fail(f"name a command: {', '.join(COMMANDS)}")
+    if name is not None and name not in COMMANDS:
+        names = ", ".join(COMMANDS)
+        cli.fail(f"{name!r} is no command of prepare{hint(name, COMMANDS)}; commands: {names}")
+    cli.run(COMMANDS.get(name), define=define_flags)
+
+
+if __name__ == "__main__":
+    main()

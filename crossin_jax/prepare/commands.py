@@ -1,0 +1,258 @@
+"""The commands of `python -m crossin_jax.prepare`."""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from crossin_jax.config import Config, Source, UserError, hint
+from crossin_jax.data.mixture import Mixture, load_corpora
+from crossin_jax.data.records import to_turn
+from crossin_jax.files import read_json, write_whole
+from crossin_jax.ownership import own, own_output
+from crossin_jax.process import temporary
+from crossin_jax.tables import format_table
+
+# examples that are written at once
+BATCH = 4096
+# columns of a built file beside row_id and messages, named as the fields of an example
+TEXTS = ("component", "prompt_language", "answer_language", "instruction", "input", "output")
+
+
+def build(config: Config, arguments: Any) -> None:
+    """Writes one epoch of the mixture and its manifest."""
+    mixture = Mixture(config.data, load_corpora(config.data, config.seed), config.seed)
+    path = output_path(config, arguments, "data") / f"mixture.{arguments.format}"
+    manifest_path = path.with_name("manifest.json")
+    manifest = mixture.manifest() | {"file": path.name}
+    if is_current(path, manifest_path, manifest):
+        print(f"{path} is up to date (mixture {manifest['hash']})")
+        return
+    with own(path.parent), temporary(path.with_suffix(".part")) as part:
+        # The manifest is removed first and written last: where there is one, its file is whole.
+        manifest_path.unlink(missing_ok=True)
+        (write_parquet if arguments.format == "parquet" else write_jsonl)(mixture, part)
+        os.replace(part, path)
+        write_json(manifest_path, manifest)
+    print(describe_manifest(manifest))
+    print(f"wrote {path} and manifest.json (mixture {manifest['hash']})")
+
+
+def is_current(path: Path, manifest_path: Path, manifest: dict[str, Any]) -> bool:
+    """Whether the file of an earlier build holds this mixture."""
+    if not (path.is_file() and manifest_path.is_file()):
+        return False
+    earlier = read_json(manifest_path, expect=dict, remedy="delete it, and build again")
+    return (earlier.get("hash"), earlier.get("file")) == (manifest["hash"], path.name)
+
+
+def iterate_rows(mixture: Mixture) -> Iterator[list[dict[str, Any]]]:
+    """Batches of plain rows, in stream order."""
+    for start in tqdm(range(0, len(mixture), BATCH), desc="build", unit=" batches", delay=2):
+        examples = mixture.take(np.arange(start, min(start + BATCH, len(mixture))))
+        yield [
+            {"row_id": example.id}
+            | {name: getattr(example, name) for name in TEXTS}
+            | {"messages": [to_turn(*turn) for turn in example.messages or ()]}
+            for example in examples
+        ]
+
+
+def write_parquet(mixture: Mixture, path: Path) -> None:
+    """One row per example."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    turn = {"role": pa.string(), "content": pa.string()}
+    if any(corpus.masked_turns for corpus in mixture.corpora.values()):
+        turn["weight"] = pa.int8()  # 0 where a turn is not learned
+    turns = pa.list_(pa.struct(turn))
+    columns = dict.fromkeys(("row_id", *TEXTS), pa.string())
+    schema = pa.schema(columns | {"messages": turns})
+    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+        for rows in iterate_rows(mixture):
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+
+
+def write_jsonl(mixture: Mixture, path: Path) -> None:
+    """One object per line."""
+    with open(path, "w", encoding="utf-8") as file:
+        for rows in iterate_rows(mixture):
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def describe_manifest(manifest: dict[str, Any]) -> str:
+    """Counts per component and language pair, as a table."""
+    table = [("component", "examples", "pairs")]
+    for component in manifest["components"]:
+        pairs = "  ".join(f"{pair} {n}" for pair, n in component["pairs"].items())
+        table.append((component["name"], component["examples"], pairs))
+    lines = format_table(table, "<><")
+    for source in manifest["sources"]:
+        dropped = ", ".join(f"{n} {reason}" for reason, n in source["dropped"].items()) or "none"
+        lines.append(f"source {source['name']}: {source['rows']} rows, texts dropped: {dropped}")
+        for what, count in manifest.get("ignored", {}).get(source["name"], {}).items():
+            lines.append(f"source {source['name']}: not read: {what} ({count} rows)")
+    return "\n".join(lines)
+
+
+def preview(config: Config, arguments: Any) -> None:
+    """Prints the first examples with their learned tokens marked, and the first packed rows."""
+    from crossin_jax.data.packing import PackedBlocks
+    from crossin_jax.data.pipeline import open_pipeline
+    from crossin_jax.prepare import preview as view
+
+    data = open_pipeline(config)
+    blocks = PackedBlocks(
+        data.mixture,
+        data.renderer,
+        length=config.data.length,
+        packing=config.data.packing,
+        over_long=config.data.over_long,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        num_epochs=None,
+    )
+    pairs = view.take(data.mixture, data.renderer, arguments.n)
+    rows, length = view.first_rows(blocks), config.data.length
+    if arguments.html:
+        write_whole(Path(arguments.html), view.to_html(data.renderer, pairs, rows, length))
+        print(f"wrote {arguments.html}")
+        return
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for example, rendered in pairs:
+        print(view.to_terminal(data.renderer, example, rendered, length=length, colour=colour))
+    print("first rows of the first batch, one number per segment:")
+    print("\n".join(view.row_to_terminal(*row) for row in rows))
+
+
+def audit(config: Config, arguments: Any) -> None:
+    """Writes audit.json, audit.md and audit.png about one epoch as training sees it."""
+    from crossin_jax.data.pipeline import open_pipeline
+    from crossin_jax.evaluation.benchmarks import load_benchmark
+    from crossin_jax.prepare import audit_report
+    from crossin_jax.prepare.audit import audit as make_audit
+
+    data = open_pipeline(config)
+    languages = config.evaluation.languages or config.data.languages
+    benchmarks = [
+        load_benchmark(name, languages, seed=config.seed) for name in config.evaluation.benchmarks
+    ]
+    report = make_audit(data.mixture, data.renderer, config.data, benchmarks)
+    folder = output_path(config, arguments, "audit")
+    with own(folder):
+        write_json(folder / "audit.json", report)
+        write_whole(folder / "audit.md", audit_report.to_markdown(report))
+        audit_report.draw(report, folder / "audit.png")
+    print(audit_report.to_text(report))
+    print(f"wrote audit.json, audit.md and audit.png in {folder}")
+
+
+def translate(config: Config, arguments: Any) -> None:
+    """Fills the languages that a source lacks, with the configured model or an external command."""
+    from crossin_jax.data.corpus import load_corpus
+    from crossin_jax.prepare.translate import fill, run_command
+
+    source = find_source(config, arguments.source)
+    out = output_path(config, arguments, f"{source.name}.jsonl")
+    corpus = load_corpus(source, config.data.languages, seed=config.seed)
+    if arguments.command:
+        translator, engine = run_command(arguments.command), arguments.command
+    else:
+        translator, engine = open_translator(config, arguments.max_new_tokens)
+    languages, pivot = config.data.languages, config.data.pivot
+    with own_output(out):
+        counts = fill(corpus, languages, pivot, translator, out, engine=engine)
+    print("\n".join(f"{name:<36} {n:>8}" for name, n in sorted(counts.items())))
+    print(f"wrote {out}; suspicious rows carry a field flags")
+
+
+def output_path(config: Config, arguments: Any, default: str) -> Path:
+    """What --out names, or else a place in the output folder of the configuration."""
+    return Path(arguments.out or Path(config.output_dir) / default).expanduser()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file, whole or not at all."""
+    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def find_source(config: Config, name: str | None) -> Source:
+    """The source that --source names, or the only one."""
+    sources = {source.name: source for source in config.data.sources}
+    name = next(iter(sources)) if name is None and len(sources) == 1 else name
+    if name not in sources:
+        raise UserError(
+            f"--source={name}: name one of the sources {', '.join(sources)}{hint(name, sources)}"
+        )
+    return sources[name]
+
+
+def cross_xquad(config: Config, arguments: Any) -> None:
+    """Writes a benchmark like Cross-XQuAD from an XQuAD source; its choices are not SeaEval's."""
+    from crossin_jax.data.corpus import load_corpus
+    from crossin_jax.prepare.cross_xquad import build_cross_xquad, file_pattern
+
+    source = find_source(config, arguments.source)
+    languages = source.languages or config.data.languages
+    # `portion` and `limit` select the same rows as in training, so no question is in both.
+    as_corpus = dataclasses.replace(source, kind="squad", path=file_pattern(source.path))
+    part = load_corpus(as_corpus, languages, seed=config.seed)
+    if not len(part):
+        raise UserError(
+            f"source {source.name!r}: portion={source.portion} holds no question; widen it"
+        )
+    rows = build_cross_xquad(source.path, languages, config.seed, ids=set(part.ids()))
+    out = output_path(config, arguments, "cross_xquad.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, rows)
+    print(f"wrote {len(rows)} items to {out}; evaluate with --config.evaluation.benchmarks={out},")
+
+
+def open_translator(config: Config, max_new_tokens: int) -> tuple[Any, str]:
+    """A translator that asks the configured model, and the identity of its answers in a cache."""
+    from crossin_jax.checkpoint.open import open_model
+    from crossin_jax.data.pipeline import open_renderer
+    from crossin_jax.generation.engine import Engine
+    from crossin_jax.parallel.mesh import make_mesh
+    from crossin_jax.prepare.translate import request
+
+    opened = open_model(dataclasses.replace(config, lora=None), mesh=make_mesh(config.mesh))
+    renderer = open_renderer(config, opened.tokenizer)
+    renderer.fit_model(opened.spec.vocab_size, config.model.tokenizer or config.model.path)
+    engine = Engine(
+        opened.graphdef,
+        opened.state,
+        opened.spec,
+        eos_ids=renderer.eos_ids,
+        pad_id=renderer.pad_id,
+        mesh=opened.mesh,
+        batch_size=config.evaluation.batch_size,
+        cache_dtype=config.evaluation.cache_dtype,
+        attention=config.model.attention,
+    )
+
+    def translator(texts: list[str], origin: str, target: str) -> list[str]:
+        prompts = [renderer.render_prompt(request(origin, target), text) for text in texts]
+        answers = engine.generate(
+            prompts, max_new_tokens=max_new_tokens, over_long="skip", progress=False
+        )
+        return [renderer.decode(answer) if answer else "" for answer in answers]
+
+    identity = f"{config.model.path} {config.model.revision} {renderer.hash} {max_new_tokens}"
+    return translator, identity
+
+
+COMMANDS = {
+    "build": build,
+    "preview": preview,
+    "audit": audit,
+    "translate": translate,
+    "cross_xquad": cross_xquad,
+}

@@ -1,0 +1,1 @@
+"""Run a whole study: train and evaluate every cell, skip what is done, write one report."""

@@ -1,0 +1,1 @@
+"""The embedded world: facts about territories in seven languages, and the benchmark about them."""
