@@ -15,7 +15,8 @@ from tests.processes import REPOSITORY
 PROGRAM = """
 import signal, sys, time
 from pathlib import Path
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where the tests run under nohup it is ignored
+# Set here, because the tests themselves may run under nohup.
+signal.signal(signal.SIGHUP, signal.SIG_IGN if sys.argv[1] == "nohup" else signal.SIG_DFL)
 from crossin_jax import process
 process.listen()
 def work():
@@ -83,11 +84,7 @@ def test_a_signal_ends_a_process_with_one_line(phase, signals, code, line, saves
 
 def test_a_signal_that_is_ignored_from_the_start_stays_ignored(tmp_path):
     """nohup: the terminal may close."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        program = start(tmp_path, "plain")
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    program = start(tmp_path, "nohup")
     program.send_signal(signal.SIGHUP)
     time.sleep(0.2)
     assert program.poll() is None
