@@ -9,13 +9,15 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "crossin_jax/__init__.py").read_text()).group(
     1
 )
-LIBTPU = "libtpu>=0.0.52; sys_platform == 'linux' and platform_machine == 'x86_64'"  # it is built for no other
+# It is built for no other platform.
+LIBTPU = "libtpu>=0.0.52; sys_platform == 'linux' and platform_machine == 'x86_64'"
 LM_EVAL = "lm_eval>=0.4.13"
 
 setup(
     name="crossin_jax",
     version=VERSION,
-    description="Cross-lingual instruction tuning and consistency evaluation of open language models on JAX",
+    description="Cross-lingual instruction tuning and consistency evaluation of open language "
+    "models on JAX",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

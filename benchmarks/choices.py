@@ -1,11 +1,13 @@
-"""Questions per second of option scoring beside lm-evaluation-harness's own backend: Cross-MMLU, the same Llama.
+"""Questions per second of option scoring beside lm-evaluation-harness's own backend: Cross-MMLU,
+the same Llama.
 
     python benchmarks/choices.py [--limit 210] [--out FILE.json]
 
-Both sides are models of the harness and get the same requests: four choices in full for every question in every
-language, as texts; both compute in float32. The harness's backend gets the batch size that is best on a sample. The
-sides take turns on slices of the questions, so that other work on the machine hits both. Compilation is counted apart.
-Where the two differ most, both are held against the harness's backend in float64: a sum near 600 has steps of 6e-5.
+Both sides are models of the harness and get the same requests: four choices in full for every
+question in every language, as texts; both compute in float32. The harness's backend gets the batch
+size that is best on a sample. The sides take turns on slices of the questions, so that other work
+on the machine hits both. Compilation is counted apart. Where the two differ most, both are held
+against the harness's backend in float64: a sum near 600 has steps of 6e-5.
 """
 
 import argparse
@@ -56,7 +58,9 @@ def run_theirs(model: Any, requests: list[Any], batch: int) -> tuple[np.ndarray,
 
 
 def run_ours(model: Any, requests: list[Any]) -> tuple[np.ndarray, list[float]]:
-    """Seconds (clock, processors) and log-likelihoods of ours, whose programs are compiled already."""
+    """Seconds (clock, processors) and log-likelihoods of ours, whose programs are compiled
+    already.
+    """
     start, compiled = spent(), model.engine.compilations
     found = model.loglikelihood(requests, disable_tqdm=True)
     seconds = spent(start)
@@ -68,7 +72,9 @@ def run_ours(model: Any, requests: list[Any]) -> tuple[np.ndarray, list[float]]:
 def against_float64(
     model: Any, requests: list[Any], values: np.ndarray, theirs: np.ndarray, count: int = 16
 ) -> dict[str, float]:
-    """How far both sides are from float64 on the requests where they differ most, and the largest log-likelihood."""
+    """How far both sides are from float64 on the requests where they differ most, and the largest
+    log-likelihood.
+    """
     worst = np.argsort(-np.abs(values - theirs))[:count]
     model.model.double()
     exact = np.array(
@@ -152,12 +158,17 @@ def main() -> None:
     apart = np.abs(np.array(values) - np.array(their_values))
     exact = against_float64(theirs, joined(questions), np.array(values), np.array(their_values))
     print(
-        f"{loaded.spec.num_parameters / 1e6:.1f} M parameters, {len(questions)} questions with four choices: ours "
+        f"{loaded.spec.num_parameters / 1e6:.1f} M parameters, {len(questions)} questions with "
+        "four choices: ours "
         f"{len(questions) / seconds['ours'][0]:.2f} questions/s, the harness's backend "
-        f"{len(questions) / seconds['theirs'][0]:.2f} (batch {batch}): {ratio[0]:.2f} x by the clock, {ratio[1]:.2f} "
-        f"x in processor seconds ({seconds['ours'][1]:.0f} and {seconds['theirs'][1]:.0f}); log-likelihoods at most "
-        f"{apart.max():.1e} apart, {(apart > 1e-4).sum()} of {len(apart)} by more than 1e-4; where they differ most "
-        f"(values to {exact['largest']:.0f}) ours is {exact['ours']:.1e} from float64, theirs {exact['theirs']:.1e}; "
+        f"{len(questions) / seconds['theirs'][0]:.2f} (batch {batch}): {ratio[0]:.2f} x by the "
+        f"clock, {ratio[1]:.2f} "
+        f"x in processor seconds ({seconds['ours'][1]:.0f} and {seconds['theirs'][1]:.0f}); "
+        "log-likelihoods at most "
+        f"{apart.max():.1e} apart, {(apart > 1e-4).sum()} of {len(apart)} by more than 1e-4; "
+        "where they differ most "
+        f"(values to {exact['largest']:.0f}) ours is {exact['ours']:.1e} from float64, theirs "
+        f"{exact['theirs']:.1e}; "
         f"{engine.compilations} programs, compiled in {engine.programs.compile_seconds:.0f} s"
     )
     if arguments.out:

@@ -1,18 +1,21 @@
-"""Tokens per second of the data pipeline beside `datasets.map` and a plain collator, and the memory of a large corpus.
+"""Tokens per second of the data pipeline beside `datasets.map` and a plain collator, and the memory
+of a large corpus.
 
     python benchmarks/data.py [--data ../shared/data] [--tokenizer FOLDER] [--workers 2] [--repeats 3] [--step]
                               [--rows 1000000] [--out FILE.json]
 
-Both read the same instruction examples, made from XQuAD in `--data`, use the same tokenizer, mask the prompt and give
-batches of 16 rows of at most 2048 tokens; both start from text and count real tokens, not padding. The peer tokenizes
-prompt and answer of each example in `datasets.map`, as instruction-tuning scripts do, with `num_proc` workers, and pads
-each batch to its longest row; "batched" is the same with 1,000 examples per call, which few scripts do.
-Ours draws languages, tokenizes jointly, packs, shards and keeps an exact position. Each figure is the difference
-between a long and a short run, so that the start of processes is left out; runs alternate, and the best of the repeats
-counts, since other work on the machine only ever slows one down. Tokens per CPU second, children included, are what a
-busy machine does not change. `--step` also times the quickstart's training step. `--rows` writes that many
-parallel rows to disk and reports what opening and reading them adds to the process's memory.
-"""
+Both read the same instruction examples, made from XQuAD in `--data`, use the same tokenizer, mask
+the prompt and give batches of 16 rows of at most 2048 tokens; both start from text and count real
+tokens, not padding. The peer tokenizes prompt and answer of each example in `datasets.map`, as
+instruction-tuning scripts do, with `num_proc` workers, and pads each batch to its longest row;
+"batched" is the same with 1,000 examples per call, which few scripts do. Ours draws languages,
+tokenizes jointly, packs, shards and keeps an exact position. Each figure is the difference between
+a long and a short run, so that the start of processes is left out; runs alternate, and the best of
+the repeats counts, since other work on the machine only ever slows one down. Tokens per CPU second,
+children included, are what a busy machine does not change. `--step` also times the quickstart's
+training step. `--rows` writes that many parallel rows to disk and reports what opening and reading
+them adds to the process's memory.
+"""  # noqa: E501
 
 import argparse
 import json
@@ -171,7 +174,8 @@ def time_quickstart(config_file: Path) -> dict[str, float]:
             "import sys, time\nfrom crossin_jax import cli, train\n"
             "config = cli.load_config_file(sys.argv[1])\nconfig.output_dir = sys.argv[2]\n"
             "config.train.steps, config.train.log_every = int(sys.argv[3]), 1000\n"
-            "start = time.perf_counter()\ntrain.train(config)\nprint('SECONDS', time.perf_counter() - start)\n"
+            "start = time.perf_counter()\ntrain.train(config)\nprint('SECONDS', "
+            "time.perf_counter() - start)\n"
         )
         seconds = []
         for steps in (50, 250):  # their difference leaves out compilation and start
@@ -189,7 +193,9 @@ def time_quickstart(config_file: Path) -> dict[str, float]:
 
 
 def measure_memory(rows: int) -> dict[str, float]:
-    """MiB that opening a corpus of many parallel rows and reading some of it adds, in a fresh process; and its size."""
+    """MiB that opening a corpus of many parallel rows and reading some of it adds, in a fresh
+    process; and its size.
+    """
     code = """
 import json, os, resource, sys
 from crossin_jax.config import Component, Data, Source
@@ -204,7 +210,7 @@ data = Data(sources=(Source(name='big'),), components=(Component(kind='x2x', sou
 mixture = Mixture(data, {'big': found}, 0)
 mixture.take(numpy.arange(20_000))
 print(json.dumps({'rows': len(found), 'open_mib': opened - before, 'mixture_mib': used() - before}))
-"""
+"""  # noqa: E501
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "big.jsonl"
         filler = "The quick brown fox jumps over the lazy dog. " * 8
@@ -243,7 +249,8 @@ def compare(parts, workers: int, options) -> dict[str, dict[str, float]]:
         wall, cpu = max(w for w, _ in values), max(c for _, c in values)
         report[name] = {"tokens_per_second": wall, "tokens_per_cpu_second": cpu}
         print(
-            f"{workers} workers, {name:<12} {wall:>12,.0f} tokens/s {cpu:>12,.0f} tokens per CPU second",
+            f"{workers} workers, {name:<12} {wall:>12,.0f} tokens/s {cpu:>12,.0f} tokens per CPU "
+            "second",
             flush=True,
         )
     return report
@@ -273,7 +280,8 @@ def main() -> None:
     if options.step:
         report["quickstart"] = found = time_quickstart(root / "configs" / "quickstart.py")
         print(
-            f"quickstart: pipeline {found['pipeline']:,.0f} tokens/s, training step {found['step']:,.0f} tokens/s, "
+            f"quickstart: pipeline {found['pipeline']:,.0f} tokens/s, training step "
+            f"{found['step']:,.0f} tokens/s, "
             f"ratio {found['pipeline'] / found['step']:.1f}",
             flush=True,
         )

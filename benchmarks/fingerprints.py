@@ -3,9 +3,9 @@
     python benchmarks/fingerprints.py --millions 100          a full fine-tuning state: weights and two moments, float32
     python benchmarks/fingerprints.py --millions 100 --lora   the arrays that a LoRA run saves
 
-Prints one line of JSON. `fingerprint` is the time of all arrays of the state; a save and a restore take each of them
-once. The first call, which compiles, is reported apart: a run pays for it once.
-"""
+Prints one line of JSON. `fingerprint` is the time of all arrays of the state; a save and a restore
+take each of them once. The first call, which compiles, is reported apart: a run pays for it once.
+"""  # noqa: E501
 
 import argparse
 import json

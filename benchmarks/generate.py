@@ -1,13 +1,15 @@
-"""Prompts per second of the engine beside `transformers.generate`: Cross-MMLU on the same Llama and the same machine.
+"""Prompts per second of the engine beside `transformers.generate`: Cross-MMLU on the same Llama and
+the same machine.
 
     python benchmarks/generate.py [--limit 200] [--answers gpt4_1106_preview,128] [--out FILE.json]
 
-The model has random weights and a real vocabulary (Llama 2, 32,000 pieces), both sides compute greedy answers in
-float32. Random weights do not end their answers, so lengths are imposed on both sides: those of the answers that a
-real model gave to the same prompts (its SeaEval log, at most 128 tokens), or a number for all. `transformers` gets the
-static batch size and order (as given, or sorted by prompt length) that is best on a sample. The two sides take turns
-on slices of the prompts, so that other work on the machine hits both, and processor seconds stand beside those of the
-clock. Compilation is counted apart.
+The model has random weights and a real vocabulary (Llama 2, 32,000 pieces), both sides compute
+greedy answers in float32. Random weights do not end their answers, so lengths are imposed on both
+sides: those of the answers that a real model gave to the same prompts (its SeaEval log, at most 128
+tokens), or a number for all. `transformers` gets the static batch size and order (as given, or
+sorted by prompt length) that is best on a sample. The two sides take turns on slices of the
+prompts, so that other work on the machine hits both, and processor seconds stand beside those of
+the clock. Compilation is counted apart.
 """
 
 import argparse
@@ -91,7 +93,9 @@ def spent(since: np.ndarray | float = 0.0) -> np.ndarray:
 def run_theirs(
     model: Any, prompts: list[np.ndarray], lengths: list[int], batch: int, by_length: bool
 ) -> tuple[np.ndarray, list[list[int]]]:
-    """Seconds (clock, processors) and answers of `transformers.generate` in static, left-padded batches."""
+    """Seconds (clock, processors) and answers of `transformers.generate` in static, left-padded
+    batches.
+    """
     import torch
     import transformers
 
@@ -140,7 +144,9 @@ def run_theirs(
 def run_ours(
     engine: Any, prompts: list[np.ndarray], lengths: list[int]
 ) -> tuple[np.ndarray, list[list[int]]]:
-    """Seconds (clock, processors) and answers of the engine, whose programs are compiled already."""
+    """Seconds (clock, processors) and answers of the engine, whose programs are compiled
+    already.
+    """
     start, compiled = spent(), engine.compilations
     answers = engine.generate(prompts, max_new_tokens=lengths, progress=False)
     seconds = spent(start)
@@ -261,8 +267,10 @@ def main() -> None:
             f"answers as {answers} (mean {np.mean(lengths):.0f} tokens): ours "
             f"{len(prompts) / seconds['ours'][0]:.2f} prompts/s, transformers "
             f"{len(prompts) / seconds['theirs'][0]:.2f} (batch {batch}, "
-            f"{results[-1]['their_order']}): {ratio[0]:.2f} x by the clock, {ratio[1]:.2f} x in processor seconds "
-            f"({seconds['ours'][1]:.0f} and {seconds['theirs'][1]:.0f}); {same} of {len(prompts)} answers equal",
+            f"{results[-1]['their_order']}): {ratio[0]:.2f} x by the clock, {ratio[1]:.2f} x in "
+            "processor seconds "
+            f"({seconds['ours'][1]:.0f} and {seconds['theirs'][1]:.0f}); {same} of {len(prompts)} "
+            "answers equal",
             flush=True,
         )
     print(f"{engine.compilations} programs, compiled in {engine.programs.compile_seconds:.0f} s")

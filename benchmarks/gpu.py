@@ -1,4 +1,5 @@
-"""One NVIDIA H100 or H200: training and decoding of ours beside `transformers` + `peft`, random weights.
+"""One NVIDIA H100 or H200: training and decoding of ours beside `transformers` + `peft`, random
+weights.
 
     python benchmarks/gpu.py [--only full,lora,decode] [--out benchmarks/results/DATE-gpu.json]
     python benchmarks/gpu.py --quick        (tiny shapes on any machine, to see that everything works)
@@ -7,11 +8,12 @@
   lora    LoRA r=64 on all projections of an 8B Llama at length 2048: the same
   decode  greedy decoding of the 8B Llama: bytes of weights and of stored keys and values read per second
 
-The peer computes with SDPA and `torch.compile`, in bfloat16 (full: float32 weights under autocast, as ours). Every
-setting of a side runs in a process of its own, so that none finds memory taken; each side's best counts, and a setting
-that does not fit is named. Without a CUDA build of torch ours runs alone, and the output says so. Needs
-scripts/setup.sh cuda test. MFU counts what the model needs, not what rematerialisation repeats.
-"""
+The peer computes with SDPA and `torch.compile`, in bfloat16 (full: float32 weights under autocast,
+as ours). Every setting of a side runs in a process of its own, so that none finds memory taken;
+each side's best counts, and a setting that does not fit is named. Without a CUDA build of torch
+ours runs alone, and the output says so. Needs scripts/setup.sh cuda test. MFU counts what the model
+needs, not what rematerialisation repeats.
+"""  # noqa: E501
 
 import argparse
 import datetime
@@ -75,7 +77,9 @@ HBM = {
 
 
 def attempt(is_quick: bool, function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a function in a process of its own, or the last line of what went wrong there."""
+    """The result of a function in a process of its own, or the last line of what went wrong
+    there.
+    """
     if is_quick:  # starting processes would take longer than their work
         return function(*arguments)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -247,7 +251,9 @@ def decode_theirs(
 
 
 def rates(run: Callable[[int], Any], drawn: int, read: float) -> dict[str, Any]:
-    """Steps and bytes per second: the time of many tokens less that of few, so that prefill does not count."""
+    """Steps and bytes per second: the time of many tokens less that of few, so that prefill does
+    not count.
+    """
     few, seconds = drawn // 4, []
     for count in (few, drawn):
         run(count)  # compiles

@@ -1,12 +1,14 @@
-"""Option scores and greedy answers per second beside `transformers`: the same Llama of random weights on one GPU.
+"""Option scores and greedy answers per second beside `transformers`: the same Llama of random
+weights on one GPU.
 
     python benchmarks/gpu_answers.py [--out FILE.json]
     python benchmarks/gpu_answers.py --quick     (tiny shapes on any machine)
 
-The prompts are those of a benchmark in shape: 256 questions of 64 to 384 tokens, each with four choices of 2 to 24
-tokens to score, and answers of 8 to 128 tokens to generate. Both sides compute in bfloat16. `transformers` gets the
-best of several batch sizes, prompts sorted by length, SDPA; its generation gets as many tokens as the longest answer
-of each batch needs. Sums of log-likelihoods of both sides are compared. Compilation is not counted.
+The prompts are those of a benchmark in shape: 256 questions of 64 to 384 tokens, each with four
+choices of 2 to 24 tokens to score, and answers of 8 to 128 tokens to generate. Both sides compute
+in bfloat16. `transformers` gets the best of several batch sizes, prompts sorted by length, SDPA;
+its generation gets as many tokens as the longest answer of each batch needs. Sums of
+log-likelihoods of both sides are compared. Compilation is not counted.
 """
 
 import argparse
@@ -144,7 +146,9 @@ def theirs(folder: str, questions: list[Question], batch: int, device: str) -> d
 
 
 def main() -> int:
-    """Prints both sides and writes them; 1 where ours could not do the work or the scores differ."""
+    """Prints both sides and writes them; 1 where ours could not do the work or the scores
+    differ.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

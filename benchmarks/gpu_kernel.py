@@ -1,12 +1,14 @@
-"""Does the cuDNN kernel compute what the reference computes? Values and gradients, on one NVIDIA GPU.
+"""Does the cuDNN kernel compute what the reference computes? Values and gradients, on one NVIDIA
+GPU.
 
     python benchmarks/gpu_kernel.py [--out FILE.json]
     python benchmarks/gpu_kernel.py --quick     (small shapes; without a GPU the kernel's options run through XLA)
 
-Each case has rows of one text or of several packed texts, with or without a local window. Both kernels get the same
-bfloat16 inputs; the reference in float32 is the truth. A kernel passes a case where its error is at most twice that of
-the reference in bfloat16. Shapes with a soft cap must be refused by name. Exit code 1 where a case fails.
-"""
+Each case has rows of one text or of several packed texts, with or without a local window. Both
+kernels get the same bfloat16 inputs; the reference in float32 is the truth. A kernel passes a case
+where its error is at most twice that of the reference in bfloat16. Shapes with a soft cap must be
+refused by name. Exit code 1 where a case fails.
+"""  # noqa: E501
 
 import argparse
 import functools
@@ -73,7 +75,9 @@ def run(inputs: dict[str, Any], kernel: Kernel, window: int | None, dtype: Any) 
 
 
 def error(found: list[np.ndarray], truth: list[np.ndarray]) -> list[float]:
-    """Root mean square of the difference over that of the truth, for the context and each gradient."""
+    """Root mean square of the difference over that of the truth, for the context and each
+    gradient.
+    """
     return [
         float(np.sqrt(np.mean((a - b) ** 2) / np.mean(b**2)))
         for a, b in zip(found, truth, strict=True)

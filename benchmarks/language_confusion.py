@@ -1,11 +1,13 @@
-"""How well the language of an answer is told, and whether pass rates equal the published ones, on real answers.
+"""How well the language of an answer is told, and whether pass rates equal the published ones, on
+real answers.
 
     python benchmarks/language_confusion.py [--data ../shared/data] [--peer]
 
-Reads the published answers of three models (language_confusion/MODEL.jsonl.gz). First table: of the answers that
-fastText's lid.176 puts into one of the candidate languages, how many `detect` puts there too; of those that it puts
-elsewhere, how many `detect` takes for a candidate. `--peer` prints the same for py3langid, if it is installed. Then the
-pass rates are compared with expected.json, line by line.
+Reads the published answers of three models (language_confusion/MODEL.jsonl.gz). First table: of the
+answers that fastText's lid.176 puts into one of the candidate languages, how many `detect` puts
+there too; of those that it puts elsewhere, how many `detect` takes for a candidate. `--peer` prints
+the same for py3langid, if it is installed. Then the pass rates are compared with expected.json,
+line by line.
 """
 
 import argparse
@@ -32,7 +34,9 @@ def read_answers(folder: Path) -> Iterator[tuple[str, dict]]:
 
 
 def compare(texts: Sequence[str], references: Sequence[str], tell: Callable[[str], str | None]):
-    """(agreement in the candidates, others taken for a candidate, cannot be told, answers per second)."""
+    """(agreement in the candidates, others taken for a candidate, cannot be told, answers per
+    second).
+    """
     start = time.perf_counter()
     found = [tell(text) for text in texts]
     seconds = time.perf_counter() - start

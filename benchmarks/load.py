@@ -1,11 +1,13 @@
-"""Seconds and peak memory to load a checkpoint: crossin_jax, transformers, and a plain read of the same bytes.
+"""Seconds and peak memory to load a checkpoint: crossin_jax, transformers, and a plain read of the
+same bytes.
 
     python benchmarks/load.py [--gib 2] [--repeats 3] [--cold] [--dtype bfloat16] [--out FILE.json]
 
-Makes a Llama-shaped bfloat16 checkpoint of about that size, then loads it in fresh processes in turn, so that no loader
-inherits another's memory. Files come from the page cache; `--cold` drops them from it before each load. Seconds leave
-out imports and process start, and end when every page of every weight has been touched; cpu s adds up all threads. Peak
-memory is the process's highest resident size less what it held before the load.
+Makes a Llama-shaped bfloat16 checkpoint of about that size, then loads it in fresh processes in
+turn, so that no loader inherits another's memory. Files come from the page cache; `--cold` drops
+them from it before each load. Seconds leave out imports and process start, and end when every page
+of every weight has been touched; cpu s adds up all threads. Peak memory is the process's highest
+resident size less what it held before the load.
 """
 
 import argparse
@@ -176,7 +178,8 @@ def main() -> None:
                 runs[loader].append(json.loads(output.splitlines()[-1]))
     plain = statistics.median(run["seconds"] for run in runs["plain read"])
     print(
-        f"{size / 2**30:.2f} GiB of bfloat16 as {options.dtype}, {'cold' if options.cold else 'warm'}, "
+        f"{size / 2**30:.2f} GiB of bfloat16 as {options.dtype}, "
+        f"{'cold' if options.cold else 'warm'}, "
         f"median of {options.repeats}, {os.cpu_count()} cores, {platform.machine()}"
     )
     print(f"{'':14}{'seconds':>9}{'x plain':>9}{'cpu s':>9}{'peak GiB':>10}")

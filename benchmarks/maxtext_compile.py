@@ -1,13 +1,15 @@
-"""MaxText's training step under the TPU compiler on the work of `tpu_compile.py`, for compile times on one machine.
+"""MaxText's training step under the TPU compiler on the work of `tpu_compile.py`, for compile times
+on one machine.
 
-    python benchmarks/maxtext_compile.py --work W1@v6e:4x4 [--without tensorflow grain ...] --out FILE.jsonl
-    python benchmarks/maxtext_compile.py --table FILE.jsonl
+    python benchmarks/maxtext_compile.py --work W1@v6e:4x4 [--without tensorflow grain ...] --out
+    FILE.jsonl python benchmarks/maxtext_compile.py --table FILE.jsonl
 
-Runs where MaxText's sources can be imported (`PYTHONPATH=maxtext/src`; tried with e591f30). `--without` names packages
-that it imports and that compiling does not use; empty ones stand in for them. What is compiled is what its own
-`train_compile` compiles, with the settings of the peers' rows: FSDP over all chips, scanned layers, full
-rematerialisation. `train_compile` builds no adapters: for W2 and W3 MaxText's adapters are attached to the model that
-it builds, replicated as MaxText has them, and weights are bfloat16, since its LoRA step refuses float32 ones.
+Runs where MaxText's sources can be imported (`PYTHONPATH=maxtext/src`; tried with e591f30).
+`--without` names packages that it imports and that compiling does not use; empty ones stand in for
+them. What is compiled is what its own `train_compile` compiles, with the settings of the peers'
+rows: FSDP over all chips, scanned layers, full rematerialisation. `train_compile` builds no
+adapters: for W2 and W3 MaxText's adapters are attached to the model that it builds, replicated as
+MaxText has them, and weights are bfloat16, since its LoRA step refuses float32 ones.
 
 Times move with what else runs on a machine: take turns with `tpu_compile.py` and the same --out.
 """
@@ -89,7 +91,9 @@ class StandIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def attach_adapters(creation: Any) -> None:
-    """Makes MaxText's way to a model end with its own adapters, in the places its LoRA training puts them."""
+    """Makes MaxText's way to a model end with its own adapters, in the places its LoRA training
+    puts them.
+    """
     import jax
     import qwix
     from flax import nnx

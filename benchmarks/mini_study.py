@@ -1,11 +1,13 @@
-"""Tables and figures of docs/mini_study.md and docs/new_language.md, from the archived results of the miniature study.
+"""Tables and figures of docs/mini_study.md and docs/new_language.md, from the archived results of
+the miniature study.
 
     python benchmarks/mini_study.py
     python benchmarks/mini_study.py --archive runs/mini_study     (first keeps the results of that folder)
 
-Rewrites what stands between <!-- NAME --> and <!-- end --> in both pages, and docs/figures/mini_study_*.png. Means and
-standard deviations are over the seeds that every row of a table has.
-"""
+Rewrites what stands between <!-- NAME --> and <!-- end --> in both pages, and
+docs/figures/mini_study_*.png. Means and standard deviations are over the seeds that every row of a
+table has.
+"""  # noqa: E501
 # ruff: noqa: E402 - the checkout must be on the path before it is imported
 
 import argparse
@@ -50,7 +52,9 @@ def read_results() -> Blocks:
 
 
 def archive(folder: Path) -> None:
-    """Keeps of a finished study: its tables, every cell's results with their provenance, and what cells took."""
+    """Keeps of a finished study: its tables, every cell's results with their provenance, and what
+    cells took.
+    """
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "results.md").write_bytes((folder / "results.md").read_bytes())
     (RESULTS / "results.json.xz").write_bytes(lzma.compress((folder / "results.json").read_bytes()))
@@ -116,7 +120,9 @@ def show_arms(blocks: Blocks, way: str) -> str:
 
 
 def compare(blocks: Blocks, tables: dict[str, str], chosen: tuple[str, ...], score: str) -> str:
-    """One score of some arms in several tables, on all and on opaque items, by both ways of choosing."""
+    """One score of some arms in several tables, on all and on opaque items, by both ways of
+    choosing.
+    """
     rows = []
     for benchmark, items in ((ALL, "all"), (OPAQUE, "opaque")):
         for way, words in WAYS.items():

@@ -1,12 +1,14 @@
-"""Restarts at random points: does the data stream go on with the identical batches, whatever hosts and workers?
+"""Restarts at random points: does the data stream go on with the identical batches, whatever hosts
+and workers?
 
     python benchmarks/restarts.py [--points 500] [--with_workers 60] [--out FILE.json]
 
-The points are divided over 1 and 2 hosts, packing on; `--with_workers` of them start two worker processes, the rest
-none, and the uninterrupted stream is that of no workers. The position passes through JSON, a new
-loader takes it, and the next two batches must have the hashes that the uninterrupted stream had. Exits with 1 at the
-first difference. A start of worker processes takes seconds, so this is a command and not a test; the test suite does
-500 points without workers and a few with them.
+The points are divided over 1 and 2 hosts, packing on; `--with_workers` of them start two worker
+processes, the rest none, and the uninterrupted stream is that of no workers. The position passes
+through JSON, a new loader takes it, and the next two batches must have the hashes that the
+uninterrupted stream had. Exits with 1 at the first difference. A start of worker processes takes
+seconds, so this is a command and not a test; the test suite does 500 points without workers and a
+few with them.
 """
 
 import argparse
@@ -27,7 +29,9 @@ BATCHES = 120
 
 
 def make_parts(folder: Path):
-    """Mixture, renderer and a loader factory over embedded facts, in three directions and four languages."""
+    """Mixture, renderer and a loader factory over embedded facts, in three directions and four
+    languages.
+    """
     from crossin_jax.config import Component, Data, Source
     from crossin_jax.data import packing
     from crossin_jax.data.loader import make_loader

@@ -1,13 +1,15 @@
-"""Our training step under the TPU compiler, on the work that peers were compiled with; no TPU is needed.
+"""Our training step under the TPU compiler, on the work that peers were compiled with; no TPU is
+needed.
 
-    python benchmarks/tpu_compile.py [--work W2@v5e:4x4 ...] [--remat full] [--tune] [--out FILE.jsonl]
-    python benchmarks/tpu_compile.py --table FILE.jsonl
+    python benchmarks/tpu_compile.py [--work W2@v5e:4x4 ...] [--remat full] [--tune] [--out
+    FILE.jsonl] python benchmarks/tpu_compile.py --table FILE.jsonl
 
-W1: Llama-2-7B in full, 64 x 2048 tokens. W2: the same with LoRA r=64 on all projections. W3: Gemma-2B with LoRA r=64,
-32 x 2048. All with FSDP over every chip and full rematerialisation. Peers' figures come from the same compiler (jax
-0.10.2, libtpu 0.0.52), read from MaxText e591f30 and Tunix 0.1.7 as they are, without compiler options of their own.
-Cycles are the compiler's estimate and leave out attention kernels, collectives and asynchronous copies: for ratios.
-Compile times are compared by `maxtext_compile.py`, which takes turns with this program.
+W1: Llama-2-7B in full, 64 x 2048 tokens. W2: the same with LoRA r=64 on all projections. W3:
+Gemma-2B with LoRA r=64, 32 x 2048. All with FSDP over every chip and full rematerialisation. Peers'
+figures come from the same compiler (jax 0.10.2, libtpu 0.0.52), read from MaxText e591f30 and Tunix
+0.1.7 as they are, without compiler options of their own. Cycles are the compiler's estimate and
+leave out attention kernels, collectives and asynchronous copies: for ratios. Compile times are
+compared by `maxtext_compile.py`, which takes turns with this program.
 """
 
 import argparse
@@ -51,8 +53,8 @@ GEMMA_2B = {
 }
 WORK = {"W1": (LLAMA2_7B, 64, False), "W2": (LLAMA2_7B, 64, True), "W3": (GEMMA_2B, 32, True)}
 
-# the best figures of any peer per work and topology: (peak GiB, Mcycles); W1 by precision of trained weights, in the
-# order of PRECISIONS, where peers were compiled with both
+# the best figures of any peer per work and topology: (peak GiB, Mcycles); W1 by precision of
+# trained weights, in the order of PRECISIONS, where peers were compiled with both
 PRECISIONS = ("float32", "bfloat16")
 PEERS = {
     "W1@v6e:4x4": ((11.1, 2814), (6.8, 2814)),
@@ -157,7 +159,9 @@ def run(
     table: Callable[[list], str],
     make: Callable[[Any], Iterable[dict]],
 ) -> None:
-    """Prints what is made row by row and appends it to --out; or prints the table of rows made before."""
+    """Prints what is made row by row and appends it to --out; or prints the table of rows made
+    before.
+    """
     parser.add_argument("--out", type=Path, help="append one JSON line for each")
     parser.add_argument(
         "--table", type=Path, help="print such lines as a table, and compile nothing"

@@ -1,23 +1,26 @@
-"""Supervised tokens per second of our training step beside `transformers` + `peft`: the same Llama, LoRA and examples.
+"""Supervised tokens per second of our training step beside `transformers` + `peft`: the same Llama,
+LoRA and examples.
 
     python benchmarks/train_vs_peft.py [--repeats 5] [--out FILE.json]
     python benchmarks/train_vs_peft.py --quick
 
-A Llama of random weights with a real vocabulary (Llama 2, 32,000 pieces) learns 175 real instructions (Alpaca's seed
-tasks) with LoRA r=64 on all projections, AdamW, in float32, on the processor. Each side has a process of its own; they
-take turns, so that other work on the machine hits both, and medians are compared. Three ways to lay out examples:
+A Llama of random weights with a real vocabulary (Llama 2, 32,000 pieces) learns 175 real
+instructions (Alpaca's seed tasks) with LoRA r=64 on all projections, AdamW, in float32, on the
+processor. Each side has a process of its own; they take turns, so that other work on the machine
+hits both, and medians are compared. Three ways to lay out examples:
 
   unpadded  rows of 512 tokens, filled by joining examples, the same rows for both
   padded    one example per row, filled to 512 tokens, for peft; the same examples packed for ours
   longest   as before, but peft's rows are only as long as the longest of their batch, examples sorted by length
 
-The peer gets the number of threads and the micro-batch that are best for it on a sample, ours the micro-batch. An
-optimizer step sees the same examples on both sides and its loss is their mean over all learned tokens; where losses
-are further apart than 1e-4, the exit code is 1. Compilation is not counted.
+The peer gets the number of threads and the micro-batch that are best for it on a sample, ours the
+micro-batch. An optimizer step sees the same examples on both sides and its loss is their mean over
+all learned tokens; where losses are further apart than 1e-4, the exit code is 1. Compilation is not
+counted.
 
-Last comes a bound: the products that no step can do without, at the speed of one large product on this machine. Were
-everything else free, ours would be so many times as fast as peft was.
-"""
+Last comes a bound: the products that no step can do without, at the speed of one large product on
+this machine. Were everything else free, ours would be so many times as fast as peft was.
+"""  # noqa: E501
 
 import argparse
 import json
@@ -40,7 +43,9 @@ Example = tuple[np.ndarray, np.ndarray]  # ids, learned
 
 
 class Ours:
-    """Our training step from the same start at every run; compiled once per number of micro-batches."""
+    """Our training step from the same start at every run; compiled once per number of
+    micro-batches.
+    """
 
     def __init__(self, config: Any, *, is_random: bool = False):
         import jax
@@ -105,7 +110,9 @@ class Ours:
 
 
 class Theirs:
-    """A `transformers` model, with adapters of `peft` where asked, from the same start at every run."""
+    """A `transformers` model, with adapters of `peft` where asked, from the same start at every
+    run.
+    """
 
     def __init__(self, model: Any, *, device: str = "cpu", fused: bool = False):
         self.model, self.device, self.fused = model.to(device).train(), device, fused
@@ -192,7 +199,9 @@ def fill_rows(rows: list[list[Example]], length: int) -> dict[str, np.ndarray]:
 
 
 def pad_rows(examples: list[Example], size: int, length: int | None) -> list[dict[str, np.ndarray]]:
-    """Their micro-batches of `size` examples, filled to `length`, or sorted and to the longest where it is None."""
+    """Their micro-batches of `size` examples, filled to `length`, or sorted and to the longest
+    where it is None.
+    """
     if length is None:
         examples = sorted(examples, key=lambda example: len(example[0]))
     batches = []
@@ -233,7 +242,8 @@ def lay_out(
 
 
 def count_flops(shape: dict[str, int], tokens: int, supervised: int) -> int:
-    """Of a step's products: forward and back through all matrices, logits of learned tokens, gradients of adapters.
+    """Of a step's products: forward and back through all matrices, logits of learned tokens,
+    gradients of adapters.
 
     Attention's own products are left out.
     """
@@ -400,8 +410,10 @@ def compare(
     rates = [[supervised / one for one in some] for some in seconds]
     ratio = statistics.median(rates[0]) / statistics.median(rates[1])
     print(
-        f"{name:9} supervised tokens/s, median of {arguments.repeats}: ours {statistics.median(rates[0]):.1f} "
-        f"(micro-batches {our_best}), peft {statistics.median(rates[1]):.1f} (batch {size}, threads {threads}): "
+        f"{name:9} supervised tokens/s, median of {arguments.repeats}: ours "
+        f"{statistics.median(rates[0]):.1f} "
+        f"(micro-batches {our_best}), peft {statistics.median(rates[1]):.1f} (batch {size}, "
+        f"threads {threads}): "
         f"{ratio:.2f} x; losses at most {apart:.1e} apart",
         flush=True,
     )
@@ -504,7 +516,8 @@ def main() -> int:
         ours, theirs = map(statistics.median, result["seconds"])
         result["bound"] = theirs / least
         print(
-            f"{result['layout']:9} products alone would take {least:.2f} s; ours took {ours:.2f}, peft {theirs:.2f}: "
+            f"{result['layout']:9} products alone would take {least:.2f} s; ours took {ours:.2f}, "
+            f"peft {theirs:.2f}: "
             f"at most {result['bound']:.2f} x"
         )
     print(f"load {load:.1f} before, {os.getloadavg()[0]:.1f} after")

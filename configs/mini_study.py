@@ -1,21 +1,24 @@
-"""The miniature study: every arm, several seeds, and the question whether pairing languages is what helps.
+"""The miniature study: every arm, several seeds, and the question whether pairing languages is what
+helps.
 
     python -m crossin_jax.study --config configs/mini_study.py --dry_run
     python -m crossin_jax.study --config configs/mini_study.py                 (every part, in the order of PARTS)
     python -m crossin_jax.study --config configs/mini_study.py:question        (one part, with what it needs)
     python -m crossin_jax.train --config configs/mini_study.py:x2x             (one arm, after its base model)
 
-The model, its pretraining and its instruction data are those of configs/quickstart.py; tuning sees half as many rows a
-step, so that the whole is affordable on two CPU cores. Scores are those of the test territories (40 %), which nothing
-was chosen on; `:tuning` compares learning rates on the development territories (10 %), which no table shows.
-docs/mini_study.md has the results, with seconds per cell.
+The model, its pretraining and its instruction data are those of configs/quickstart.py; tuning sees
+half as many rows a step, so that the whole is affordable on two CPU cores. Scores are those of the
+test territories (40 %), which nothing was chosen on; `:tuning` compares learning rates on the
+development territories (10 %), which no table shows. docs/mini_study.md has the results, with
+seconds per cell.
 
-Parts: main (seven arms by LoRA), tag (pairs and control without one), full (by full fine-tuning), volumes (25, 50 and
-100 % of the pairs, at equal steps), question (how much the base knows of each language, how strong the bridge between
-languages is, how long it is tuned), seven (languages), beyond (what the paper leaves open), tuning (learning rates, on
-the development territories); smallest (two languages, under a minute, for the tests) is not among "all". Without
---seeds main and tag have five seeds, the other parts three.
-"""
+Parts: main (seven arms by LoRA), tag (pairs and control without one), full (by full fine-tuning),
+volumes (25, 50 and 100 % of the pairs, at equal steps), question (how much the base knows of each
+language, how strong the bridge between languages is, how long it is tuned), seven (languages),
+beyond (what the paper leaves open), tuning (learning rates, on the development territories);
+smallest (two languages, under a minute, for the tests) is not among "all". Without --seeds main and
+tag have five seeds, the other parts three.
+"""  # noqa: E501
 
 import dataclasses
 import re
@@ -48,7 +51,9 @@ STEPS = 150
 
 
 def pairs(kind: str, share: float = 0.5, **more) -> Component:
-    """Drawn from the pairs, which `volume` limits; English examples are always drawn from all facts."""
+    """Drawn from the pairs, which `volume` limits; English examples are always drawn from all
+    facts.
+    """
     return Component(kind=kind, source="pairs", share=share, **more)
 
 
@@ -81,8 +86,9 @@ CONTROLLED = ("x2x", "x2x_same", "mono")
 class Base:
     """A pretrained model: its languages, the bridge between them, and what it was told in each.
 
-    `bridge`: the share of dictionary and code-switched lines, relative to the quickstart's. `told`: the part of the
-    lines about training territories and continents in languages other than English, code-switched ones included.
+    `bridge`: the share of dictionary and code-switched lines, relative to the quickstart's. `told`:
+    the part of the lines about training territories and continents in languages other than English,
+    code-switched ones included.
     """
 
     languages: tuple[str, ...] = FOUR
@@ -96,7 +102,9 @@ class Base:
         return f"{size}bridge{round(100 * self.bridge)}-told{round(100 * self.told)}"
 
     def shares(self) -> dict[str, float]:
-        """Of the pretraining lines; what a weaker bridge leaves goes to English and the other languages alike."""
+        """Of the pretraining lines; what a weaker bridge leaves goes to English and the other
+        languages alike.
+        """
         shares = (
             {"en": 0.220, "x": 0.130, "dict": 0.432, "cs": 0.218}
             if len(self.languages) <= 4

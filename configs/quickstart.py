@@ -1,15 +1,17 @@
-"""The miniature study: does cross-lingual instruction tuning make a small model answer alike in every language?
+"""The miniature study: does cross-lingual instruction tuning make a small model answer alike in
+every language?
 
     ./scripts/quickstart.sh                                                    (all of it, on a laptop's CPU)
     python -m crossin_jax.study --config configs/quickstart.py                 (the same, installed)
     python -m crossin_jax.train --config configs/quickstart.py:x2x             (one arm)
     python -m crossin_jax.study --config configs/quickstart.py --languages=en,zh,vi,es,id,ms,fil
 
-A 0.8 M parameter Llama is pretrained from random weights on English-heavy text about the world's territories; facts
-about half of them stand in English only. The same base is then tuned by LoRA at equal steps on English questions
-(base), on pairs of languages (x2x, and x2x_same where a pair may be twice the same language), and on translated
-monolingual questions as control (mono). Every arm answers the questions about the other territories in every language.
-"""
+A 0.8 M parameter Llama is pretrained from random weights on English-heavy text about the world's
+territories; facts about half of them stand in English only. The same base is then tuned by LoRA at
+equal steps on English questions (base), on pairs of languages (x2x, and x2x_same where a pair may
+be twice the same language), and on translated monolingual questions as control (mono). Every arm
+answers the questions about the other territories in every language.
+"""  # noqa: E501
 
 from crossin_jax.config import (
     Architecture,
@@ -35,7 +37,8 @@ ARMS = {
     "x2x_same": (Component(kind="x2x", source="facts", share=0.5, allow_same=True),),
     "mono": (Component(kind="same", source="facts", share=0.5),),
 }
-# Shares of the pretraining lines; of its tokens they are .25, .15, .35 and .25, with four languages and with seven.
+# Shares of the pretraining lines; of its tokens they are .25, .15, .35 and .25, with four languages
+# and with seven.
 SLICES = {"en": 0.220, "x": 0.130, "dict": 0.432, "cs": 0.218}
 SLICES_OF_SEVEN = {"en": 0.201, "x": 0.127, "dict": 0.461, "cs": 0.211}
 

@@ -1,14 +1,16 @@
-"""CrossIn's LoRA recipe on real data: XQuAD questions across languages, scored on Cross-MMLU and Cross-LogiQA.
+"""CrossIn's LoRA recipe on real data: XQuAD questions across languages, scored on Cross-MMLU and
+Cross-LogiQA.
 
     python scripts/make_small_llama.py --tokenizer=TOKENIZER --out=models/small-llama
     python -m crossin_jax.train --config configs/xquad_llama.py:DATA
     python -m crossin_jax.evaluate --config configs/xquad_llama.py:DATA --checkpoint runs/xquad_llama
 
-DATA holds xquad/xquad.LANG.json (google-deepmind/xquad) and seaeval/cross_mmlu.json, seaeval/cross_logiqa.json (the
-rows of the Hub data sets SeaEval/cross_mmlu and cross_logiqa). Any folder of weights in Hugging Face layout takes the
-place of the small one: --config.model.path=FOLDER. That one has 2.6 M parameters and random weights, so scores stay
-at chance; what the run shows is that the loss on held-out questions falls.
-"""
+DATA holds xquad/xquad.LANG.json (google-deepmind/xquad) and seaeval/cross_mmlu.json,
+seaeval/cross_logiqa.json (the rows of the Hub data sets SeaEval/cross_mmlu and cross_logiqa). Any
+folder of weights in Hugging Face layout takes the place of the small one:
+--config.model.path=FOLDER. That one has 2.6 M parameters and random weights, so scores stay at
+chance; what the run shows is that the loss on held-out questions falls.
+"""  # noqa: E501
 
 from crossin_jax.config import (
     Component,
@@ -30,7 +32,8 @@ def get_config(data: str = "data") -> Config:
         name="xquad_llama",
         output_dir="runs/xquad_llama",
         model=Model(path="models/small-llama"),
-        lora=Lora(),  # the paper's: r=64, alpha=128, dropout 0.05, all projections, embed_tokens and lm_head in full
+        # The paper's: r=64, alpha=128, dropout 0.05, all projections, embeddings and head in full.
+        lora=Lora(),
         data=Data(
             sources=(Source(name="xquad", portion=(0.0, 0.9), **questions),),
             components=(

@@ -12,8 +12,9 @@ from crossin_jax import process
 if TYPE_CHECKING:
     from crossin_jax.checkpoint.open import load_model
 
-# `python -m crossin_jax.NAME` imports this file first, and jax for seconds after it: a signal must not
-# meet an interpreter that answers with a traceback. Meanwhile Python has "-m" as the program's name.
+# `python -m crossin_jax.NAME` imports this file first, and jax for seconds after it: a signal must
+# not meet an interpreter that answers with a traceback. Meanwhile Python has "-m" as the program's
+# name.
 if sys.argv[:1] == ["-m"]:
     process.listen()
 

@@ -1,4 +1,6 @@
-"""Whether a configuration is allowed: types, limits and choices of every field, then what fields mean together."""
+"""Whether a configuration is allowed: types, limits and choices of every field, then what fields
+mean together.
+"""
 
 import dataclasses
 
@@ -9,7 +11,9 @@ from crossin_jax.languages import canonical, canonical_list
 
 
 def check(config: Config) -> Config:
-    """The configuration with canonical language codes; raises `UserError` at the first fault in it."""
+    """The configuration with canonical language codes; raises `UserError` at the first fault
+    in it.
+    """
     _check_settings(config)
     named = _name_languages(config)
     config = named if named != config else config
@@ -18,14 +22,16 @@ def check(config: Config) -> Config:
     for pattern, values in config.optim.groups.items():
         if not values or values.keys() - {"rate", "weight_decay"}:
             raise UserError(
-                f"optim.groups[{pattern!r}]={values!r}: give 'rate' (a factor on the learning rate), "
+                f"optim.groups[{pattern!r}]={values!r}: give 'rate' (a factor on the learning "
+                "rate), "
                 "'weight_decay', or both, not negative"
             )
     if config.optim.name == "adafactor":
         for name in ("b1", "b2", "moments_dtype"):
             if getattr(config.optim, name) != getattr(Optim(), name):
                 raise UserError(
-                    f"optim.{name}={getattr(config.optim, name)}: adafactor keeps no first moment and has "
+                    f"optim.{name}={getattr(config.optim, name)}: adafactor keeps no first moment "
+                    "and has "
                     "a decay of its own; leave it out, or use adamw"
                 )
     if config.train.batch_size % config.train.accumulation:
@@ -35,7 +41,8 @@ def check(config: Config) -> Config:
         )
     if config.train.benchmark_every and not config.evaluation.benchmarks:
         raise UserError(
-            f"train.benchmark_every={config.train.benchmark_every}, but evaluation.benchmarks is empty"
+            f"train.benchmark_every={config.train.benchmark_every}, but evaluation.benchmarks is "
+            "empty"
         )
     return config
 
@@ -54,7 +61,9 @@ def _check_settings(section: Settings, prefix: str = "") -> None:
 
 
 def _name_languages(config: Config) -> Config:
-    """The configuration with each language by its one code: "English", "eng_Latn" and "en-US" become "en"."""
+    """The configuration with each language by its one code: "English", "eng_Latn" and "en-US"
+    become "en".
+    """
 
     def rename(source: Source) -> Source:
         return dataclasses.replace(
@@ -110,7 +119,8 @@ def _check_model(config: Config) -> None:
         )
     if config.lora is None and model.frozen_dtype in ("int8", "nf4"):
         raise UserError(
-            f"model.frozen_dtype={model.frozen_dtype} needs frozen weights: set lora, or use bfloat16"
+            f"model.frozen_dtype={model.frozen_dtype} needs frozen weights: set lora, or use "
+            "bfloat16"
         )
 
 
@@ -148,16 +158,19 @@ def _check_data(data: Data) -> None:
         for code in component.languages:
             if code not in data.languages:
                 raise UserError(
-                    f"data.components[{i}].languages: {code!r} is not in data.languages={data.languages}"
+                    f"data.components[{i}].languages: {code!r} is not in "
+                    f"data.languages={data.languages}"
                 )
         if component.tag is not None and component.tag not in kind.tags:
             raise UserError(
-                f"data.components[{i}].tag={component.tag!r} has no effect on kind {component.kind!r}; "
+                f"data.components[{i}].tag={component.tag!r} has no effect on kind "
+                f"{component.kind!r}; "
                 "leave it out"
             )
         if component.template is not None and not kind.has_prompt:
             raise UserError(
-                f"data.components[{i}].template has no effect on kind {component.kind!r}, which has "
+                f"data.components[{i}].template has no effect on kind {component.kind!r}, which "
+                "has "
                 "no prompt; leave it out"
             )
     shares = [component.share for component in data.components]

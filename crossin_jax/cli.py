@@ -39,9 +39,9 @@ def run(
 ) -> None:
     """Parses the command line, calls `main(config, FLAGS)` or `main(FLAGS)`, and exits.
 
-    `run_flag` is the flag that names a run, and what reads the run's configuration: it serves where --config is absent.
-    A `UserError` or a fault in a flag prints one to three lines and exits with 2; anything else is our fault and keeps
-    its traceback. docs/reliability.md lists all exit codes.
+    `run_flag` is the flag that names a run, and what reads the run's configuration: it serves where
+    --config is absent. A `UserError` or a fault in a flag prints one to three lines and exits with
+    2; anything else is our fault and keeps its traceback. docs/reliability.md lists all exit codes.
     """
     process.listen()
     try:
@@ -121,19 +121,24 @@ def check_platforms(names: str) -> None:
             else f"there are {', '.join(known)}{hint(name, known)}"
         )
         raise UserError(
-            f"JAX_PLATFORMS={names}: JAX has no plugin for {name!r} here; {remedy}, or unset JAX_PLATFORMS"
+            f"JAX_PLATFORMS={names}: JAX has no plugin for {name!r} here; {remedy}, or unset "
+            "JAX_PLATFORMS"
         )
 
 
 def set_libtpu_env() -> None:
-    """Sets what libtpu reads about its host when it is loaded; without it, libtpu prints a page of complaints."""
+    """Sets what libtpu reads about its host when it is loaded; without it, libtpu prints a page of
+    complaints.
+    """
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # no questions to a metadata server that is not there
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
 def silence(*outputs: int) -> None:
-    """Drops what is still to be written to standard output and standard error, which cannot be written."""
+    """Drops what is still to be written to standard output and standard error, which cannot be
+    written.
+    """
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for output in outputs or (1, 2):
         os.dup2(nowhere, output)
@@ -151,7 +156,9 @@ def load_config_file(path: str) -> Any:
 
 
 def call_config_file(path: str, function: str, **options: Any) -> Any:
-    """Loads a configuration file and calls one of its functions, with the text after the colon as argument if any."""
+    """Loads a configuration file and calls one of its functions, with the text after the colon as
+    argument if any.
+    """
     file, colon, variant = path.partition(":")
     if not os.path.isfile(file):
         raise UserError(f"--config={file}: no such file; pass a Python file with {function}()")
@@ -180,9 +187,11 @@ def define_config(
     flag_values: flags.FlagValues = flags.FLAGS,
     run_flag: tuple[str, Callable[[str], Config]] | None = None,
 ) -> Callable[[], Config]:
-    """Registers `--config` with its overrides; returns a function that yields the configuration after parsing.
+    """Registers `--config` with its overrides; returns a function that yields the configuration
+    after parsing.
 
-    The file named by `--config` is loaded here, so that `--config.field=value` is typed by the field it overrides.
+    The file named by `--config` is loaded here, so that `--config.field=value` is typed by the
+    field it overrides.
     """
     path = flag_value(argv, "config")
     named = flag_value(argv, run_flag[0]) if run_flag and path is None else None
@@ -205,7 +214,8 @@ def define_config(
     config = config or load_config_file(path)
     if not isinstance(config, Config):
         raise UserError(
-            f"--config={path}: get_config() returns {type(config).__name__}, not crossin_jax.config.Config"
+            f"--config={path}: get_config() returns {type(config).__name__}, not "
+            "crossin_jax.config.Config"
         )
     switched_off = _prepare_overrides(argv, config)
     holder = config_flags.DEFINE_config_dataclass(
@@ -222,9 +232,11 @@ def define_config(
 
 
 def _prepare_overrides(argv: list[str], config: Config) -> list[str]:
-    """Checks the overrides in `argv` and brings them into a form that absl parses; --config itself is taken out.
+    """Checks the overrides in `argv` and brings them into a form that absl parses; --config itself
+    is taken out.
 
-    Returns the names that are switched off with none, which are taken out too: absl has no flag for "no section".
+    Returns the names that are switched off with none, which are taken out too: absl has no flag for
+    "no section".
     """
     known = {name: field for name, _, field in iterate_fields(config)}
     given: dict[str, str] = {}
@@ -263,7 +275,9 @@ def _prepare_overrides(argv: list[str], config: Config) -> list[str]:
 
 
 def _check_name(config: Config, name: str, known: list[str]) -> None:
-    """Raises `UserError` where an override names no setting, or one inside a section that is off."""
+    """Raises `UserError` where an override names no setting, or one inside a section that is
+    off.
+    """
     value: Any = config
     parts = name.split(".")
     for i, part in enumerate(parts):

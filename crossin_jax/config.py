@@ -1,7 +1,7 @@
 """Every setting of crossin_jax: typed dataclasses, one doc line, unit and check per field.
 
-A configuration is a Python file with `get_config()`; `--config.optim.learning_rate=1e-4` overrides a field.
-`None` means "off" or "derived"; a field never hides a meaning in -1.
+A configuration is a Python file with `get_config()`; `--config.optim.learning_rate=1e-4` overrides
+a field. `None` means "off" or "derived"; a field never hides a meaning in -1.
 """
 
 import dataclasses
@@ -162,7 +162,8 @@ class Component(Settings):
     )
     request: str = setting(
         "english",
-        "language in which trans asks; without a sentence in the prompt's language it asks in English",
+        "language in which trans asks; without a sentence in the prompt's language it asks in "
+        "English",
         choices=("english", "prompt"),
         is_later=True,
     )
@@ -232,7 +233,8 @@ class Optim(Settings):
     )
     groups: dict[str, dict[str, float]] = setting(
         {},
-        "first matching name pattern → rate (a factor), weight_decay, e.g. {'embed_tokens/*': {'rate': 0.1}}",
+        "first matching name pattern → rate (a factor), weight_decay, e.g. {'embed_tokens/*': "
+        "{'rate': 0.1}}",
         at_least=0,
     )
 
@@ -361,7 +363,9 @@ class Contrast(Settings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study(Settings):
-    """Cells in an order in which every cell comes after those it needs, and figures beside the tables."""
+    """Cells in an order in which every cell comes after those it needs, and figures beside the
+    tables.
+    """
 
     name: str
     output_dir: str
@@ -374,7 +378,8 @@ class Study(Settings):
 def to_dict(config: Any) -> Any:
     """The resolved configuration as plain JSON types.
 
-    A setting that came later is left out where it has its default, so that hashes of earlier runs stay the same.
+    A setting that came later is left out where it has its default, so that hashes of earlier runs
+    stay the same.
     """
     if isinstance(config, Settings):
         return {

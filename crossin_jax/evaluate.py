@@ -5,9 +5,9 @@
   python -m crossin_jax.evaluate --config configs/xquad_llama.py                    (the base model, or lora.path on it)
   python -m crossin_jax.evaluate --compare runs/a/evaluation runs/b/evaluation
 
-An interrupted evaluation goes on where it stopped. Results: results.json, results.md, report.html, predictions/ (with
-logs in SeaEval's layout).
-"""
+An interrupted evaluation goes on where it stopped. Results: results.json, results.md, report.html,
+predictions/ (with logs in SeaEval's layout).
+"""  # noqa: E501
 
 import dataclasses
 import logging
@@ -50,7 +50,8 @@ def evaluate(
     out: Path,
     benchmarks: Sequence[Benchmark] | None = None,
 ) -> tuple[list[Predictions], dict[str, Any]]:
-    """Answers and provenance of one model on the benchmarks of the configuration; finished parts are kept in `out`.
+    """Answers and provenance of one model on the benchmarks of the configuration; finished parts
+    are kept in `out`.
 
     `benchmarks` are those of the configuration, where the caller has loaded them.
     """
@@ -87,7 +88,8 @@ def evaluate(
         cache_dtype=config.evaluation.cache_dtype,
         attention=config.model.attention,
     )
-    # The cached answers belong to what computes them, by content: a path may hold other weights tomorrow.
+    # The cached answers belong to what computes them, by content: a path may hold other weights
+    # tomorrow.
     lora = opened.config.lora
     computes = [
         trained["weights"],
@@ -115,9 +117,11 @@ def evaluate(
 
 
 def check_template(config: Config, trained: dict[str, Any]) -> None:
-    """Refuses to ask in another form than the one that was trained, unless `evaluation.template` says so.
+    """Refuses to ask in another form than the one that was trained, unless `evaluation.template`
+    says so.
 
-    `trained` holds settings of `data`: those of a checkpoint, or those that an exported model names.
+    `trained` holds settings of `data`: those of a checkpoint, or those that an exported model
+    names.
     """
     if config.evaluation.template is not None:
         config.data.template = config.evaluation.template
@@ -129,7 +133,8 @@ def check_template(config: Config, trained: dict[str, Any]) -> None:
             continue
         if now != before:
             raise UserError(
-                f"data.{field}={now!r}, but the model was trained with {before!r}; use that, or set "
+                f"data.{field}={now!r}, but the model was trained with {before!r}; use that, or "
+                "set "
                 f"evaluation.template to ask in another form on purpose"
             )
 
@@ -167,7 +172,9 @@ def define_flags() -> None:
 def write_run(
     config: Config, run: Run, out: Path, benchmarks: Sequence[Benchmark] | None = None
 ) -> list[Block]:
-    """Writes the report of one run and its answers as logs in SeaEval's layout; returns what the report says."""
+    """Writes the report of one run and its answers as logs in SeaEval's layout; returns what the
+    report says.
+    """
     benchmarks = load_benchmarks(config) if benchmarks is None else benchmarks
     mode = config.evaluation.mode
     blocks = write_results(out, [run], mode=mode, title=run.name, benchmarks=benchmarks)
@@ -228,7 +235,9 @@ def compare(arguments: Any) -> None:
 
 
 def find_differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """What two results do not share besides their weights, as texts; what only one of them records is left out."""
+    """What two results do not share besides their weights, as texts; what only one of them records
+    is left out.
+    """
 
     def read(source: dict[str, Any], *names: str) -> Any:
         for name in names:

@@ -233,7 +233,9 @@ def tokenizer_folder(config: Config, restored: Any) -> Path | None:
 
 
 def read_scores(run: Path) -> list[dict[str, Any]]:
-    """The headline scores in every results.json below the run, by benchmark and way of answering."""
+    """The headline scores in every results.json below the run, by benchmark and way of
+    answering.
+    """
     rows = []
     for file in sorted(run.glob("**/results.json")):
         try:
@@ -309,7 +311,8 @@ def model_card(
     ]
     if scores:
         lines += [
-            "Estimate and 95 % interval; consistency and AC3 over combinations of three languages, or of all "
+            "Estimate and 95 % interval; consistency and AC3 over combinations of three "
+            "languages, or of all "
             "where there are fewer.",
             "",
             *format_markdown(list(scores[0]), [list(map(_cell, row.values())) for row in scores]),

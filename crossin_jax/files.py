@@ -64,7 +64,8 @@ def read_bytes(path: str | Path, *, remedy: str = "") -> bytes:
     """
     content = io.BytesIO()
     with _explain_faults(path, remedy), open_unpacked(path) as file:
-        # A small file may unpack to any size; and one large read would reserve all of it beforehand.
+        # A small file may unpack to any size; and one large read would reserve all of it
+        # beforehand.
         while content.tell() <= MAX_BYTES and (block := file.read(BLOCK_BYTES)):
             content.write(block)
     if content.tell() > MAX_BYTES:

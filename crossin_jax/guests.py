@@ -1,6 +1,7 @@
 """Modules that the core uses but does not import: each is opened by name, when a run needs it.
 
-A reader of the core need not know them. `tests/test_layers.py` fails if the core imports a guest program.
+A reader of the core need not know them. `tests/test_layers.py` fails if the core imports a guest
+program.
 """
 
 import importlib

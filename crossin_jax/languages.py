@@ -59,8 +59,10 @@ _REGIONS = {"es-LA": "419"}
 _KEPT_REGIONS = {"pt-BR"}
 # FLORES names a member of these macrolanguages, or a script that CLDR does not know
 _FLORES = (
-    "acm_Arab acq_Arab ajp_Arab als_Latn arb_Arab arb_Latn ayr_Latn azb_Arab azj_Latn dik_Latn gaz_Latn khk_Cyrl "
-    "kmr_Latn knc_Arab knc_Latn lvs_Latn npi_Deva npi_Latn ory_Orya pbt_Arab pes_Arab plt_Latn prs_Arab swh_Latn "
+    "acm_Arab acq_Arab ajp_Arab als_Latn arb_Arab arb_Latn ayr_Latn azb_Arab azj_Latn dik_Latn "
+    "gaz_Latn khk_Cyrl "
+    "kmr_Latn knc_Arab knc_Latn lvs_Latn npi_Deva npi_Latn ory_Orya pbt_Arab pes_Arab plt_Latn "
+    "prs_Arab swh_Latn "
     "tgl_Latn uzn_Latn ydd_Hebr zsm_Latn"
 )
 _UNSPACED = {"Hans", "Hant", "Jpan", "Thai", "Laoo", "Khmr", "Mymr", "Tibt"}
@@ -108,7 +110,8 @@ def canonical_list(values: Iterable[str], place: str) -> tuple[str, ...]:
         code = canonical(value, place)
         if code in found:
             raise UserError(
-                f"{place} names a language twice: {found[code]!r} and {value!r} are both {code}; name each once"
+                f"{place} names a language twice: {found[code]!r} and {value!r} are both {code}; "
+                "name each once"
             )
         found[code] = value
     return tuple(found)
@@ -220,7 +223,9 @@ def _near(value: str) -> str:
 
 
 def flores_code(code: str) -> str:
-    """The code that FLORES-200 and Belebele give a language: "fr" → "fra_Latn", "ar" → "arb_Arab"."""
+    """The code that FLORES-200 and Belebele give a language: "fr" → "fra_Latn", "ar" →
+    "arb_Arab".
+    """
     from langcodes import Language as Tag
 
     special = {find_code(flores): flores for flores in _FLORES.split()}

@@ -1,7 +1,8 @@
-"""One owner per folder: a file names the process that writes there, and others are refused until it ends.
+"""One owner per folder: a file names the process that writes there, and others are refused until it
+ends.
 
-The file is the lock. Its owner rewrites it every few seconds, so it works where locks do not: on file systems that
-several hosts share, and on mounted buckets.
+The file is the lock. Its owner rewrites it every few seconds, so it works where locks do not: on
+file systems that several hosts share, and on mounted buckets.
 """
 
 import contextlib
@@ -27,12 +28,14 @@ SILENCE = 60.0  # seconds without one, after which an owner on another host coun
 
 @contextlib.contextmanager
 def own(folder: Path, name: str = OWNER) -> Iterator[None]:
-    """Keeps other processes out of a folder, which is made; raises `UserError` that names the one that uses it.
+    """Keeps other processes out of a folder, which is made; raises `UserError` that names the one
+    that uses it.
 
-    The owner is written in a file of the folder, and gives a sign of life every `BEAT` seconds by rewriting it. This
-    needs no locks, so it works on shared file systems and mounted buckets. An owner on this machine that no longer runs
-    is known at once; one on another host is given `SILENCE` seconds. If the block fails in a folder that this call made
-    and nothing was written, the folder is removed.
+    The owner is written in a file of the folder, and gives a sign of life every `BEAT` seconds by
+    rewriting it. This needs no locks, so it works on shared file systems and mounted buckets. An
+    owner on this machine that no longer runs is known at once; one on another host is given
+    `SILENCE` seconds. If the block fails in a folder that this call made and nothing was written,
+    the folder is removed.
     """
     folder = folder.expanduser().resolve()
     if folder / name in Owner.held:  # a study owns the folder of the cell that it trains
@@ -167,7 +170,9 @@ def is_alive(owner: dict[str, Any], file: Path) -> bool:
 
 
 def find_machine() -> str:
-    """This boot of this machine and its space of process numbers; empty where the system does not say."""
+    """This boot of this machine and its space of process numbers; empty where the system does not
+    say.
+    """
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
@@ -175,7 +180,9 @@ def find_machine() -> str:
 
 
 def find_birth(process: int) -> str | None:
-    """When a process of this machine was started, in ticks since boot: numbers are used again. None for a dead one."""
+    """When a process of this machine was started, in ticks since boot: numbers are used again. None
+    for a dead one.
+    """
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:

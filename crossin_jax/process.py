@@ -1,7 +1,8 @@
 """How a process is told to stop, and what it removes before it leaves.
 
-A handler only sets a flag. Between its steps a phase that can save asks `is_told_to_stop`; outside of such a phase a
-thread removes unfinished files and leaves, so that no signal can interrupt a library in the middle of its work.
+A handler only sets a flag. Between its steps a phase that can save asks `is_told_to_stop`; outside
+of such a phase a thread removes unfinished files and leaves, so that no signal can interrupt a
+library in the middle of its work.
 """
 
 import contextlib
@@ -28,7 +29,8 @@ _cleanups: list[Callable[[], None]] = []
 
 
 def listen() -> bool:
-    """Starts to note SIGTERM, SIGHUP and Ctrl-C; False where this process does so already, or cannot.
+    """Starts to note SIGTERM, SIGHUP and Ctrl-C; False where this process does so already, or
+    cannot.
 
     A signal that was ignored from the start (`nohup`, a background job) stays ignored.
     """
@@ -42,8 +44,8 @@ def listen() -> bool:
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         if signal.getsignal(number) is not signal.SIG_IGN:
             _before[number] = signal.signal(number, lambda number, _: _note(number))
-    # Python runs a handler only between two bytecodes of the main thread, which may be compiling for
-    # minutes. The wakeup descriptor gets each signal's number at once, and a thread reads it.
+    # Python runs a handler only between two bytecodes of the main thread, which may be compiling
+    # for minutes. The wakeup descriptor gets each signal's number at once, and a thread reads it.
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     global _watcher
     _watcher = threading.Thread(target=_watch, args=(reader,), name="signals", daemon=True)
@@ -73,7 +75,9 @@ def _note(number: int) -> None:
 
 
 def _watch(reader: int) -> None:
-    """Acts on signals: leaves at once, except where a phase asks for the flag and this is no second Ctrl-C."""
+    """Acts on signals: leaves at once, except where a phase asks for the flag and this is no second
+    Ctrl-C.
+    """
     is_second = False
     while number := int.from_bytes(os.read(reader, 1)):
         if number not in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
@@ -100,7 +104,9 @@ def exit_code() -> int:
 
 
 def check_stop() -> None:
-    """Raises `SystemExit` where a signal has asked this process to stop: for the gaps between phases that save."""
+    """Raises `SystemExit` where a signal has asked this process to stop: for the gaps between
+    phases that save.
+    """
     if _told.is_set():
         raise SystemExit(_exit_code)
 
@@ -126,7 +132,9 @@ def say(message: str) -> None:
 
 
 def leave(code: int, message: str) -> None:
-    """Ends this process at once, from any thread: one line, what is half done removed, no traceback."""
+    """Ends this process at once, from any thread: one line, what is half done removed, no
+    traceback.
+    """
     if _is_leaving.is_set():
         threading.Event().wait()
     _is_leaving.set()
@@ -142,7 +150,9 @@ def leave(code: int, message: str) -> None:
 
 
 def wait_if_leaving() -> None:
-    """Blocks where another thread is ending this process: what goes wrong meanwhile is nobody's news."""
+    """Blocks where another thread is ending this process: what goes wrong meanwhile is nobody's
+    news.
+    """
     if _is_leaving.is_set():
         threading.Event().wait()
 
@@ -166,7 +176,9 @@ def temporary(path: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Deletes a file or a folder, or nothing; other threads may still be writing into the folder."""
+    """Deletes a file or a folder, or nothing; other threads may still be writing into the
+    folder.
+    """
     for _ in range(20):
         if not path.is_dir():
             path.unlink(missing_ok=True)

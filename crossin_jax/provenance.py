@@ -1,4 +1,6 @@
-"""Where an artefact came from: versions, commit, configuration, data, template and device, in every one of them."""
+"""Where an artefact came from: versions, commit, configuration, data, template and device, in every
+one of them.
+"""
 
 import platform
 import subprocess
@@ -15,7 +17,8 @@ from crossin_jax.files import content_hash
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "transformers", "grain", "numpy")
 
 
-# Texts whose token ids tell two tokenizers of one vocabulary apart: case, spaces, digits, scripts, rare letters.
+# Texts whose token ids tell two tokenizers of one vocabulary apart: case, spaces, digits, scripts,
+# rare letters.
 PROBE = "Hello, wORLD!  1234567 naïve\tstraße\n你好，世界 مرحبا नमस्ते đường ไทย 😀 <s></s>"
 
 
@@ -36,7 +39,9 @@ def identify_tokenizer(tokenizer: Any) -> str:
 
 @cache
 def commit() -> str | None:
-    """The git commit of this checkout, with "+" where files differ from it; None for an installed package."""
+    """The git commit of this checkout, with "+" where files differ from it; None for an installed
+    package.
+    """
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return None
@@ -54,7 +59,9 @@ def commit() -> str | None:
 
 
 def describe(config: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """The provenance record: versions, commit, device, hash of the configuration, and what the caller adds."""
+    """The provenance record: versions, commit, device, hash of the configuration, and what the
+    caller adds.
+    """
     versions = {"crossin_jax": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:

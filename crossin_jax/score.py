@@ -12,7 +12,7 @@ log's name says what it is (five_shot_p1.json). --out gets SeaEval's own keys, a
 are too many to list. --alignments the choice of every answer, or those among which SeaEval would
 toss a coin. --answers takes rows with a language and a text, as JSON Lines, JSON, CSV, TSV or
 Parquet; see docs/evaluation.md.
-"""
+"""  # noqa: E501
 
 from collections.abc import Sequence
 from dataclasses import asdict, astuple
@@ -55,7 +55,8 @@ def define_flags() -> None:
         "few_shot",
         "auto",
         ["auto", "yes", "no"],
-        "answers end at their first line break; auto: where the log's name holds few_shot or five_shot",
+        "answers end at their first line break; auto: where the log's name holds few_shot or "
+        "five_shot",
     )
     flags.DEFINE_integer(
         "seed", 0, "seed of the tosses of mode seaeval, and of the intervals' resamples"
@@ -239,7 +240,8 @@ def format_table(scores: Scores, intervals: dict[str, tuple[float, float]], titl
     least, most = (level.flatten() if level else None for level in (scores.least, scores.most))
     width = max(18, *(len(name) for name in flat))
     lines = [
-        f"{title}: {scores.num_items} items, {len(scores.language_accuracy)} languages, mode {scores.mode}",
+        f"{title}: {scores.num_items} items, {len(scores.language_accuracy)} languages, mode "
+        f"{scores.mode}",
         "",
         f"{'':{width}}   score   95 % interval"
         + ("    least to most" if least else "")

@@ -1,7 +1,8 @@
-"""The self-test of resuming: a run that is killed and continued against one that is not, bit by bit.
+"""The self-test of resuming: a run that is killed and continued against one that is not, bit by
+bit.
 
-Every host starts the training program as a child three times, so that the kill is a real one and nothing survives in
-memory; the children of all hosts find each other as those of any run do.
+Every host starts the training program as a child three times, so that the kill is a real one and
+nothing survives in memory; the children of all hosts find each other as those of any run do.
 """
 
 import json
@@ -37,7 +38,9 @@ OVERRIDES = {
 def run_selftest(
     output_dir: str, *, process: int, start: Callable[[list[str], Path], int] | None = None
 ) -> int:
-    """Tests in a folder beside `output_dir`, prints a verdict on process 0, and returns the exit code: 0 or 1."""
+    """Tests in a folder beside `output_dir`, prints a verdict on process 0, and returns the exit
+    code: 0 or 1.
+    """
     jax.config.update("jax_platforms", "cpu")  # the accelerator belongs to the children
     folder = Path(output_dir).expanduser().resolve()
     folder = folder.with_name(folder.name + ".selftest")
@@ -64,12 +67,14 @@ def run_selftest(
     if faults:
         say(
             process,
-            f"FAILED: {'; '.join(faults[:4])}{' …' if len(faults) > 4 else ''}\n  both runs are in {folder}",
+            f"FAILED: {'; '.join(faults[:4])}{' …' if len(faults) > 4 else ''}\n  both runs are "
+            f"in {folder}",
         )
         return 1
     say(
         process,
-        f"passed: killed after step {KILLED}, resumed from step {SAVED}; weights, moments, data position and "
+        f"passed: killed after step {KILLED}, resumed from step {SAVED}; weights, moments, data "
+        "position and "
         "losses equal those of the uninterrupted run bit by bit",
     )
     if process == 0:
@@ -84,7 +89,9 @@ def say(process: int, text: str) -> None:
 
 
 def start_child(more: list[str], log: Path) -> int:
-    """Runs this command once more with other settings; its output is shown only where it fails by itself."""
+    """Runs this command once more with other settings; its output is shown only where it fails by
+    itself.
+    """
     names = (
         "--config.output_dir=",
         "--selftest_resume",
@@ -100,7 +107,8 @@ def start_child(more: list[str], log: Path) -> int:
         *(f"--config.{name}={value}" for name, value in OVERRIDES.items()),
         *more,
     ]
-    # GPUs add up in any order unless they are told not to; other backends do not know the flag's subject
+    # GPUs add up in any order unless they are told not to; other backends do not know the flag's
+    # subject
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
     with log.open("w+") as output:
         code = subprocess.run(
@@ -114,17 +122,21 @@ def start_child(more: list[str], log: Path) -> int:
 
 
 def find_differences(whole: Path, cut: Path) -> list[str]:
-    """What differs between the last checkpoints of two runs and the losses on the way; empty where nothing does."""
+    """What differs between the last checkpoints of two runs and the losses on the way; empty where
+    nothing does.
+    """
     expected = read_losses(whole / "metrics.jsonl")
     first, after = dict(read_losses(cut / KILLED_LOG)), read_losses(cut / "metrics.jsonl")
     if any(first[step] != loss for step, loss in expected[:SAVED]):
         return [
-            "the losses before the kill differ already: this machine does not repeat its own computations"
+            "the losses before the kill differ already: this machine does not repeat its own "
+            "computations"
         ]
     faults = []
     if [step for step, _ in after] != list(range(SAVED + 1, STEPS + 1)):
         faults.append(
-            f"the continued run took steps {[step for step, _ in after]}, not {SAVED + 1} to {STEPS}"
+            f"the continued run took steps {[step for step, _ in after]}, not {SAVED + 1} to "
+            f"{STEPS}"
         )
     elif after != expected[SAVED:]:
         faults.append(f"losses after step {SAVED}: {expected[SAVED:]} against {after}")

@@ -1,4 +1,5 @@
-"""How settings are declared: a group is a dataclass, and a field has a doc line and the rules of its values.
+"""How settings are declared: a group is a dataclass, and a field has a doc line and the rules of
+its values.
 
 The errors that users see come from here too, with their hints, shortened and without secrets.
 """
@@ -30,7 +31,9 @@ def redact(text: str) -> str:
 
 
 class UserError(ValueError):
-    """A fault the user can mend: the message names place, value and remedy; programs print it and exit with 2."""
+    """A fault the user can mend: the message names place, value and remedy; programs print it and
+    exit with 2.
+    """
 
     def __init__(self, message: str):
         super().__init__(shorten(redact(message)))
@@ -39,9 +42,10 @@ class UserError(ValueError):
 def setting(default: Any, doc: str, **rules: Any) -> Any:
     """A dataclass field that carries its documentation line and the rules of its values.
 
-    Rules hold for every number or text in the value: `above`, `at_least`, `at_most`; `choices`, and `form`, a pattern
-    of further ones. `may_repeat`: a sequence may name an entry twice. `may_be_empty`: a text may be "". `checks.check`
-    applies them. `is_later`: the setting came when runs were already stored, see `to_dict`.
+    Rules hold for every number or text in the value: `above`, `at_least`, `at_most`; `choices`, and
+    `form`, a pattern of further ones. `may_repeat`: a sequence may name an entry twice.
+    `may_be_empty`: a text may be "". `checks.check` applies them. `is_later`: the setting came when
+    runs were already stored, see `to_dict`.
     """
     metadata = {"doc": doc, **({"may_be_empty": True} if default == "" else {}), **rules}
     if isinstance(default, dict):
@@ -78,7 +82,9 @@ OTHER_NAMES = {
 
 
 class Settings:
-    """A group of settings; a name that it does not have is refused where it is written, with the nearest one."""
+    """A group of settings; a name that it does not have is refused where it is written, with the
+    nearest one.
+    """
 
     def __new__(cls, *_: Any, **values: Any) -> Any:
         for name in values:
@@ -91,7 +97,9 @@ class Settings:
 
     @classmethod
     def check_name(cls, name: str, prefix: str = "") -> None:
-        """Raises `UserError` for a name that is no setting of this group; `prefix` is the path of the group."""
+        """Raises `UserError` for a name that is no setting of this group; `prefix` is the path of
+        the group.
+        """
         known = cls.__dataclass_fields__
         if name not in known:
             prefix = prefix or f"{cls.__name__}."
@@ -102,7 +110,9 @@ class Settings:
 
 
 def iterate_fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:
-    """Yields (dotted path, value, field) of every leaf setting, nested sections and lists of sections included."""
+    """Yields (dotted path, value, field) of every leaf setting, nested sections and lists of
+    sections included.
+    """
     for field in dataclasses.fields(config):
         value, path = getattr(config, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 
 def text_width(text: str) -> int:
-    """The number of terminal columns that a text takes: Chinese characters take two, accents none."""
+    """The number of terminal columns that a text takes: Chinese characters take two, accents
+    none.
+    """
     return sum(map(_char_width, text))
 
 
@@ -24,7 +26,8 @@ def pad(text: str, width: int, side: str) -> str:
 def format_table(rows: Sequence[Sequence[object]], sides: str = "<", gap: str = "  ") -> list[str]:
     """The lines of a table with columns of equal width.
 
-    `rows` include the head, if any. `sides` has a "<" or ">" per column; its last one holds for all further columns.
+    `rows` include the head, if any. `sides` has a "<" or ">" per column; its last one holds for all
+    further columns.
     """
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(text_width, column)) for column in zip(*cells, strict=True)]
@@ -35,7 +38,9 @@ def format_table(rows: Sequence[Sequence[object]], sides: str = "<", gap: str = 
 def format_markdown(
     head: Sequence[object], rows: Sequence[Sequence[object]], sides: str = "<"
 ) -> list[str]:
-    """The lines of a Markdown table; `sides` as in `format_table`. Bars and line breaks in cells are made harmless."""
+    """The lines of a Markdown table; `sides` as in `format_table`. Bars and line breaks in cells
+    are made harmless.
+    """
     sides = sides.ljust(len(head), sides[-1])
     rule = "".join("|--:" if side == ">" else "|---" for side in sides[: len(head)]) + "|"
     lines = [

@@ -2,8 +2,9 @@
 
   python -m crossin_jax.train --config configs/xquad_llama.py --config.optim.learning_rate=1e-4
 
-The run in reading order: mesh, data, model, resume, loop. The same command continues an interrupted run. SIGTERM
-saves and exits with 75, Ctrl-C saves and exits with 130; a second Ctrl-C exits at once, without saving.
+The run in reading order: mesh, data, model, resume, loop. The same command continues an interrupted
+run. SIGTERM saves and exits with 75, Ctrl-C saves and exits with 130; a second Ctrl-C exits at
+once, without saving.
 """
 
 import contextlib
@@ -105,7 +106,8 @@ def train(
             is_resumed = state is not None
             if state is None:
                 state = start_state(config, run.model, abstract, run.optimizer)
-            # Nothing is changed before this line: a run that is refused leaves the folder as it was.
+            # Nothing is changed before this line: a run that is refused leaves the folder as it
+            # was.
             if not resume:
                 store.set_aside()
             write_config(folder, config)
@@ -137,7 +139,9 @@ def train(
 
 
 def set_up(config: Config, folder: Path) -> Run:
-    """Mesh, data and model of a run; the model is shapes and shardings only, so this takes no device memory."""
+    """Mesh, data and model of a run; the model is shapes and shardings only, so this takes no
+    device memory.
+    """
     # ---- Mesh
     mesh = make_mesh(config.mesh)
     check_batch(config.train.batch_size, config.train.accumulation, mesh)
@@ -201,7 +205,8 @@ def warn_of_length(length: int, context: int) -> None:
     """Says that rows may hold examples longer than what the model reads, both in tokens."""
     if length > context and jax.process_index() == 0:
         logging.warning(
-            "data.length=%d is longer than the context of the model, %d tokens: longer examples are "
+            "data.length=%d is longer than the context of the model, %d tokens: longer examples "
+            "are "
             "learned at positions that the model does not know; set data.length=%d",
             length,
             context,
@@ -210,7 +215,9 @@ def warn_of_length(length: int, context: int) -> None:
 
 
 def restore(run: Run, store: Store, abstract: TrainState) -> TrainState | None:
-    """The state of the newest whole checkpoint, with the loader moved to its data; None in a new folder."""
+    """The state of the newest whole checkpoint, with the loader moved to its data; None in a new
+    folder.
+    """
     restored = store.restore_newest(abstract, run.config)
     if restored is None:
         return None
@@ -250,7 +257,8 @@ def take_steps(
         base=config.model.path,
         base_weights=fingerprints(state.frozen),
     )
-    # The data position of each step that is not reported yet: it finds the rows of a non-finite loss.
+    # The data position of each step that is not reported yet: it finds the rows of a non-finite
+    # loss.
     batch_starts: deque[tuple[int, Any]] = deque(maxlen=config.train.log_every + 1)
     saved_at = time.monotonic()
     try:
@@ -310,7 +318,9 @@ def is_due(step: int, every: int | None) -> bool:
 
 
 def is_save_due(train: Train, step: int, saved_at: float) -> bool:
-    """Whether a checkpoint falls on this step, by its number or by the minutes since the last one."""
+    """Whether a checkpoint falls on this step, by its number or by the minutes since the last
+    one.
+    """
     if is_due(step, train.checkpoint_every):
         return True
     if train.checkpoint_every is None or train.checkpoint_minutes is None:
@@ -379,13 +389,17 @@ def find_folder(config: Config) -> Path:
 
 
 def forget_refused(folder: Path) -> None:
-    """Removes what a run made that was refused before it began: it has not written config.json yet."""
+    """Removes what a run made that was refused before it began: it has not written
+    config.json yet.
+    """
     if jax.process_index() == 0 and not (folder / "config.json").exists():
         process.remove(folder / "tokenizer")  # trained for settings that may change now
 
 
 def write_config(folder: Path, config: Config) -> None:
-    """Writes the resolved configuration for people and other programs; every checkpoint has its own copy."""
+    """Writes the resolved configuration for people and other programs; every checkpoint has its own
+    copy.
+    """
     if jax.process_index() == 0:
         text = json.dumps(to_dict(config), indent=2, ensure_ascii=False)
         write_whole(folder / "config.json", text)
@@ -400,7 +414,9 @@ def next_command(config: Config, folder: Path) -> str:
 
 
 def keep_compiled(folder: str = COMPILATION_CACHE) -> None:
-    """Keeps compiled programs in a folder across runs; JAX_COMPILATION_CACHE_DIR takes precedence."""
+    """Keeps compiled programs in a folder across runs; JAX_COMPILATION_CACHE_DIR takes
+    precedence.
+    """
     if folder and not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
 

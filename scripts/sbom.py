@@ -1,4 +1,5 @@
-"""The packages that crossin_jax needs, with what they need in turn: a software bill of materials (CycloneDX 1.5).
+"""The packages that crossin_jax needs, with what they need in turn: a software bill of materials
+(CycloneDX 1.5).
 
 python scripts/sbom.py docs/sbom.json        writes it, from the versions that are installed here
 python scripts/sbom.py --requirements        prints NAME==VERSION lines, e.g. for pip-audit

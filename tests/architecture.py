@@ -39,7 +39,8 @@ LAYERS = (
     ("train", "evaluate", "score", "generate", "export", "harness", "selftest", "prepare", "study")
     + ("plan", "world", "__main__"),
 )
-# Programs that need rooms of their own; they may call other programs, as a study trains and evaluates.
+# Programs that need rooms of their own; they may call other programs, as a study trains and
+# evaluates.
 GUESTS = ("prepare", "study", "plan", "world", "selftest")
 PROGRAMS = ("train", "evaluate", "score", "generate", "export", "harness", "__main__")
 STARTING = ("checks", "cli")  # what every program starts with
@@ -82,7 +83,9 @@ def find_layer(name: str) -> int:
 
 
 def draw_picture() -> str:
-    """A diagram of the packages with the imports between them, then every module with its first line."""
+    """A diagram of the packages with the imports between them, then every module with its first
+    line.
+    """
     modules = find_modules()
     edges = {
         (group_of(name), group_of(imported))
@@ -108,7 +111,9 @@ def draw_picture() -> str:
 
 
 def group_of(name: str) -> str:
-    """The node of the diagram that a module belongs to: its package, or its kind where it lies on top."""
+    """The node of the diagram that a module belongs to: its package, or its kind where it lies on
+    top.
+    """
     top = name.partition(".")[0]
     if top in PROGRAMS:
         return "programs"
@@ -124,7 +129,9 @@ def rank(group: str) -> int:
 
 
 def shorten(edges: set[tuple[str, str]]) -> set[tuple[str, str]]:
-    """The edges without those that a longer way replaces, and without edges from a node to itself."""
+    """The edges without those that a longer way replaces, and without edges from a node to
+    itself.
+    """
     edges = {(a, b) for a, b in edges if a != b}
     reached = {a: {b for x, b in edges if x == a} for a in {a for a, _ in edges}}
     for _ in range(len(reached)):

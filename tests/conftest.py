@@ -8,7 +8,8 @@ from pathlib import Path
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 if WORKER is None:  # else what the first process set is inherited
     os.environ["JAX_PLATFORMS"] = "cpu"
-    # Most of the suite's time is compilation of programs that run once: the compiler is told not to try hard.
+    # Most of the suite's time is compilation of programs that run once: the compiler is told not to
+    # try hard.
     os.environ["XLA_FLAGS"] = (
         "--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true "
         "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
@@ -41,20 +42,26 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    """Tests with the TPU compiler run last: where libtpu 0.0.52 is loaded, jax's profiler ends the process."""
+    """Tests with the TPU compiler run last: where libtpu 0.0.52 is loaded, jax's profiler ends the
+    process.
+    """
     items.sort(key=lambda item: hasattr(item.module, "topology"))
 
 
 @pytest.fixture(autouse=True)
 def signals():
-    """A program that a test calls in this process takes the signals; afterwards they are pytest's again."""
+    """A program that a test calls in this process takes the signals; afterwards they are pytest's
+    again.
+    """
     yield
     process.unlisten()
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Real benchmark rows, answers, tokenizers and parallel text, beside the repository; absent on users' machines."""
+    """Real benchmark rows, answers, tokenizers and parallel text, beside the repository; absent on
+    users' machines.
+    """
     folder = REPOSITORY.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("real data folder ../shared/data is not beside this checkout")

@@ -25,7 +25,9 @@ def small_architecture(**changes) -> Architecture:
 
 
 def as_earlier_version(run: Path) -> Path:
-    """The run without what earlier versions did not write: a test may then change what its checkpoints store."""
+    """The run without what earlier versions did not write: a test may then change what its
+    checkpoints store.
+    """
     (run / "checkpoints/files.json").unlink(missing_ok=True)
     for seal in run.glob("checkpoints/*/fingerprints"):
         shutil.rmtree(seal)

@@ -11,7 +11,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 TINY = ("--config", str(REPOSITORY / "tests/configs/tiny.py"))
 QUICK = os.environ["XLA_FLAGS"].partition(" ")[2]  # conftest's, without the number of devices
 
-# torch is no dependency, but transformers imports it where it is installed, which would be half of these seconds
+# torch is no dependency, but transformers imports it where it is installed, which would be half of
+# these seconds
 WITHOUT_TORCH = """import runpy, sys
 sys.modules["torch"] = None
 runpy.run_module("crossin_jax.train", run_name="__main__")"""
@@ -24,7 +25,9 @@ def start_process(
     config: tuple[str, ...] = TINY,
     new_session: bool = False,
 ) -> subprocess.Popen:
-    """The training program; its output and errors are one text. In a new session it leads a process group."""
+    """The training program; its output and errors are one text. In a new session it leads a process
+    group.
+    """
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(REPOSITORY),

@@ -1,4 +1,5 @@
-"""The smallest study, sound and with one part broken at a time; a process of its own, on one device.
+"""The smallest study, sound and with one part broken at a time; a process of its own, on one
+device.
 
     python tests/smallest.py FOLDER SEED [mixture mask scorer]
 

@@ -91,7 +91,9 @@ def test_unknown_settings_name_the_nearest(parse, argument, words):
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_section_is_not_switched_off_and_set(parse, order):
-    """Else the run would train all weights, and the rank that the user gave would have no effect."""
+    """Else the run would train all weights, and the rank that the user gave would have no
+    effect.
+    """
     arguments = ["--config.lora=none", "--config.lora.rank=4"][::order]
     with pytest.raises(UserError, match="lora=none contradicts --config.lora.rank=4"):
         parse(f"--config={QUICKSTART}", *arguments)
@@ -114,7 +116,8 @@ def test_a_section_is_not_switched_off_and_set(parse, order):
 def test_a_wrong_name_in_a_file_is_refused_at_its_line(tmp_path, line, words):
     file = tmp_path / "c.py"
     file.write_text(
-        f"from crossin_jax.config import *\ndef get_config():\n    return Config(name=\n        {line})\n"
+        "from crossin_jax.config import *\ndef get_config():\n    return Config(name=\n        "
+        f"{line})\n"
     )
     with pytest.raises(UserError, match=re.escape(words)) as error:
         load_config_file(str(file))
@@ -187,7 +190,9 @@ def test_the_file_can_be_named_in_two_ways_and_gets_the_variant(parse, tmp_path)
 
 
 def test_a_function_of_a_file_gets_its_options(tmp_path):
-    """The text after the colon first, then the options by name; an error of the user says where it was raised."""
+    """The text after the colon first, then the options by name; an error of the user says where it
+    was raised.
+    """
     file = tmp_path / "c.py"
     file.write_text(
         "def get_study(part='all', seeds=()):\n    return part, seeds\n"

@@ -1,4 +1,6 @@
-"""Settings: documented, checked, saved and restored; faults name the field, the value and the remedy."""
+"""Settings: documented, checked, saved and restored; faults name the field, the value and the
+remedy.
+"""
 
 import copy
 import dataclasses
@@ -72,7 +74,9 @@ def test_a_saved_configuration_comes_back_equal():
 
 
 def test_every_limit_is_enforced():
-    """Each number one step outside its range, and each choice misspelt, is refused with the field's name."""
+    """Each number one step outside its range, and each choice misspelt, is refused with the field's
+    name.
+    """
     broken = 0
     for path, _, field in iterate_fields(example()):
         rules = field.metadata
@@ -120,7 +124,9 @@ def test_a_number_that_is_not_finite_is_refused_in_every_setting():
 
 
 def test_an_empty_text_is_refused_where_it_means_nothing():
-    """An empty choice, path or name is refused by its field; only defaults and the system prompt may be empty."""
+    """An empty choice, path or name is refused by its field; only defaults and the system prompt
+    may be empty.
+    """
     tried = 0
     for path, value, field in iterate_fields(example()):
         if "str" in str(field.type) and not isinstance(value, tuple | dict) and field.default != "":
@@ -248,7 +254,9 @@ def test_a_message_stays_short_however_long_the_value():
 
 
 def test_copies_of_settings_are_settings():
-    """Copies and pickles are made without a call of the constructor, which refuses unknown names."""
+    """Copies and pickles are made without a call of the constructor, which refuses unknown
+    names.
+    """
     for other in (copy.deepcopy(example()), pickle.loads(pickle.dumps(example()))):
         assert other == example()
         with pytest.raises(

@@ -1,7 +1,7 @@
 """What earlier versions wrote is read, continued and counted as before.
 
-golden/make_runs.py made golden/runs.tar.gz. A change that breaks one of these tests breaks the runs of users: it needs
-a new format number and a way to go on.
+golden/make_runs.py made golden/runs.tar.gz. A change that breaks one of these tests breaks the runs
+of users: it needs a new format number and a way to go on.
 """
 
 import dataclasses
@@ -48,7 +48,9 @@ def read_json(path: str | Path):
 
 
 def has_the_same_processor() -> bool:
-    """Whether this processor is of the kind that the fixtures were made on; others round sums in another order."""
+    """Whether this processor is of the kind that the fixtures were made on; others round sums in
+    another order.
+    """
     made_on = read_json("machine.json")
     flags = next(
         (
@@ -63,7 +65,9 @@ def has_the_same_processor() -> bool:
 
 @pytest.mark.parametrize("run", ["full", "lora"])
 def test_a_run_continues(run, golden):
-    """From step 3 to 6: the losses and every stored array of the uninterrupted run, bit for bit where it can be."""
+    """From step 3 to 6: the losses and every stored array of the uninterrupted run, bit for bit
+    where it can be.
+    """
     expected, losses = read_arrays(golden / run, 6), read_losses(golden / run)
     position = read_json(f"{run}/checkpoints/6/data/metadata")
     shutil.rmtree(f"{run}/checkpoints/6")
@@ -86,7 +90,9 @@ def test_a_run_continues(run, golden):
 
 
 def assert_same(before, after, place="blocks"):
-    """Equal JSON values: numbers up to the order of their sum, and no value for a measure that came later."""
+    """Equal JSON values: numbers up to the order of their sum, and no value for a measure that came
+    later.
+    """
     if isinstance(before, dict):
         later = {name: after[name] for name in after.keys() - before.keys()}
         assert before.keys() <= after.keys() and set(later.values()) <= {None}, (place, later)
@@ -102,7 +108,9 @@ def assert_same(before, after, place="blocks"):
 
 
 def test_an_evaluation_is_read_and_repeated(golden):
-    """Its answers come back with the scores of its results.json, and the run still gives the same answers."""
+    """Its answers come back with the scores of its results.json, and the run still gives the same
+    answers.
+    """
     runs = read_results("lora/evaluation")
     write_results("again", runs, mode="expectation", title="again")
     before, after = read_json("lora/evaluation/results.json"), read_json("again/results.json")

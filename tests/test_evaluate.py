@@ -1,4 +1,6 @@
-"""A checkpoint through the benchmark to its report: cached, honest about the template, in SeaEval's layout too."""
+"""A checkpoint through the benchmark to its report: cached, honest about the template, in SeaEval's
+layout too.
+"""
 
 import dataclasses
 import json
@@ -89,7 +91,9 @@ OTHER_FORMS = {"template": "alpaca", "system": "Be brief.", "tokenization": "apa
 
 @pytest.mark.parametrize("field", OTHER_FORMS)
 def test_another_form_than_in_training_is_refused(evaluated, adapted, field):
-    """A checkpoint is asked with the template, system prompt, tokenization and tag that it knows."""
+    """A checkpoint is asked with the template, system prompt, tokenization and tag that it
+    knows.
+    """
     config, out, _, _ = evaluated
     value, trained = OTHER_FORMS[field], getattr(config.data, field)
     changed = dataclasses.replace(config, data=dataclasses.replace(config.data, **{field: value}))
@@ -102,7 +106,9 @@ def test_another_form_than_in_training_is_refused(evaluated, adapted, field):
 
 
 def test_another_form_is_taken_where_it_is_asked_for(evaluated, adapted, tmp_path, monkeypatch):
-    """evaluation.template is the form of every question, whatever the checkpoint was trained with."""
+    """evaluation.template is the form of every question, whatever the checkpoint was trained
+    with.
+    """
     config = evaluated[0]
     config = dataclasses.replace(
         config,
@@ -127,7 +133,9 @@ def test_another_form_is_taken_where_it_is_asked_for(evaluated, adapted, tmp_pat
 
 
 def test_results_say_what_was_evaluated(evaluated, adapted):
-    """Provenance names step, run, template, items and their source; predictions go by these names."""
+    """Provenance names step, run, template, items and their source; predictions go by these
+    names.
+    """
     config, out, predictions, source = evaluated
     stored = json.loads((out / "results.json").read_text())["runs"]
     assert stored == [{"name": "tiny", "seed": 1, "provenance": json.loads(json.dumps(source))}]
@@ -202,7 +210,9 @@ def test_the_border_between_prompt_and_choices_is_shared():
 
 @pytest.mark.slow
 def test_the_command_that_train_prints_next_runs(pretrained, adapted, tmp_path):
-    """A run with benchmarks is evaluated with its own settings, from wherever it lies; one without is talked to."""
+    """A run with benchmarks is evaluated with its own settings, from wherever it lies; one without
+    is talked to.
+    """
     for run, variant in ((adapted, str(pretrained / "model")), (pretrained, "pretrain")):
         moved = tmp_path / f"a folder/{run.name}"
         shutil.copytree(run, moved)
@@ -235,7 +245,8 @@ def replace_weights(folder, factor):
 def test_other_weights_in_the_same_folder_are_asked_anew(
     pretrained, adapted, tmp_path, monkeypatch
 ):
-    """The cache knows a base model and the base under a run's adapter by their content, not by their path.
+    """The cache knows a base model and the base under a run's adapter by their content, not by
+    their path.
 
     A run that knows its base refuses another one; a run of an earlier version does not know it.
     """
@@ -279,7 +290,9 @@ def test_other_weights_in_the_same_folder_are_asked_anew(
 
 
 def test_sampled_answers_follow_the_seed(adapted, pretrained, tmp_path):
-    """The same seed draws the same answers again; another seed draws others, to the same questions."""
+    """The same seed draws the same answers again; another seed draws others, to the same
+    questions.
+    """
     config = config_in(tmp_path, str(pretrained / "model"))
     config.evaluation = dataclasses.replace(
         config.evaluation,

@@ -1,4 +1,6 @@
-"""Finished parts of an evaluation: asked again after every change that could give other answers, else not."""
+"""Finished parts of an evaluation: asked again after every change that could give other answers,
+else not.
+"""
 
 import copy
 import dataclasses
@@ -121,7 +123,9 @@ def count_asked(config, checkpoint, out, fails=()) -> int:
 
 @pytest.fixture
 def asks_again(place, tmp_path):
-    """(base, change) → the number of prompts asked after the change, in a copy of the base's results."""
+    """(base, change) → the number of prompts asked after the change, in a copy of the base's
+    results.
+    """
 
     def run(base, change):
         config, checkpoint = copy.deepcopy(place.bases[base])
@@ -136,7 +140,9 @@ def asks_again(place, tmp_path):
 
 
 def edit(**fields):
-    """Changes the benchmark file: fields of the Spanish version of item `at`, or of the item itself."""
+    """Changes the benchmark file: fields of the Spanish version of item `at`, or of the item
+    itself.
+    """
 
     def change(place, config):
         rows, changes = questions(), dict(fields)
@@ -302,7 +308,9 @@ def test_what_is_finished_is_not_asked_again(base, what, asks_again):
     [("prompts", (3, 1), 2), ("benchmarks", ("{other_file}", "{file}"), 2), ("method", "both", 1)],
 )
 def test_only_what_is_new_is_asked(field, value, parts, place, tmp_path):
-    """Another prompt, benchmark or method is asked beside what is finished: 4 items in 2 languages."""
+    """Another prompt, benchmark or method is asked beside what is finished: 4 items in 2
+    languages.
+    """
     config = copy.deepcopy(place.bases["ASKS"][0])
     if field == "method":
         config.evaluation.method = "choices"
@@ -312,7 +320,9 @@ def test_only_what_is_new_is_asked(field, value, parts, place, tmp_path):
 
 
 def test_an_interrupted_evaluation_goes_on(place, tmp_path):
-    """The choices were scored before the free answers were interrupted: only the latter are asked."""
+    """The choices were scored before the free answers were interrupted: only the latter are
+    asked.
+    """
     config = place.bases["ASKS"][0]
     assert count_asked(copy.deepcopy(config), None, tmp_path / "out", fails=("generate",)) == 8
     assert count_asked(copy.deepcopy(config), None, tmp_path / "out") == 8

@@ -83,7 +83,9 @@ ASKED = [  # flags, and the languages, prompts and number of items that they giv
 def test_short_flags_ask_for_less(
     own_benchmark, monkeypatch, capsys, given, languages, prompts, num_items
 ):
-    """--limit, --languages and --prompts narrow what the configuration asks; without them it holds."""
+    """--limit, --languages and --prompts narrow what the configuration asks; without them it
+    holds.
+    """
     silence(monkeypatch)
     program.main(own_benchmark, flags(**given))
     out = Path(own_benchmark.output_dir) / "evaluation"

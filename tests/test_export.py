@@ -1,4 +1,6 @@
-"""The export program: transformers and peft load what it writes, with our logits; wrong requests are one line."""
+"""The export program: transformers and peft load what it writes, with our logits; wrong requests
+are one line.
+"""
 
 import dataclasses
 import json
@@ -150,7 +152,9 @@ def test_a_merged_model(tmp_path, family, lora):
 
 
 def test_a_sum_is_rounded_once(tmp_path):
-    """In float32 the merged weights are exact sums whatever the frozen precision; bfloat16 is their rounding."""
+    """In float32 the merged weights are exact sums whatever the frozen precision; bfloat16 is their
+    rounding.
+    """
     make_run(tmp_path, "llama3.1", LORA)
     edit_config(tmp_path / "run", 0, "model", frozen_dtype="nf4")
     export(tmp_path / "run", "merged", tmp_path / "wide", "float32")

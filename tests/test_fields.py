@@ -1,7 +1,9 @@
-"""No field without effect: every setting, changed, gives another result, another program, or an error.
+"""No field without effect: every setting, changed, gives another result, another program, or an
+error.
 
-The table names for each field a changed value and what is looked at: the object that consumes the field. Nothing is
-trained. `LORA` adapts the pretrained model, `NEW` trains a small one from random weights.
+The table names for each field a changed value and what is looked at: the object that consumes the
+field. Nothing is trained. `LORA` adapts the pretrained model, `NEW` trains a small one from random
+weights.
 """
 
 import copy
@@ -167,7 +169,9 @@ def pipeline(data: str, config: Config):
 
 
 def run(config: Config) -> list:
-    """Everything that the training program does, in order; model, step, sinks and checkpoints are stand-ins."""
+    """Everything that the training program does, in order; model, step, sinks and checkpoints are
+    stand-ins.
+    """
     told = []
 
     class Recorder:

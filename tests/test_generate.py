@@ -131,7 +131,9 @@ def test_a_model_is_asked_by_its_chat_template_else_by_alpaca(pretrained, tmp_pa
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model(pretrained, tmp_path):
-    """Added tokens are refused in the prompt that has one; a larger vocabulary is one of another model."""
+    """Added tokens are refused in the prompt that has one; a larger vocabulary is one of another
+    model.
+    """
     folder = shutil.copytree(pretrained / "model", tmp_path / "tokenizer")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     one = tokenizer["added_tokens"][0] | {"special": False}

@@ -1,4 +1,6 @@
-"""The training program in processes of its own: one, two and four of them, stopped by signals, short of disk."""
+"""The training program in processes of its own: one, two and four of them, stopped by signals,
+short of disk.
+"""
 
 import os
 import signal
@@ -18,7 +20,9 @@ LONG = ("--config.train.steps=100000", "--config.train.checkpoint_every=100000")
 
 
 def test_four_two_and_one_process_agree_with_eight_devices(pretrained, tmp_path):
-    """Four processes train, with a quarter of the state each; two with halves, and one, go on from step 3."""
+    """Four processes train, with a quarter of the state each; two with halves, and one, go on from
+    step 3.
+    """
     expected = read_losses(pretrained)
     for process in start_group(tmp_path / "four", 4, "--config.mesh.fsdp=4"):
         finish(process)
@@ -69,7 +73,9 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
 
 
 def test_the_others_leave_when_a_process_is_killed(tmp_path):
-    """With the code that means "start again", the name of the lost process, and the step that is saved."""
+    """With the code that means "start again", the name of the lost process, and the step that is
+    saved.
+    """
     pair = start_group(tmp_path / "run", 2, "--config.train.steps=100000")
     wait_for_steps(pair[0], tmp_path / "run", 5)
     while not (tmp_path / "run/checkpoints/3").exists():  # it is written beside the steps
@@ -99,7 +105,9 @@ def test_two_signals_save_once_and_programs_are_kept(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("number", "workers"), [(1, 0), (1, 1), (2, 0)])
 def test_ctrl_c_saves_the_step_under_way(number, workers, tmp_path):
-    """A terminal sends SIGINT to every process of the group, the data workers included; the run saves and leaves."""
+    """A terminal sends SIGINT to every process of the group, the data workers included; the run
+    saves and leaves.
+    """
     arguments = (*LONG, f"--config.data.workers={workers}")
     group = (
         start_group(tmp_path / "run", number, *arguments)
@@ -116,14 +124,17 @@ def test_ctrl_c_saves_the_step_under_way(number, workers, tmp_path):
     assert f"step {step} is saved; the same command continues" in outputs[0]
     assert "Traceback" not in outputs[0]
     assert len(read_losses(tmp_path / "run")) == step
-    steps = f"--config.train.steps={step}"  # the schedule differs, so that the run is refused: it was found
+    # With another schedule the run is refused, which shows that it was found.
+    steps = f"--config.train.steps={step}"
     assert "the configuration changed since this checkpoint" in finish(
         start_process(tmp_path / "run", steps), 2
     )
 
 
 def test_a_second_run_on_a_folder_in_use_is_refused(tmp_path):
-    """The refusal names host and process; the first run goes on and its settings stay; then the folder is free."""
+    """The refusal names host and process; the first run goes on and its settings stay; then the
+    folder is free.
+    """
     first = start_process(tmp_path / "run", *LONG)
     wait_for_steps(first, tmp_path / "run", 2)
     settings = (tmp_path / "run/config.json").read_bytes()

@@ -24,7 +24,8 @@ from crossin_jax.languages import (
     translate_name,
 )
 
-# FLORES-200's 204 codes with ours, each looked at: a member of a macrolanguage has the code that people use
+# FLORES-200's 204 codes with ours, each looked at: a member of a macrolanguage has the code that
+# people use
 FLORES = """
 ace_Arab:ace-Arab ace_Latn:ace acm_Arab:acm acq_Arab:acq aeb_Arab:aeb afr_Latn:af ajp_Arab:ajp
 aka_Latn:ak als_Latn:sq amh_Ethi:am apc_Arab:apc arb_Arab:ar arb_Latn:ar-Latn ars_Arab:ars
@@ -74,16 +75,16 @@ ben_Latn:bn-Latn hin_Latn:hi-Latn npi_Latn:ne-Latn sin_Latn:si-Latn urd_Latn:ur-
 GLOBAL_MMLU = """
 am ar bn cs de el en es fa fil fr ha he hi id ig it ja ko ky lt mg ms ne nl ny pl pt ro ru si sn so sr sv sw te tr uk vi
 yo zh
-"""
+"""  # noqa: E501
 MMLU_PROX = "af ar bn cs de en es fr hi hu id it ja ko mr ne pt ru sr sw te th uk ur vi wo yo zh zu"
 BMLAMA_53 = """
 ca az en ar uk fa tr it el ru hr hi sv sq fr ga eu de nl et he es bn ms sr hy ur hu la sl cs af gl fi ro ko cy th be id
 pt vi ka ja da bg zh pl lv sk lt ta ceb
-"""
+"""  # noqa: E501
 MMMLU = """
 AR_XY:ar BN_BD:bn DE_DE:de ES_LA:es-419 FR_FR:fr HI_IN:hi ID_ID:id IT_IT:it JA_JP:ja KO_KR:ko PT_BR:pt-BR SW_KE:sw
 YO_NG:yo ZH_CN:zh
-"""
+"""  # noqa: E501
 
 
 def pairs(table):
@@ -122,8 +123,10 @@ def test_a_language_has_its_code_in_flores_again():
 
 
 SPELLINGS = {
-    "zh": "zh, zho, chi, zh-CN, zh_Hans, zho_Hans, zh-Hans-CN, cmn, ZH, Chinese, CHINESE, Simplified Chinese, 中文, 简体中文, Mandarin",
-    "zh-Hant": "zh-TW, zho_Hant, zh-Hant-TW, zh-HK, Traditional Chinese, Chinese (Traditional), 繁體中文",
+    "zh": "zh, zho, chi, zh-CN, zh_Hans, zho_Hans, zh-Hans-CN, cmn, ZH, Chinese, CHINESE, "
+    "Simplified Chinese, 中文, 简体中文, Mandarin",
+    "zh-Hant": "zh-TW, zho_Hant, zh-Hant-TW, zh-HK, Traditional Chinese, Chinese (Traditional), "
+    "繁體中文",
     "fr": "fr, fra, fre, fr-FR, fra_Latn, French, FRENCH, français, Français",
     "en": "eng, eng_Latn, en-US, en-IN, english, ENGLISH, English ",
     "pt-BR": "pt-BR, PT_BR, Brazilian Portuguese, Portuguese (Brazil)",
@@ -334,9 +337,12 @@ def test_the_language_at_the_end_of_a_name(stem, code):
 
 
 def test_the_libraries_are_opened_only_for_languages_outside_the_table():
-    """`train` starts as fast as before: neither langcodes nor Babel is imported for the languages of the table."""
+    """`train` starts as fast as before: neither langcodes nor Babel is imported for the languages
+    of the table.
+    """
     code = (
-        "import sys; from crossin_jax.languages import *; canonical_list(['English', 'zh', 'fil'], '');"
+        "import sys; from crossin_jax.languages import *; canonical_list(['English', 'zh', "
+        "'fil'], '');"
         "assert name_of('ar') == 'Arabic' and match('Spanish', ['es']) == 'es';"
         "assert not {'langcodes', 'language_data', 'babel'} & set(sys.modules)"
     )
@@ -344,7 +350,9 @@ def test_the_libraries_are_opened_only_for_languages_outside_the_table():
 
 
 def test_an_entry_has_only_lines_that_the_table_explains():
-    """A wrong field is refused when the table is read; names replace those of CLDR and nothing else."""
+    """A wrong field is refused when the table is read; names replace those of CLDR and nothing
+    else.
+    """
     for code, entry in ENTRIES.items():
         assert canonical(code) == code and entry.code == code
         assert {canonical(name) for name in entry.names} == set(entry.names)

@@ -1,4 +1,5 @@
-"""Who may import whom: lower layers know nothing of higher ones, the core knows no guest, and there is no circle.
+"""Who may import whom: lower layers know nothing of higher ones, the core knows no guest, and there
+is no circle.
 
 The layers are those of docs/architecture.md, lowest first. Imports inside functions count too.
 """

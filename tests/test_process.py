@@ -1,4 +1,6 @@
-"""How a process is told to stop: at once, or after the phase that saves; what is half written goes."""
+"""How a process is told to stop: at once, or after the phase that saves; what is half written
+goes.
+"""
 
 import os
 import signal

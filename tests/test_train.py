@@ -1,4 +1,6 @@
-"""A run from its first step to its last: resumed bit by bit, stopped by a signal, robust against damage and faults."""
+"""A run from its first step to its last: resumed bit by bit, stopped by a signal, robust against
+damage and faults.
+"""
 
 import dataclasses
 import gc
@@ -231,7 +233,9 @@ def test_the_held_out_loss_is_the_mean_over_all_held_out_tokens(recorded):
 
 
 def test_signals_while_compiling_and_while_saving(pretrained, tmp_path, monkeypatch):
-    """Two signals each time; every exit leaves a whole checkpoint, and the run ends as if nothing had happened."""
+    """Two signals each time; every exit leaves a whole checkpoint, and the run ends as if nothing
+    had happened.
+    """
 
     def tell(function):
         def then_signal(*arguments):
@@ -280,7 +284,9 @@ def test_a_damaged_checkpoint_is_named_and_skipped(checked, pretrained, tmp_path
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 def test_damage_to_any_file_is_either_found_or_harmless(pretrained, tmp_path):
-    """Each file of the newest checkpoint, cut in half and deleted, with its sizes unknown: never a third thing."""
+    """Each file of the newest checkpoint, cut in half and deleted, with its sizes unknown: never a
+    third thing.
+    """
     config = config_in(pretrained)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     model = abstract_model(config, model_spec(config), mesh)
@@ -423,7 +429,9 @@ def test_another_experiment_is_refused(pretrained, adapted, tmp_path):
 
 
 def test_a_checkpoint_of_another_model_is_refused(pretrained, tmp_path):
-    """Where the stored configuration does not tell, as after another model was put in the folder of the base."""
+    """Where the stored configuration does not tell, as after another model was put in the folder of
+    the base.
+    """
     folder = as_earlier_version(copy_run(pretrained, tmp_path / "run"))
     config = config_in(folder)
     config.model.architecture.ff_width = 64

@@ -1,4 +1,6 @@
-"""What a program must not do with what it is given: leak a secret, call somebody, or run what a model wrote."""
+"""What a program must not do with what it is given: leak a secret, call somebody, or run what a
+model wrote.
+"""
 
 import json
 import os
@@ -116,9 +118,14 @@ BROWSER = next(
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium on this machine: no page is opened")
 def test_a_browser_runs_nothing_that_a_model_wrote(tmp_path):
-    """Scripts in answers, names of files, languages and models: the page's title tells if one ran."""
+    """Scripts in answers, names of files, languages and models: the page's title tells if one
+    ran.
+    """
     script = "document.title='BROKEN'"
-    evil = f'</script></title><script>{script}</script><img src=x onerror="{script}"><svg onload={script}>'
+    evil = (
+        f'</script></title><script>{script}</script><img src=x onerror="{script}"><svg '
+        f"onload={script}>"
+    )
     languages = ("en", f"l{evil}")
     version = Version(evil, (f"(A) {evil}", "(B) no"), 0, evil)
     item = Item(f"i{evil}", dict.fromkeys(languages, version), (f"t{evil}",))

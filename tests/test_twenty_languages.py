@@ -1,4 +1,6 @@
-"""Twenty languages at once, each in another spelling: a mixture, twenty steps of training, and a benchmark."""
+"""Twenty languages at once, each in another spelling: a mixture, twenty steps of training, and a
+benchmark.
+"""
 
 import dataclasses
 import json

@@ -1,4 +1,6 @@
-"""The real-data configuration: XQuAD, the real Llama-2 tokenizer, a checkpoint that transformers wrote."""
+"""The real-data configuration: XQuAD, the real Llama-2 tokenizer, a checkpoint that transformers
+wrote.
+"""
 
 import dataclasses
 import json
@@ -18,7 +20,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def run(shared, tmp_path_factory):
-    """(config, folder) after a few steps of `configs/xquad_llama.py`, stopped and continued on the way."""
+    """(config, folder) after a few steps of `configs/xquad_llama.py`, stopped and continued on the
+    way.
+    """
     folder = tmp_path_factory.mktemp("xquad")
     subprocess.run(
         [

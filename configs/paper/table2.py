@@ -1,24 +1,27 @@
-"""The paper's comparison of mixtures on four base models, with translated monolingual data as the control it lacks.
+"""The paper's comparison of mixtures on four base models, with translated monolingual data as the
+control it lacks.
 
     python -m crossin_jax.study --config configs/paper/table2.py:16 --dry_run --topology=v5e:4x4
     python -m crossin_jax.study --config configs/paper/table2.py:16                 (on every host of a v5e-16)
     python -m crossin_jax.study --config configs/paper/table2.py:4 --cells 0:33     (Llama-2-7B, on a v5p-8)
     python -m crossin_jax.train --config configs/paper/table2.py:llama-2-7b/x2x/3000/16
 
-The text after the colon is the number of chips: 16 for v5e-16 (v5e:4x4), 4 for v5p-8 (v5p:2x2x1; a v5p-8 has eight
-cores on four chips). Needed beside it: models/Llama-2-7b-hf, models/Mistral-7B-v0.1, models/gemma-2b, models/gemma-7b
-(for a dry run a folder with config.json is enough); data/alpaca/alpaca_{en,zh,vi,es}.json, parallel by position;
+The text after the colon is the number of chips: 16 for v5e-16 (v5e:4x4), 4 for v5p-8 (v5p:2x2x1; a
+v5p-8 has eight cores on four chips). Needed beside it: models/Llama-2-7b-hf,
+models/Mistral-7B-v0.1, models/gemma-2b, models/gemma-7b (for a dry run a folder with config.json is
+enough); data/alpaca/alpaca_{en,zh,vi,es}.json, parallel by position;
 data/platypus/platypus_en.json; the benchmarks come from the Hub.
 
-Recipe of the release: LoRA r=64, alpha=128, dropout 0.05 on all seven projections, embed_tokens and lm_head in full,
-AdamW, cosine, 3 % warm-up, weight decay 0.01, 16 examples a step of at most 4096 tokens, seed 42. Every arm has the
-English base data whole; an arm named after a direction adds that many examples of it, "+trans" as many of translation,
-and mono as many in the language of their question. So arms of one volume have equal examples but not more English than
-base has; --budget=examples=N or tokens=N gives every arm the same amount instead.
+Recipe of the release: LoRA r=64, alpha=128, dropout 0.05 on all seven projections, embed_tokens and
+lm_head in full, AdamW, cosine, 3 % warm-up, weight decay 0.01, 16 examples a step of at most 4096
+tokens, seed 42. Every arm has the English base data whole; an arm named after a direction adds that
+many examples of it, "+trans" as many of translation, and mono as many in the language of their
+question. So arms of one volume have equal examples but not more English than base has;
+--budget=examples=N or tokens=N gives every arm the same amount instead.
 
-What `plan` computes per cell (jax 0.10.2, libtpu 0.0.52): HBM per chip with the longest rows, and hours to train, from
-base to x2x+trans-all, if all rows were of the shortest bucket (1,024 tokens) and the chips at their peak: no run is as
-fast, and benchmarks come on top.
+What `plan` computes per cell (jax 0.10.2, libtpu 0.0.52): HBM per chip with the longest rows, and
+hours to train, from base to x2x+trans-all, if all rows were of the shortest bucket (1,024 tokens)
+and the chips at their peak: no run is as fast, and benchmarks come on top.
 
               v5e-16 (15.75 GiB)      v5p-8 (95.73 GiB)
   llama-2-7b  3.3 GiB, 0.09 to 0.47   11.9 GiB, 0.16 to 0.80
@@ -26,8 +29,9 @@ fast, and benchmarks come on top.
   gemma-2b    5.6 GiB, 0.03 to 0.18    8.7 GiB, 0.06 to 0.30
   gemma-7b    9.9 GiB, 0.11 to 0.59   15.6 GiB, 0.20 to 1.01
 
-All 132 cells: 22.2 hours at least on a v5e-16, 38.1 on a v5p-8. Checkpoints take 14 to 33 GiB a cell, 2.6 TiB in all.
-"""
+All 132 cells: 22.2 hours at least on a v5e-16, 38.1 on a v5p-8. Checkpoints take 14 to 33 GiB a
+cell, 2.6 TiB in all.
+"""  # noqa: E501
 
 import math
 
@@ -83,7 +87,8 @@ def get_config(variant: str = "llama-2-7b/x2x/3000/16") -> Config:
             )
     if len(parts) != 4 or not parts[3].isdigit():
         raise UserError(
-            f"configs/paper/table2.py:{variant}: give MODEL/ARM/VOLUME/CHIPS, e.g. llama-2-7b/x2x/3000/16"
+            f"configs/paper/table2.py:{variant}: give MODEL/ARM/VOLUME/CHIPS, e.g. "
+            "llama-2-7b/x2x/3000/16"
         )
     model, arm, volume, chips = parts
     count = None if volume == "all" else int(volume)

@@ -1,15 +1,16 @@
-"""Whether something is what it was: fingerprints of arrays, and the sizes and hashes of a checkpoint's files.
+"""Whether something is what it was: fingerprints of arrays, and the sizes and hashes of a
+checkpoint's files.
 
-A fingerprint of an array depends on its content alone. It is the same on every mesh and however many files the array
-came from. Each element's bits are hashed together with its place in the array, and the hashes are added modulo 2**32,
-so that devices can add their shards in any order:
+A fingerprint of an array depends on its content alone. It is the same on every mesh and however
+many files the array came from. Each element's bits are hashed together with its place in the array,
+and the hashes are added modulo 2**32, so that devices can add their shards in any order:
 
     element   bits 0x3f800000 ─┐
     place     17 ──────────────┴─► hash ─► + the hashes of all other elements ─► "float32[8, 24]:5d41402abc4b2a76"
 
-Two such sums make 64 bits per array. They find damage and mix-ups; they are no protection against somebody who wants
-two models to look alike.
-"""
+Two such sums make 64 bits per array. They find damage and mix-ups; they are no protection against
+somebody who wants two models to look alike.
+"""  # noqa: E501
 
 import functools
 import json
@@ -37,7 +38,9 @@ SMALL_ITEMS = ("data", "config", "provenance")  # the items that are one JSON fi
 
 
 def fingerprint(tree: Any) -> str:
-    """16 hexadecimal digits for the names, shapes, types and bits of all arrays of a tree, computed on device."""
+    """16 hexadecimal digits for the names, shapes, types and bits of all arrays of a tree, computed
+    on device.
+    """
     leaves = flatten(tree)
     sums = _read_sums(leaves, {})
     return content_hash(
@@ -48,17 +51,20 @@ def fingerprint(tree: Any) -> str:
 
 
 def fingerprints(tree: Any) -> dict[str, str]:
-    """The fingerprint of each array of a tree, by name: "TYPE[SHAPE]:" and 16 hexadecimal digits."""
+    """The fingerprint of each array of a tree, by name: "TYPE[SHAPE]:" and 16 hexadecimal
+    digits.
+    """
     leaves = flatten(tree)
     sums = _read_sums(leaves, {})
     return {name: _describe(leaf.dtype, leaf.shape, sums[name]) for name, leaf in leaves.items()}
 
 
 def find_changed(expected: Mapping[str, str], tree: Any) -> tuple[list[str], list[str]]:
-    """The names of arrays whose content is not the expected one, and of those that cannot be compared.
+    """The names of arrays whose content is not the expected one, and of those that cannot be
+    compared.
 
-    An array that was stored in bfloat16 and is read in float32 is compared in bfloat16, which loses nothing. Other
-    pairs of types cannot be compared.
+    An array that was stored in bfloat16 and is read in float32 is compared in bfloat16, which loses
+    nothing. Other pairs of types cannot be compared.
     """
     leaves = flatten(tree)
     casts, skipped = {}, []
@@ -111,12 +117,13 @@ def _make_program(everywhere: NamedSharding | None, cast: Any) -> Any:
 def _sum_hashes(leaf: jax.Array, cast: Any) -> tuple[jax.Array, jax.Array]:
     """Two uint32 sums of the hashes of an array, or of what a cast makes of it.
 
-    One reduction has both results: for two reductions the CPU compiler writes all hashes to memory and takes 12 times
-    as long.
+    One reduction has both results: for two reductions the CPU compiler writes all hashes to memory
+    and takes 12 times as long.
     """
     leaf = leaf if cast is None else leaf.astype(cast)
     mixed = _bits(leaf) ^ element_index(leaf.shape) * np.uint32(0x9E3779B9)
-    # One round of MurmurHash3's finalizer. Each step can be undone, so that one changed element always shows.
+    # One round of MurmurHash3's finalizer. Each step can be undone, so that one changed element
+    # always shows.
     mixed = (mixed ^ (mixed >> 16)) * np.uint32(0x85EBCA6B)
     hashes = mixed ^ (mixed >> 13)
     return jax.lax.reduce(
@@ -139,7 +146,9 @@ def _bits(leaf: jax.Array) -> jax.Array:
 
 
 def make_seal(arrays: Any, items: dict[str, Any]) -> dict[str, Any]:
-    """What is stored beside a checkpoint's arrays and small items, to know later that they are as they were saved."""
+    """What is stored beside a checkpoint's arrays and small items, to know later that they are as
+    they were saved.
+    """
     plain = json.loads(json.dumps(items))  # tuples become lists, as they will when they are read
     seal = {
         "arrays": fingerprints(arrays),
@@ -149,7 +158,9 @@ def make_seal(arrays: Any, items: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_seal(folder: Path) -> dict[str, Any] | None:
-    """What `make_seal` made; None for a checkpoint of an earlier version. Raises ValueError where it is damaged."""
+    """What `make_seal` made; None for a checkpoint of an earlier version. Raises ValueError where
+    it is damaged.
+    """
     try:
         seal = json.loads((folder / SEAL / "metadata").read_text())
         if content_hash({name: seal[name] for name in ("arrays", "items")}) == seal["self"]:
@@ -164,9 +175,10 @@ def read_seal(folder: Path) -> dict[str, Any] | None:
 def find_damage(folder: Path) -> list[str]:
     """The files of a checkpoint that are missing, truncated or changed.
 
-    The sizes that were noted when it was written decide first. If none were noted, every stored value is read once:
-    Orbax reads many arrays at a time, and its threads print tracebacks if it meets the damage itself. Then the small
-    items are compared with their hashes. Arrays are compared when they are read.
+    The sizes that were noted when it was written decide first. If none were noted, every stored
+    value is read once: Orbax reads many arrays at a time, and its threads print tracebacks if it
+    meets the damage itself. Then the small items are compared with their hashes. Arrays are
+    compared when they are read.
     """
     noted = read_sizes(folder.parent).get(folder.name)
     if noted is None:
@@ -180,7 +192,9 @@ def find_damage(folder: Path) -> list[str]:
 
 
 def find_changed_item(folder: Path, item: str) -> str | None:
-    """The file of a small item, where it or the hash that belongs to it is not what was saved; else None."""
+    """The file of a small item, where it or the hash that belongs to it is not what was saved; else
+    None.
+    """
     try:
         seal = read_seal(folder)
     except ValueError as damage:
@@ -194,7 +208,9 @@ def find_changed_item(folder: Path, item: str) -> str | None:
 
 
 def read_sizes(checkpoints: Path) -> dict[str, dict[str, int]]:
-    """{step: {path below its folder: bytes}} as noted when they were written; empty where nothing was noted."""
+    """{step: {path below its folder: bytes}} as noted when they were written; empty where nothing
+    was noted.
+    """
     try:
         noted = json.loads((checkpoints / "files.json").read_text())
     except (OSError, ValueError):
@@ -214,7 +230,9 @@ def measure_files(folder: Path) -> dict[str, int]:
 
 
 def find_unreadable(state: Path) -> list[str]:
-    """The values below a checkpoint's `state` folder that cannot be read; empty if there is no such folder."""
+    """The values below a checkpoint's `state` folder that cannot be read; empty if there is no such
+    folder.
+    """
     if not (state / "manifest.ocdbt").is_file():
         return []
     base = {"driver": "file", "path": f"{state.resolve()}/"}

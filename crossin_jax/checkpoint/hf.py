@@ -68,7 +68,8 @@ def resolve_folder(path: str | os.PathLike, revision: str | None = None) -> Path
     # exist.
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)) or str(path).startswith("."):
         raise UserError(
-            f"{path}: no such folder; pass a folder in Hugging Face layout or a Hub id like org/name"
+            f"{path}: no such folder; pass a folder in Hugging Face layout or a Hub id like "
+            "org/name"
         )
     import huggingface_hub
 
@@ -124,7 +125,8 @@ def check_vocabulary(file: Path, spec: ModelSpec, place: str) -> None:
     last = max(ids)  # of the vocabulary that the tokenizer was trained with
     if last >= spec.vocab_size:
         raise UserError(
-            f"{place}: vocab_size={spec.vocab_size} is smaller than the tokenizer: the last id in {file} "
+            f"{place}: vocab_size={spec.vocab_size} is smaller than the tokenizer: the last id in "
+            f"{file} "
             f"is {last}; the tokenizer belongs to another model, or the embedding was not resized"
         )
 
@@ -194,8 +196,14 @@ def _no_weights(folder: Path) -> str:
             f"where you trust it and have torch, convert it: {convert}"
         )
     if (folder / "adapter_config.json").is_file():
-        return f"{folder}: is a PEFT adapter, not a model; set lora.path to it and model.path to its base model"
-    return f"{folder}: holds neither {SINGLE} nor {INDEX}; a repository with only .bin files needs: {convert}"
+        return (
+            f"{folder}: is a PEFT adapter, not a model; set lora.path to it and model.path to its "
+            "base model"
+        )
+    return (
+        f"{folder}: holds neither {SINGLE} nor {INDEX}; a repository with only .bin files needs: "
+        f"{convert}"
+    )
 
 
 def match_tensors(
@@ -217,7 +225,10 @@ def match_tensors(
         if head in found and same_bytes(found.setdefault(embed, found[head]), found[head]):
             del found[head]  # stored twice, or under the head's name alone
         elif head in found:
-            note = '\nlm_head differs from embed_tokens: set "tie_word_embeddings": false in config.json'
+            note = (
+                '\nlm_head differs from embed_tokens: set "tie_word_embeddings": false in '
+                "config.json"
+            )
     # Strict both ways: a tensor that nobody asked for is a fault too. It may be what makes the
     # model another one.
     keys = weight_keys(spec)
@@ -226,9 +237,8 @@ def match_tensors(
     )
     if faults:
         raise UserError(
-            f"{place}: its tensors do not fit config.json ({spec.model_type}, {spec.num_layers} layers)\n"
-            + join_some(faults)
-            + note
+            f"{place}: its tensors do not fit config.json ({spec.model_type}, {spec.num_layers} "
+            "layers)\n" + join_some(faults) + note
         )
     return {
         path: [take_part(found[name], key) for name in key.names(spec.num_layers)]
@@ -376,9 +386,9 @@ def save_model(
 ) -> None:
     """Writes a folder that `transformers` loads; it appears whole or not at all.
 
-    `state` (one or several) holds the weights without adapters; `dtype` None keeps theirs. Token ids
-    and generation settings come from `source`, the folder of the base model; `token_ids` and the
-    ids that end an answer, `answer_ends`, go before them. `tokenizer` None is that of `source`.
+    `state` (one or several) holds the weights without adapters; `dtype` None keeps theirs. Token
+    ids and generation settings come from `source`, the folder of the base model; `token_ids` and
+    the ids that end an answer, `answer_ends`, go before them. `tokenizer` None is that of `source`.
     """
     with (
         atomic_folder(folder)

@@ -1,4 +1,5 @@
-"""Open a model: the one way from a run, a folder of weights, a Hub id, an adapter or a configuration to its arrays.
+"""Open a model: the one way from a run, a folder of weights, a Hub id, an adapter or a
+configuration to its arrays.
 
 Whatever is opened becomes a configuration first. Weights then come from up to three places:
 
@@ -53,8 +54,9 @@ TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 class LoadedModel:
     """A model ready to call, `model(tokens_BT) -> logits_BTV` in float32, and what it came from.
 
-    `config` is the configuration of the run, or one that says what was opened. `base` is the folder of the base model,
-    None for a run that started from random weights. `run`, `step` and `provenance` belong to a run.
+    `config` is the configuration of the run, or one that says what was opened. `base` is the folder
+    of the base model, None for a run that started from random weights. `run`, `step` and
+    `provenance` belong to a run.
     """
 
     config: Config
@@ -103,7 +105,8 @@ def load_model(
     revision: str | None = None,
     progress: bool = True,
 ) -> LoadedModel:
-    """A run, a Hugging Face folder, a Hub id or a PEFT adapter (on the base it names), computed in `dtype`.
+    """A run, a Hugging Face folder, a Hub id or a PEFT adapter (on the base it names), computed in
+    `dtype`.
 
     `mesh` None is one device. Raises `UserError` for what cannot be loaded.
     Example: `load_model("Qwen/Qwen2.5-0.5B")([[1, 2, 3]]).shape`.
@@ -122,11 +125,13 @@ def open_model(
     progress: bool = True,
     **model: Any,
 ) -> LoadedModel:
-    """The model of a run (its newest step), of one `checkpoints/STEP`, of a folder, Hub id, adapter or configuration.
+    """The model of a run (its newest step), of one `checkpoints/STEP`, of a folder, Hub id, adapter
+    or configuration.
 
-    `dtype` is the precision of products, and for weights that belong to no run their own too. `mesh` None takes the
-    configuration's where it fits this machine, else one that shards parameters over all devices. Other keywords
-    override settings of `config.model`, e.g. `frozen_dtype="float32"`. Raises `UserError` for what cannot be opened.
+    `dtype` is the precision of products, and for weights that belong to no run their own too.
+    `mesh` None takes the configuration's where it fits this machine, else one that shards
+    parameters over all devices. Other keywords override settings of `config.model`, e.g.
+    `frozen_dtype="float32"`. Raises `UserError` for what cannot be opened.
     """
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r}: models compute in float32 or bfloat16")
@@ -180,7 +185,8 @@ def open_model(
 def describe_weights(
     source: str | os.PathLike, adapter: str | os.PathLike | None, revision: str | None
 ) -> Config:
-    """The configuration of weights that no run of ours wrote: a folder or Hub id, and maybe an adapter on it.
+    """The configuration of weights that no run of ours wrote: a folder or Hub id, and maybe an
+    adapter on it.
 
     Where `source` itself is an adapter, its base is the one that it names.
     """
@@ -203,7 +209,9 @@ def is_adapter_folder(folder: Path) -> bool:
 def check_same_tokenizer(
     config: Config, tokenizer: Any, origin: dict[str, Any], place: Path
 ) -> None:
-    """Refuses a tokenizer that is not the one which the checkpoint in `place`, of provenance `origin`, was trained with."""
+    """Refuses a tokenizer that is not the one which the checkpoint in `place`, of provenance
+    `origin`, was trained with.
+    """
     if origin.get("tokenizer") not in (None, identify_tokenizer(tokenizer)):
         name = config.model.tokenizer or config.model.path or f"{config.output_dir}/tokenizer"
         raise UserError(
@@ -213,7 +221,9 @@ def check_same_tokenizer(
 
 
 def fit_mesh(mesh: settings.Mesh) -> Mesh:
-    """The mesh of a configuration where it fits this machine, else one with parameters sharded over all devices."""
+    """The mesh of a configuration where it fits this machine, else one with parameters sharded over
+    all devices.
+    """
     try:
         return make_mesh(mesh)
     except UserError:
@@ -238,7 +248,8 @@ def read_trained(folder: Path, model: AbstractModel) -> nnx.State:
         ]
         if wrong:
             raise UserError(
-                f"{folder / 'state'} does not fit its own configuration: {wrong[0]} ({len(wrong)} in all)"
+                f"{folder / 'state'} does not fit its own configuration: {wrong[0]} ({len(wrong)} "
+                "in all)"
             )
         try:
             arrays = checkpointer.restore(
@@ -256,7 +267,8 @@ def read_trained(folder: Path, model: AbstractModel) -> nnx.State:
         expected = {name: print for name, print in seal["arrays"].items() if name in wanted}
         if changed := find_changed(expected, arrays)[0]:
             raise UserError(
-                f"{folder / 'state'}: {len(changed)} arrays are not what was saved, e.g. {changed[0]}; "
+                f"{folder / 'state'}: {len(changed)} arrays are not what was saved, e.g. "
+                f"{changed[0]}; "
                 f"{USE_ANOTHER}"
             )
     return jax.tree.unflatten(

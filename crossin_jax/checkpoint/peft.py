@@ -116,8 +116,10 @@ def read_adapter(
     if not (folder / WEIGHTS).is_file():
         if (folder / "adapter_model.bin").is_file():
             raise UserError(
-                f"{folder}: adapter_model.bin is a pickle, which runs code when it is opened; refused\n"
-                f"where you trust it, load it with peft and call save_pretrained('{folder}-safetensors')"
+                f"{folder}: adapter_model.bin is a pickle, which runs code when it is opened; "
+                "refused\n"
+                "where you trust it, load it with peft and call "
+                f"save_pretrained('{folder}-safetensors')"
             )
         raise UserError(
             f"{folder / WEIGHTS}: no such file; copy it from where the adapter was trained"
@@ -160,7 +162,8 @@ def read_adapter(
     )
     if faults:
         raise UserError(
-            f"{folder / WEIGHTS}: its tensors do not fit {CONFIG} and the base model ({spec.model_type}, "
+            f"{folder / WEIGHTS}: its tensors do not fit {CONFIG} and the base model "
+            f"({spec.model_type}, "
             f"{spec.num_layers} layers)\n" + join_some(faults)
         )
     tensors = {
@@ -194,19 +197,24 @@ def _read_tensors(file: Path, spec: ModelSpec) -> dict[str, Tensor]:
         for module in OUTER:
             if re.search(rf"\b{module}\.(base_layer|lora_)", name):
                 raise UserError(
-                    f"{file}: a low-rank adapter on {module} is not supported; merge it into the base with "
-                    "peft (merge_and_unload), or train it with modules_to_save instead of target_modules"
+                    f"{file}: a low-rank adapter on {module} is not supported; merge it into the "
+                    "base with "
+                    "peft (merge_and_unload), or train it with modules_to_save instead of "
+                    "target_modules"
                 )
         found[name] = tensor
     if len(adapters) > 1:
         raise UserError(
-            f"{file}: holds several adapters ({', '.join(sorted(adapters))}); save one of them by itself"
+            f"{file}: holds several adapters ({', '.join(sorted(adapters))}); save one of them by "
+            "itself"
         )
     return found
 
 
 def find_base(folder: Path) -> Path:
-    """The folder of the base model that an adapter names; `UserError` with the way to name another."""
+    """The folder of the base model that an adapter names; `UserError` with the way to name
+    another.
+    """
     named = drop_nulls(read_model_json(folder / CONFIG))
     base, remedy = named.get("base_model_name_or_path"), f"--base=BASE --model={folder}"
     if not base:
@@ -217,7 +225,8 @@ def find_base(folder: Path) -> Path:
         return resolve_folder(base, named.get("revision"))
     except UserError as error:
         raise UserError(
-            f"{folder / CONFIG} names the base model {base!r}, which cannot be opened here; pass its place: "
+            f"{folder / CONFIG} names the base model {base!r}, which cannot be opened here; pass "
+            "its place: "
             f"{remedy}\n{error}"
         ) from error
 
@@ -227,7 +236,8 @@ def _check_config(config: dict[str, Any], file: Path) -> None:
     for name in ("peft_type", "r", "lora_alpha"):
         if config.get(name) is None:
             raise UserError(
-                f"{file}: the field {name!r} is missing; take the file from where the adapter was trained"
+                f"{file}: the field {name!r} is missing; take the file from where the adapter was "
+                "trained"
             )
     if config["peft_type"] != "LORA":
         raise UserError(
@@ -244,7 +254,8 @@ def _check_config(config: dict[str, Any], file: Path) -> None:
         )
     if config.get("init_lora_weights", True) not in _STARTS:
         raise UserError(
-            f"{file}: init_lora_weights={config['init_lora_weights']!r} changes the base weights too; save "
+            f"{file}: init_lora_weights={config['init_lora_weights']!r} changes the base weights "
+            "too; save "
             "it as plain LoRA with peft (path_initial_model_for_weight_conversion)"
         )
 

@@ -1,14 +1,16 @@
-"""Checkpoints (Orbax): trained weights, optimizer moments, data position, configuration and provenance.
+"""Checkpoints (Orbax): trained weights, optimizer moments, data position, configuration and
+provenance.
 
-Frozen weights are not stored; they come from `model.path` again. Orbax writes a checkpoint under a temporary name and
-renames it when it is whole, so a killed run leaves nothing that looks like a checkpoint. Whether a checkpoint is still
-what was saved is known by two things: `checkpoints/files.json` keeps the sizes of all files, so that one that lost some
-is found before several hosts begin to read it, and the item `fingerprints` knows every array and every small item.
+Frozen weights are not stored; they come from `model.path` again. Orbax writes a checkpoint under a
+temporary name and renames it when it is whole, so a killed run leaves nothing that looks like a
+checkpoint. Whether a checkpoint is still what was saved is known by two things:
+`checkpoints/files.json` keeps the sizes of all files, so that one that lost some is found before
+several hosts begin to read it, and the item `fingerprints` knows every array and every small item.
 
     checkpoints/files.json
     checkpoints/500/state/            arrays: step, trainable/…, optimizer/…
     checkpoints/500/data/metadata     also config/, provenance/ and fingerprints/: one JSON file each
-"""
+"""  # noqa: E501
 
 import contextlib
 import json
@@ -130,7 +132,9 @@ class Store:
             self._raise_unwritten(error)
 
     def wait(self) -> None:
-        """Blocks until every started save is on disk; `UserError` where one could not be written."""
+        """Blocks until every started save is on disk; `UserError` where one could not be
+        written.
+        """
         try:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
@@ -158,7 +162,9 @@ class Store:
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        """Finishes saves and releases the manager's threads; a fault under way is not covered by another."""
+        """Finishes saves and releases the manager's threads; a fault under way is not covered by
+        another.
+        """
         if kind is None:
             self.wait()
         with contextlib.suppress(Exception):
@@ -167,7 +173,8 @@ class Store:
     def restore(
         self, step: int, abstract: TrainState, config: Config | None = None
     ) -> tuple[TrainState, dict[str, Any]]:
-        """The state and data position of a step, on the shardings of `abstract`; `frozen` is taken from `abstract`.
+        """The state and data position of a step, on the shardings of `abstract`; `frozen` is taken
+        from `abstract`.
 
         Raises OSError where an array is not what was saved.
         """
@@ -203,7 +210,9 @@ class Store:
     def restore_newest(
         self, abstract: TrainState, config: Config
     ) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest checkpoint that reads whole; damaged ones are named and set aside. None where there is none."""
+        """The newest checkpoint that reads whole; damaged ones are named and set aside. None where
+        there is none.
+        """
         damaged = []
         for step in reversed(self.steps()):
             try:
@@ -229,13 +238,16 @@ class Store:
             damaged.append(step)
         if damaged:
             raise UserError(
-                f"{self.folder}: every checkpoint is damaged ({', '.join(map(str, damaged))}); nothing was "
+                f"{self.folder}: every checkpoint is damaged ({', '.join(map(str, damaged))}); "
+                "nothing was "
                 "changed\nbring the folder back from a copy, or start anew with another output_dir"
             )
         return None
 
     def set_aside(self) -> None:
-        """Moves all checkpoints and their curves to `output_dir/earlier-N`: a run that starts anew writes its own."""
+        """Moves all checkpoints and their curves to `output_dir/earlier-N`: a run that starts anew
+        writes its own.
+        """
         steps = self.steps()
         if steps and jax.process_index() == 0:
             run, number = self.folder.parent, 1
@@ -306,7 +318,9 @@ def is_junk(path: Path) -> bool:
 
 
 def move_junk(checkpoints: Path) -> None:
-    """Moves what has the name of a step and is no checkpoint to `output_dir`: Orbax would count it as the newest one."""
+    """Moves what has the name of a step and is no checkpoint to `output_dir`: Orbax would count it
+    as the newest one.
+    """
     junk = [path for path in checkpoints.glob("*") if is_step(path) and is_junk(path)]
     for path in junk if jax.process_index() == 0 else []:
         place = checkpoints.parent / f"no-checkpoint-{path.name}"
@@ -319,8 +333,8 @@ def move_junk(checkpoints: Path) -> None:
 
 
 def check_same_experiment(stored: dict[str, Any], config: Config, place: Path) -> None:
-    """Refuses to continue a checkpoint whose configuration differs in a field that changes what is learned; other
-    fields that differ are logged."""
+    """Refuses to continue a checkpoint whose configuration differs in a field that changes what is
+    learned; other fields that differ are logged."""
     before, now = (flatten_dict(values) for values in (stored, settings.to_dict(config)))
     differ = [
         name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)
@@ -370,7 +384,8 @@ def find_checkpoint(path: str | Path) -> tuple[Path, int]:
         steps = list_steps(folder / "checkpoints")
     if not steps:
         raise UserError(
-            f"{path} holds no checkpoint; pass a run folder with checkpoints/STEP, or such a STEP folder"
+            f"{path} holds no checkpoint; pass a run folder with checkpoints/STEP, or such a STEP "
+            "folder"
         )
     return run, max(steps)
 
@@ -382,7 +397,9 @@ def read_config(path: str | Path) -> Config:
 
 
 def read_item(folder: Path, item: str) -> dict[str, Any]:
-    """A small item of a checkpoint; `UserError` where it cannot be read or is not what was saved."""
+    """A small item of a checkpoint; `UserError` where it cannot be read or is not what was
+    saved.
+    """
     file = folder / item / "metadata"
     try:
         value = json.loads(file.read_text())

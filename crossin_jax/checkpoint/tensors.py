@@ -1,4 +1,6 @@
-"""The safetensors format: checked headers, exact byte ranges, streamed writing; never a whole file in RAM."""
+"""The safetensors format: checked headers, exact byte ranges, streamed writing; never a whole file
+in RAM.
+"""
 
 import dataclasses
 import functools
@@ -21,9 +23,8 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-CHUNK = (
-    4 << 20
-)  # bytes per read: small enough for the cache, where the NaN check and the cast are free beside the read
+# Bytes per read: small enough for the cache, where the NaN check and the cast cost nothing more.
+CHUNK = 4 << 20
 MAX_HEADER = 100_000_000  # bytes; the limit of the format's own reader
 # What the header says of a tensor.
 _ENTRY = {"dtype": str, "shape": list[int], "data_offsets": list[int]}
@@ -62,7 +63,9 @@ class Tensor:
 
 
 def read_header(path: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name; `UserError` where the file is cut, padded or not safetensors."""
+    """The tensors of a safetensors file by name; `UserError` where the file is cut, padded or not
+    safetensors.
+    """
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -74,7 +77,8 @@ def read_header(path: str) -> dict[str, Tensor]:
             (length,) = struct.unpack("<Q", start)
             if length > min(MAX_HEADER, size - 8):
                 raise UserError(
-                    f"{path}: its header claims {length} bytes but {size - 8} follow; it is cut or not "
+                    f"{path}: its header claims {length} bytes but {size - 8} follow; it is cut "
+                    "or not "
                     "safetensors: download it again"
                 )
             text = file.read(length)
@@ -103,7 +107,8 @@ def read_header(path: str) -> dict[str, Tensor]:
             faults.append(f"{name}: {end - begin} bytes cannot hold {code} {shape}")
         elif 8 + length + end > size:
             faults.append(
-                f"{name}: ends at byte {8 + length + end} of a file of {size}; it is cut, download it again"
+                f"{name}: ends at byte {8 + length + end} of a file of {size}; it is cut, "
+                "download it again"
             )
         else:
             tensors[name] = Tensor(name, path, code, shape, 8 + length + begin, end - begin)
@@ -127,7 +132,8 @@ def volume(box: Box) -> int:
 
 
 class Reader:
-    """Reads boxes of tensors into given arrays with a cast to their dtype; its reads may run in several threads.
+    """Reads boxes of tensors into given arrays with a cast to their dtype; its reads may run in
+    several threads.
 
     `with_nan` collects the names of tensors that hold a NaN.
     """
@@ -145,10 +151,11 @@ class Reader:
         self._files.clear()
 
     def plan(self, tensor: Tensor, parts: Sequence[Part]) -> Iterator[Callable[[], int]]:
-        """Yields independent reads that fill `parts` and together touch each byte once; each returns its bytes.
+        """Yields independent reads that fill `parts` and together touch each byte once; each
+        returns its bytes.
 
-        Boxes that tile one larger box (the shards of one host) are read as that box, so that a shard along the
-        innermost dimension does not cost one read per row.
+        Boxes that tile one larger box (the shards of one host) are read as that box, so that a
+        shard along the innermost dimension does not cost one read per row.
         """
         if tensor.file not in self._files:
             self._files[tensor.file] = os.open(tensor.file, os.O_RDONLY)
@@ -227,7 +234,9 @@ class Reader:
 
 
 def has_nan(array: np.ndarray, code: str) -> bool:
-    """Whether a contiguous array of safetensors type `code` holds a NaN; two integer maxima, no temporary."""
+    """Whether a contiguous array of safetensors type `code` holds a NaN; two integer maxima, no
+    temporary.
+    """
     flat, size = array.reshape(-1), array.itemsize
     limit, sign = _INFINITY[size][code], 1 << (8 * size - 1)
     return bool(flat.view(f"i{size}").max() > limit or flat.view(f"u{size}").max() > (limit | sign))
@@ -249,7 +258,9 @@ def write_tensors(
     entries: Iterable[tuple[str, str, tuple[int, ...], Callable[[], np.ndarray]]],
     progress: Callable[[int], object] = lambda count: None,
 ) -> None:
-    """Writes a safetensors file from (name, type code, shape, function that yields the array), one tensor at a time."""
+    """Writes a safetensors file from (name, type code, shape, function that yields the array), one
+    tensor at a time.
+    """
     entries, header, end = list(entries), {"__metadata__": {"format": "pt"}}, 0
     for name, code, shape, _ in entries:
         begin, end = end, end + math.prod(shape) * DTYPES[code].itemsize

@@ -121,7 +121,8 @@ def load_arrays(
         arrays = [_load(want, reader, read, largest) for want in wanted]
     if reader.with_nan:
         warnings.warn(
-            f"{place}: NaN in {', '.join(summarize(sorted(reader.with_nan)))}; the file is damaged or the "
+            f"{place}: NaN in {', '.join(summarize(sorted(reader.with_nan)))}; the file is "
+            "damaged or the "
             "training that wrote it diverged",
             stacklevel=2,
         )
@@ -215,7 +216,9 @@ def _load(
 
 
 def layers_at_once(layer: int, largest: int) -> int:
-    """Layers of a stack in one piece, by bytes of a layer and of the largest tensor in the files."""
+    """Layers of a stack in one piece, by bytes of a layer and of the largest tensor in the
+    files.
+    """
     return max(1, largest // 2 // max(1, layer))
 
 

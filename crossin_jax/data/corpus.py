@@ -139,11 +139,11 @@ class ArrowCorpus(Corpus):
 
     def _join(self) -> None:
         """Groups the texts by key; records keep the order in which their key first appeared."""
-        # Texts as they come, one row of the Arrow file each:        Records, by the row of each text:
+        # Texts as they come, one row of the Arrow file each:    Records, by the row of each text:
         #
-        #     row  key  language                                          en  zh
-        #      0    b    en                                          b     0   2
-        #      1    a    en                                          a     1   -
+        #     row  key  language                                      en  zh
+        #      0    b    en                                      b     0   2
+        #      1    a    en                                      a     1   -
         #      2    b    zh
         keys, languages = self._column("key", np.uint64), self._column("language", np.uint8)
         twice = _count_earlier(keys, languages)

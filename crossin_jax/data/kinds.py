@@ -75,7 +75,9 @@ class Draws:
         return np.full(len(self.weights_NC), self._pivot)
 
     def language(self, salt: int, *, besides: Indices | None = None) -> Indices:
-        """A language per unit, with probability proportional to its weight, other than `besides`."""
+        """A language per unit, with probability proportional to its weight, other than
+        `besides`.
+        """
         weights_NC = self.weights_NC
         if besides is not None:
             weights_NC = weights_NC.copy()

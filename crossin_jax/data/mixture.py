@@ -165,7 +165,8 @@ class Pool:
                 raise UserError(
                     f"{self.corpus.find_place(int(gaps[0]))}: no {code!r} version (nor in "
                     f"{len(gaps) - 1} other rows), but {self.place} ({kind}) needs it; "
-                    f"take {code!r} out, or add its texts: prepare translate, with the same --config"
+                    f"take {code!r} out, or add its texts: prepare translate, with the same "
+                    "--config"
                 )
 
     def draw_pairs(

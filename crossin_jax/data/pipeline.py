@@ -210,7 +210,8 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int, folder: str | Path) -
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < len(alphabet) + len(specials):
         raise UserError(
-            f"vocab_size={vocab_size} is too small for {len(alphabet)} bytes and {len(specials)} special "
+            f"vocab_size={vocab_size} is too small for {len(alphabet)} bytes and {len(specials)} "
+            "special "
             f"tokens; use {len(alphabet) + len(specials)} or more"
         )
     tokenizer.train_from_iterator(

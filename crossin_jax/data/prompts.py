@@ -134,7 +134,8 @@ class Renderer:
         """Refuses settings that the template has no place for."""
         if self.apart and self.template is None:
             raise UserError(
-                "data.tokenization='apart' is the release's form and has no meaning for template 'chat'; "
+                "data.tokenization='apart' is the release's form and has no meaning for template "
+                "'chat'; "
                 "use joint"
             )
         if self.system and self.template and "{system}" not in self.template.prompt_no_input:
@@ -356,7 +357,8 @@ class Renderer:
                 after = self._answer_opened(before, messages[:k], answer)
             if not after.startswith(before) or spans and not after.startswith(spans[-1][1]):
                 raise TemplateRefusal(
-                    "the tokenizer's chat template rewrites earlier turns, so it cannot be told which "
+                    "the tokenizer's chat template rewrites earlier turns, so it cannot be told "
+                    "which "
                     "tokens are learned; use single turns, or a template file"
                 )
             spans.append((len(before.rstrip(" ")), after))
@@ -494,7 +496,9 @@ def _find_tokens(encoding: Any, piece: Piece) -> list[tuple[int, int]]:
 
 
 def _pair_turns(messages: tuple[tuple[str, str], ...]) -> list[tuple[str, str, str, bool]]:
-    """(instruction, "", answer, is it learned) per exchange; a system text goes before the first."""
+    """(instruction, "", answer, is it learned) per exchange; a system text goes before the
+    first.
+    """
     turns, pending = [], ""
     for role, text in messages:
         if role in ANSWERING:

@@ -72,7 +72,8 @@ def find_files(source: Source, codes: Sequence[str]) -> list[File]:
         found = find_language_files(source.path, codes)
         if missing := [code for code in codes if not found[code]]:
             raise UserError(
-                f"{place}: no file {source.path.replace('{lang}', missing[0])} for language {missing[0]!r}; "
+                f"{place}: no file {source.path.replace('{lang}', missing[0])} for language "
+                f"{missing[0]!r}; "
                 f"add it, or leave {missing[0]!r} out of the languages"
             )
         return _one_per_language(source, found, place)
@@ -94,7 +95,8 @@ def find_files(source: Source, codes: Sequence[str]) -> list[File]:
     if not present:
         names = ", ".join(p.name for p in sorted(path.iterdir())[:5]) or "nothing"
         raise UserError(
-            f"{place}: {path} holds no NAME_LANG.json (or .jsonl, .parquet, .csv) for {', '.join(codes)}; "
+            f"{place}: {path} holds no NAME_LANG.json (or .jsonl, .parquet, .csv) for "
+            f"{', '.join(codes)}; "
             f"it holds {names}"
         )
     if missing := [code for code in codes if not found[code]]:
@@ -259,7 +261,8 @@ def read_rows(file: File, split: str = "train") -> Iterator[tuple[int, dict[str,
     for number, row in rows:
         if not isinstance(row, dict):
             raise UserError(
-                f"{file.path}, row {number}: rows are objects with named fields, not {type(row).__name__}"
+                f"{file.path}, row {number}: rows are objects with named fields, not "
+                f"{type(row).__name__}"
             )
         yield number, row
 

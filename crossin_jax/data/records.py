@@ -66,7 +66,9 @@ def hash_key(text: str) -> int:
 
 
 class Unusable(Exception):
-    """A text that cannot be used as it stands: its record is dropped and counted under this reason."""
+    """A text that cannot be used as it stands: its record is dropped and counted under this
+    reason.
+    """
 
 
 class TextReader:
@@ -97,7 +99,8 @@ class TextReader:
                 )
         if source.fields.get(UNREAD, "count") not in ("count", "refuse"):
             raise UserError(
-                f"{self._place}: fields[{UNREAD!r}]={source.fields[UNREAD]!r} is not one of count, refuse"
+                f"{self._place}: fields[{UNREAD!r}]={source.fields[UNREAD]!r} is not one of "
+                "count, refuse"
             )
 
     # A row may hold one language or several; a row of the Arrow file holds one:
@@ -141,7 +144,8 @@ class TextReader:
                     f"{Path(g.path).name}: {n}" for g, n in zip(self.files, counts, strict=False)
                 )
                 raise UserError(
-                    f"{self._place}: joined by position, but the files disagree in their number of rows "
+                    f"{self._place}: joined by position, but the files disagree in their number "
+                    "of rows "
                     f"({listed}); mend the files, or give the rows ids and join by them"
                 )
         # Raised after the last row, so that the message can say how many rows there are.
@@ -322,7 +326,8 @@ class TextReader:
         turns = parse_list(fields.find("messages"))
         if isinstance(turns, str):
             raise UserError(
-                f"{place}: messages is a text that is neither JSON nor a Python list; write a list of turns"
+                f"{place}: messages is a text that is neither JSON nor a Python list; write a "
+                "list of turns"
             )
         system = _as_text(fields.find("system"), "system")
         values: list[Any] = [None] * len(TEXTS)
@@ -335,7 +340,8 @@ class TextReader:
         names = [name for field in ("instruction", "output") for name in fields.columns(field)]
         if values[0] is None and values[2] is None and not fields.row.keys() & {*names}:
             raise UserError(
-                f"{place}: no instruction and no output among the columns {', '.join(fields.row) or '(none)'}; "
+                f"{place}: no instruction and no output among the columns "
+                f"{', '.join(fields.row) or '(none)'}; "
                 f"set fields={{'instruction': COLUMN, 'output': COLUMN}}"
             )
         if "answers" in fields.read:
@@ -344,7 +350,8 @@ class TextReader:
             if isinstance(value, (list, dict)):
                 raise UserError(
                     f"{place}: {field} is a {type(value).__name__}, not text; "
-                    f"reach into it with a dotted path, e.g. fields={{'{field}': 'instances.0.{field}'}}"
+                    f"reach into it with a dotted path, e.g. fields={{'{field}': "
+                    f"'instances.0.{field}'}}"
                 )
         instruction, input, output = map(_as_text, values, TEXTS)
         history = parse_pairs(fields.find("history"))

@@ -67,7 +67,8 @@ TEMPLATES: dict[str, Template] = {
         f"{_TASK}. {_RESPOND}{_NO_INPUT}",
     ),
     "cl_boost": Template(
-        f"{_TASK}{_MANY}, paired with an input in one or more language that provides further context. "
+        f"{_TASK}{_MANY}, paired with an input in one or more language that provides further "
+        "context. "
         f"{_RESPOND}{_FIELDS}",
         f"{_TASK}{_MANY}. {_RESPOND}{_NO_INPUT}",
     ),
@@ -121,7 +122,8 @@ def _make_template(values: dict[str, Any], name: str) -> Template:
     for key in values:
         if key not in known:
             raise UserError(
-                f"{name}: template has no {key!r}{hint(key, known)}; fields: {', '.join(sorted(known))}"
+                f"{name}: template has no {key!r}{hint(key, known)}; fields: "
+                f"{', '.join(sorted(known))}"
             )
     fields = {
         field.name: (field.type, {"may_be_empty": True}) for field in dataclasses.fields(Template)
@@ -278,7 +280,8 @@ def pin_chat_template(template: ChatTemplate, system: str | None) -> str:
     if template.is_dated:
         formats = dict.fromkeys(re.findall(r"strftime_now\(\s*['\"](.*?)['\"]\s*\)", source))
         cases = "".join(
-            f"{{%- if format == {_quote(text)} %}}{{{{- {_quote(DATE.strftime(text))} }}}}{{%- endif %}}"
+            f"{{%- if format == {_quote(text)} %}}{{{{- {_quote(DATE.strftime(text))} }}}}{{%- "
+            f"endif %}}"
             for text in formats
         )
         source = f"{{%- macro strftime_now(format) %}}{cases}{{%- endmacro %}}" + source

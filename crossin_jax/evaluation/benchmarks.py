@@ -36,7 +36,8 @@ _SIMPLY = "Simply select the answer, no explanations required."
 PROMPTS: dict[int, tuple[str, bool]] = {
     1: ("Respond to the question by selecting the most appropriate answer.", True),
     2: (
-        "Kindly choose the correct answer from the options provided for the multiple-choice question.",
+        "Kindly choose the correct answer from the options provided for the multiple-choice "
+        "question.",
         False,
     ),
     3: ("Solve the multi-choice question by selecting the accurate answer.", False),
@@ -54,7 +55,9 @@ PROMPTS: dict[int, tuple[str, bool]] = {
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """An item in one language; choices carry their label, "(A) …", and `answer` is the index of the gold choice."""
+    """An item in one language; choices carry their label, "(A) …", and `answer` is the index of the
+    gold choice.
+    """
 
     question: str
     choices: tuple[str, ...]
@@ -73,7 +76,9 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """Parallel items; `pool` holds those that shots may come from: all, even where `items` are limited to the first."""
+    """Parallel items; `pool` holds those that shots may come from: all, even where `items` are
+    limited to the first.
+    """
 
     name: str
     items: tuple[Item, ...] = field(repr=False)
@@ -83,7 +88,9 @@ class Benchmark:
 
     @property
     def fingerprint(self) -> str:
-        """A short hash of the items asked: results with different ones do not belong into one table."""
+        """A short hash of the items asked: results with different ones do not belong into one
+        table.
+        """
         return content_hash(
             [
                 [
@@ -99,22 +106,25 @@ class Benchmark:
         )
 
 
-# ── prompts ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── prompts ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def make_prompt(
     version: Version, number: int, shots: Sequence[Version] = (), *, benchmark: str = ""
 ) -> str:
-    """The text that asks an item: SeaEval's prompt 1 to 5, its few-shot form where there are shots, or 0 for no frame.
+    """The text that asks an item: SeaEval's prompt 1 to 5, its few-shot form where there are shots,
+    or 0 for no frame.
 
-    The few-shot form is one for all five numbers and ends after "Answer:"; its answers count up to their first newline.
-    `benchmark` matters to Cross-XQuAD, whose prompt 1 asks for "the choice". Number 0 is the bare question, after its
-    context if it has one; it takes no shots. Source: SeaEval v0.1, src/dataset_src/cross_*.py.
+    The few-shot form is one for all five numbers and ends after "Answer:"; its answers count up to
+    their first newline. `benchmark` matters to Cross-XQuAD, whose prompt 1 asks for "the choice".
+    Number 0 is the bare question, after its context if it has one; it takes no shots. Source:
+    SeaEval v0.1, src/dataset_src/cross_*.py.
     """
     if number == 0:
         if shots:
             raise UserError(
-                "evaluation.shots: a benchmark asked by its bare questions takes no solved examples; use 0"
+                "evaluation.shots: a benchmark asked by its bare questions takes no solved "
+                "examples; use 0"
             )
         return (
             version.question
@@ -147,8 +157,9 @@ def _frame(version: Version, airy: bool) -> str:
 def draw_shot_items(
     benchmark: Benchmark, item: Item, num_shots: int, seed: int
 ) -> tuple[Item, ...]:
-    """The items solved before `item`: the first of an order drawn by the seed that do not have its context (or
-    question) in any language. So nearly all prompts of a language begin alike, and the engine reads that once."""
+    """The items solved before `item`: the first of an order drawn by the seed that do not have its
+    context (or question) in any language. So nearly all prompts of a language begin alike, and the
+    engine reads that once."""
     if not num_shots:
         return ()
     pool = sorted(benchmark.pool or benchmark.items, key=lambda other: other.id)
@@ -158,7 +169,8 @@ def draw_shot_items(
             chosen.append(other)
     if len(chosen) < num_shots:
         raise UserError(
-            f"{benchmark.source}, item {item.id!r}: evaluation.shots={num_shots}, but only {len(chosen)} "
+            f"{benchmark.source}, item {item.id!r}: evaluation.shots={num_shots}, but only "
+            f"{len(chosen)} "
             f"other items have another context; use fewer shots"
         )
     return tuple(chosen)
@@ -174,7 +186,9 @@ def draw_shots(
 
 
 def list_shots(benchmark: Benchmark, num_shots: int, seed: int) -> dict[str, Any]:
-    """The ids of the shots for the record: those of most items, and those of the items that have others."""
+    """The ids of the shots for the record: those of most items, and those of the items that have
+    others.
+    """
     drawn = {
         item.id: tuple(shot.id for shot in draw_shot_items(benchmark, item, num_shots, seed))
         for item in benchmark.items
@@ -197,7 +211,7 @@ def _same_text(a: Item, b: Item) -> bool:
     )
 
 
-# ── loading ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── loading ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def load_benchmark(
@@ -205,11 +219,12 @@ def load_benchmark(
 ) -> Benchmark:
     """Reads a benchmark in the given languages.
 
-    `name` is cross_mmlu, cross_logiqa or cross_xquad (from the Hub), cross_world[:split][/opaque] (embedded; `seed`
-    parts its territories), a Hub id (ID or ID:CONFIGURATION, split test), a .json or .jsonl file (also .gz) with all
-    languages, a path with {lang}, or a folder of NAME_LANG.json files. Rows are SeaEval's (an object per language with
-    question, choices, answer and maybe context), MMLU's (question, choices, answer as index, letter or text) or
-    Belebele's. `limit` keeps the first items. Faults raise `UserError` with file, item and language.
+    `name` is cross_mmlu, cross_logiqa or cross_xquad (from the Hub), cross_world[:split][/opaque]
+    (embedded; `seed` parts its territories), a Hub id (ID or ID:CONFIGURATION, split test), a .json
+    or .jsonl file (also .gz) with all languages, a path with {lang}, or a folder of NAME_LANG.json
+    files. Rows are SeaEval's (an object per language with question, choices, answer and maybe
+    context), MMLU's (question, choices, answer as index, letter or text) or Belebele's. `limit`
+    keeps the first items. Faults raise `UserError` with file, item and language.
     """
     codes = canonical_list(languages, f"benchmark {name!r}")
     if not codes:
@@ -271,7 +286,9 @@ def _load_elsewhere(name: str, codes: Sequence[str]) -> tuple[str, str, list[Ite
 
 
 def _files_by_language(name: str, path: Path, codes: Sequence[str]) -> dict[str, Path]:
-    """The file of each language, whose name has the language in any spelling: mmlu_zh.json, mmlu_ZH-CN.json."""
+    """The file of each language, whose name has the language in any spelling: mmlu_zh.json,
+    mmlu_ZH-CN.json.
+    """
     files = find_files(name, codes, ENDINGS)
     for code, found in files.items():
         if not found:
@@ -318,13 +335,16 @@ def _read_hub(source: str, codes: Sequence[str]) -> list[dict[str, Any]]:
 def _split_by_language(
     rows: list[dict[str, Any]], place: str, codes: Sequence[str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows in wanted languages. Where a file has "zh" and "zh-TW", only the first serves "zh"."""
+    """The rows in wanted languages. Where a file has "zh" and "zh-TW", only the first serves
+    "zh".
+    """
     marks = []
     for row in rows:
         mark = row.get("dialect") or row.get("language") or row.get("lang")
         if mark is None:
             raise UserError(
-                f"{place}, item {row.get('id')!r}: the row does not say its language; add a field language, "
+                f"{place}, item {row.get('id')!r}: the row does not say its language; add a field "
+                "language, "
                 f"or give one file per language with {{lang}} in the path"
             )
         marks.append((mark, canonical(mark, f"{place}, item {row.get('id')!r}")))
@@ -338,7 +358,9 @@ def _split_by_language(
 def _join(
     rows: Iterable[tuple[str, dict[str, Any]]], place: str, codes: Sequence[str]
 ) -> list[Item]:
-    """Rows of one language each become items: they meet by id, or by position where no row has one."""
+    """Rows of one language each become items: they meet by id, or by position where no row
+    has one.
+    """
     merged: dict[str, dict[str, Any]] = {}
     counts: dict[str, int] = {}
     for code, row in rows:
@@ -373,7 +395,8 @@ def _read_item(
             present = list(columns)
             raise UserError(
                 f"{place}, item {item_id!r}: no {name_of(code)} ({code}) version; "
-                f"it has {', '.join(present) or 'none'}: add it, or leave {code!r} out of the languages"
+                f"it has {', '.join(present) or 'none'}: add it, or leave {code!r} out of the "
+                "languages"
             )
         versions[code] = _read_version(version, f"{place}, item {item_id!r}, {name_of(code)}")
     sizes = {code: len(version.choices) for code, version in versions.items()}
@@ -424,7 +447,9 @@ def _number(value: Any) -> int | None:
 
 
 def _find_gold(answer: Any, choices: tuple[str, ...], place: str) -> int:
-    """The index that a gold answer means: an index from 0, a letter, or a choice with or without its label."""
+    """The index that a gold answer means: an index from 0, a letter, or a choice with or without
+    its label.
+    """
     if answer is None or answer == "":
         raise UserError(f"{place}: no gold answer; every version needs its `answer`")
     if isinstance(answer, int) and not isinstance(answer, bool):

@@ -1,4 +1,6 @@
-"""Benchmark scores during training, on the training mesh and through the functions that `evaluate` calls."""
+"""Benchmark scores during training, on the training mesh and through the functions that `evaluate`
+calls.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -54,7 +56,9 @@ class Benchmarks:
 
 
 def _measure_texts(predictions: Predictions) -> Iterator[tuple[str, float]]:
-    """Whether free answers are in the wanted language, e.g. off_target/zh; nothing where it cannot be told."""
+    """Whether free answers are in the wanted language, e.g. off_target/zh; nothing where it cannot
+    be told.
+    """
     for language in predictions.languages:
         answers = [item.answers[language].text for item in predictions.items]
         texts = [text for text in answers if text is not None]

@@ -94,7 +94,8 @@ class EngineLM(TemplateLM):
             settings.pop(name, None)
         if unknown := sorted(set(settings) - set(OURS)):
             raise UserError(
-                f"--model_args {unknown[0]}={settings[unknown[0]]}: crossin_jax takes {', '.join(OURS)}"
+                f"--model_args {unknown[0]}={settings[unknown[0]]}: crossin_jax takes "
+                f"{', '.join(OURS)}"
             )
         if "pretrained" not in settings:
             raise UserError(
@@ -242,7 +243,8 @@ class EngineLM(TemplateLM):
             room, sampling = given.pop("max_gen_toks"), read_sampling(given)
             if room >= self.max_length:
                 raise UserError(
-                    f"max_gen_toks={room} leaves no room for a prompt in max_length={self.max_length}"
+                    f"max_gen_toks={room} leaves no room for a prompt in "
+                    f"max_length={self.max_length}"
                 )
             prompts = [
                 self.tok_encode(requests[i].args[0])[-(self.max_length - room) :] for i in members
@@ -298,7 +300,9 @@ def read_sampling(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _number_repeats(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """A seed for each prompt; a task that asks a prompt several times gets other draws each time."""
+    """A seed for each prompt; a task that asks a prompt several times gets other draws each
+    time.
+    """
     times: Counter[tuple[int, ...]] = Counter()
     seeds = []
     for prompt in map(tuple, prompts):

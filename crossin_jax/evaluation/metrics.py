@@ -245,7 +245,9 @@ def _coin_share(predictions: Predictions) -> dict[str, dict[str, float]]:
 
 @lru_cache(maxsize=256)
 def _share_table(num_languages: int) -> np.ndarray:
-    """The share of all sets of s languages that n languages make, which pick one choice; by n, s."""
+    """The share of all sets of s languages that n languages make, which pick one choice; by
+    n, s.
+    """
     sizes = range(2, num_languages + 1)
     return np.array(
         [
@@ -314,7 +316,9 @@ def _level_out(counts: tuple[int, ...], coins: tuple[tuple[int, ...], ...]) -> l
 def _variance(
     counts: tuple[int, ...], coins: tuple[tuple[int, ...], ...], share: np.ndarray
 ) -> np.ndarray:
-    """The variance by s of an item's share of agreeing sets, (S,): covariances of pairs of choices."""
+    """The variance by s of an item's share of agreeing sets, (S,): covariances of pairs of
+    choices.
+    """
     variance = np.zeros(share.shape[1])
     for c, d in combinations_with_replacement(range(len(counts)), 2):
         chances = [((c in coin) / len(coin), (d in coin and c != d) / len(coin)) for coin in coins]

@@ -1,4 +1,6 @@
-"""What a model answered to a parallel benchmark: the one type that metrics consume and reports show."""
+"""What a model answered to a parallel benchmark: the one type that metrics consume and reports
+show.
+"""
 
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -8,10 +10,11 @@ from typing import Any
 class Answer:
     """One answer to one item in one language.
 
-    `candidates` are the choice indices it may stand for: one is a certain choice, several are those among which SeaEval
-    tosses a coin. `reason` is "matched", "tie", "empty", "unreadable", or "too_long" where the model could not be
-    asked; `text` is what the model wrote, None where choices were scored by likelihood, and `scores` are then the
-    log-likelihoods of the choices. `own` are the candidates by our own reader.
+    `candidates` are the choice indices it may stand for: one is a certain choice, several are those
+    among which SeaEval tosses a coin. `reason` is "matched", "tie", "empty", "unreadable", or
+    "too_long" where the model could not be asked; `text` is what the model wrote, None where
+    choices were scored by likelihood, and `scores` are then the log-likelihoods of the choices.
+    `own` are the candidates by our own reader.
     """
 
     candidates: tuple[int, ...]
@@ -23,7 +26,9 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class ItemAnswers:
-    """All answers to one parallel item, by language code (or column name, for a log in other languages)."""
+    """All answers to one parallel item, by language code (or column name, for a log in other
+    languages).
+    """
 
     id: str
     gold: dict[str, int]
@@ -36,8 +41,8 @@ class ItemAnswers:
 class Predictions:
     """Answers to a whole benchmark by one method under one prompt.
 
-    method: "generate", or for scored choices "sum", "mean" (per token), "byte" or "letter"; prompt: 1 to 5, or 0 where
-    the benchmark asks its questions bare.
+    method: "generate", or for scored choices "sum", "mean" (per token), "byte" or "letter"; prompt:
+    1 to 5, or 0 where the benchmark asks its questions bare.
     """
 
     benchmark: str

@@ -1,4 +1,6 @@
-"""Logs of SeaEval's layout: items with a model's answers, read with complaints that name the item, and written."""
+"""Logs of SeaEval's layout: items with a model's answers, read with complaints that name the item,
+and written.
+"""
 
 import gzip
 import json
@@ -18,7 +20,8 @@ Row = dict[str, Any]
 
 
 def read_log(path: str | Path, benchmark: str | None = None) -> Predictions:
-    """The answers in a log of SeaEval's layout, aligned by its rules; languages are its columns, in its order.
+    """The answers in a log of SeaEval's layout, aligned by its rules; languages are its columns, in
+    its order.
 
     Raises UserError, with file, item and language, for what is damaged or incomplete.
     """
@@ -28,8 +31,8 @@ def read_log(path: str | Path, benchmark: str | None = None) -> Predictions:
 def read_rows(path: str | Path, *, few_shot: bool | None = None) -> list[Row]:
     """The rows of a log, a JSON list of objects that may be compressed with gzip.
 
-    A few-shot answer is cut at its first line break: the model goes on with questions of its own. `few_shot` None goes
-    by the file's name.
+    A few-shot answer is cut at its first line break: the model goes on with questions of its own.
+    `few_shot` None goes by the file's name.
     """
     path = Path(path)
     if few_shot is None:
@@ -50,7 +53,9 @@ def read_rows(path: str | Path, *, few_shot: bool | None = None) -> list[Row]:
 
 
 def predictions_of(rows: Sequence[Row], place: str, benchmark: str | None = None) -> Predictions:
-    """Aligned answers of a log's rows; a column is a language where it holds an object in any row."""
+    """Aligned answers of a log's rows; a column is a language where it holds an object in any
+    row.
+    """
     languages = list(
         dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, dict))
     )
@@ -75,7 +80,8 @@ def predictions_of(rows: Sequence[Row], place: str, benchmark: str | None = None
         if len(set(sizes.values())) > 1:
             raise UserError(
                 f"{item}: languages differ in their number of choices "
-                f"({', '.join(f'{name} {size}' for name, size in sizes.items())}); they must be parallel"
+                f"({', '.join(f'{name} {size}' for name, size in sizes.items())}); they must be "
+                "parallel"
             )
         answers = {
             language: align(
@@ -107,7 +113,8 @@ def _read_gold(version: Row, place: str) -> int:
         raise UserError(f'{place}: no gold; "answer" must repeat one of the choices')
     if answer not in choices:
         raise UserError(
-            f'{place}: gold {answer!r:.80} is not among the choices; "answer" must repeat one of them, '
+            f'{place}: gold {answer!r:.80} is not among the choices; "answer" must repeat one of '
+            "them, "
             f"such as {choices[0]!r:.80}"
         )
     return choices.index(answer)
@@ -116,7 +123,8 @@ def _read_gold(version: Row, place: str) -> int:
 def _read_answer(version: Row, place: str) -> str:
     if "model_prediction" not in version:
         raise UserError(
-            f"{place}: no model_prediction; a benchmark file becomes a log when every language has one "
+            f"{place}: no model_prediction; a benchmark file becomes a log when every language "
+            "has one "
             '("" where the model wrote nothing)'
         )
     if not isinstance(text := version["model_prediction"], str):
@@ -152,7 +160,8 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def write_log(path: str | Path, items: Sequence[Item], predictions: Predictions) -> None:
-    """Writes a benchmark's items with their answers as a log of SeaEval's layout, columns by English name.
+    """Writes a benchmark's items with their answers as a log of SeaEval's layout, columns by
+    English name.
 
     An answer that was scored rather than written stands as its label, "(B)".
     """

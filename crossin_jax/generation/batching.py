@@ -95,10 +95,10 @@ def share_prefixes(prompts: Sequence[np.ndarray], share: bool = True) -> list[Gr
     # Sorted prompts with a common beginning are neighbours. Prompts of two few-shot tasks that
     # share their first 40 tokens:
     #
-    #     preamble | shots of task 1 | question a         a range of prompts either shares the shortest
-    #     preamble | shots of task 1 | question b         prefix that all neighbours have ("preamble"),
-    #     preamble | shots of task 2 | question c         or is split where neighbours share little
-    #     preamble | shots of task 2 | question d         more, and each part is solved by itself.
+    #     preamble | shots of task 1 | question a     a range of prompts either shares the shortest
+    #     preamble | shots of task 1 | question b     prefix that all neighbours have ("preamble"),
+    #     preamble | shots of task 2 | question c     or is split where neighbours share little
+    #     preamble | shots of task 2 | question d     more, and each part is solved by itself.
     #
     # Of the two, the one that saves more tokens wins.
     order = sorted(range(len(prompts)), key=lambda i: prompts[i].astype(">i4").tobytes())
@@ -193,9 +193,9 @@ def find_stop(
     """
     # Tokens and stop texts end at different places. With the stop "\nQ:"
     #
-    #     tokens     Par | is | .\nQ | : no          3 tokens would leave "\nQ" in the answer for ever,
-    #     kept       Par | is | .\nQ | : no          because the text no longer shows that it was a stop
-    #     text       Paris.                          (after cut_at_stop)
+    #     tokens     Par | is | .\nQ | : no      3 tokens would leave "\nQ" in the answer for ever,
+    #     kept       Par | is | .\nQ | : no      because the text no longer shows that it was a stop
+    #     text       Paris.                      (after cut_at_stop)
     ends = []  # (tokens before the stop, tokens kept)
     texts = [entry for entry in stop if isinstance(entry, str)]
     for ids in (list(entry) for entry in stop if not isinstance(entry, str)):

@@ -46,7 +46,9 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """Prompts that are prefilled together: one shared prefix, the rest of each padded to T tokens."""
+    """Prompts that are prefilled together: one shared prefix, the rest of each padded to T
+    tokens.
+    """
 
     group: Group
     T: int
@@ -79,11 +81,11 @@ class Decoder:
 
     # One turn of `run`, with B = 4 rows and three prompts per admission:
     #
-    #     row     before        admit      make room      decode a chunk      collect
-    #      0      prompt 3                                3: + 32 tokens      3 yields 32 tokens
-    #      1      free          prompt 5   resize the     5: + 6, then EOS    5 yields 6, row is free
-    #      2      free          prompt 6   cache if it    6: + 32 tokens      6 yields 32 tokens
-    #      3      free          prompt 7   is too small   7: + 32 tokens      7 yields 32 tokens
+    #     row     before        admit      make room      decode a chunk     collect
+    #      0      prompt 3                                3: + 32 tokens     3 yields 32 tokens
+    #      1      free          prompt 5   resize the     5: + 6, then EOS   5 yields 6, row is free
+    #      2      free          prompt 6   cache if it    6: + 32 tokens     6 yields 32 tokens
+    #      3      free          prompt 7   is too small   7: + 32 tokens     7 yields 32 tokens
     #
     # An admission waits until it finds a free row for each of its prompts. The decode program
     # returns early when enough rows are free for the next one.
@@ -192,7 +194,9 @@ class Decoder:
     def _collect(
         self, added: list[list[int]], done: np.ndarray
     ) -> Iterator[tuple[Prompt, list[int], bool]]:
-        """Appends new tokens to the answers, cuts them at a stop, and frees the rows that are done."""
+        """Appends new tokens to the answers, cuts them at a stop, and frees the rows that are
+        done.
+        """
         for row, prompt in enumerate(self.rows):
             if prompt is None:
                 continue

@@ -128,8 +128,8 @@ class Engine:
         limits = [max_new_tokens] * len(tokens)
         if not isinstance(max_new_tokens, int):
             limits = list(max_new_tokens)
-        # Without seeds the prompt's own tokens are the seed: the answer does not depend on its place
-        # among other prompts.
+        # Without seeds the prompt's own tokens are the seed: the answer does not depend on its
+        # place among other prompts.
         if seeds is None:
             seeds = [zlib.crc32(ids.tobytes()) for ids in tokens]
         # What does not fit is refused, or skipped, before anything is computed.
@@ -220,8 +220,8 @@ class Engine:
             over_long,
         )
         results: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(tokens)
-        # A choice that begins another one is not read by itself. With the choices "(A" and "(A) Paris"
-        # only the second is read; its first tokens give the score of the first.
+        # A choice that begins another one is not read by itself. With the choices "(A" and "(A)
+        # Paris" only the second is read; its first tokens give the score of the first.
         kept, places = zip(*map(drop_prefix_choices, choices), strict=True) if choices else ((), ())
         read = [[entry[k] for k in some] for entry, some in zip(choices, kept, strict=True)]
         # The device computes a batch while two more wait, and the host prepares the next one
@@ -248,7 +248,9 @@ class Engine:
     def _score_all(
         self, tokens: list[np.ndarray], choices: list[list[np.ndarray]], asked: list[int]
     ) -> Iterator[tuple[list[int], Any]]:
-        """(prompts of a batch, result of the scoring program), which the device may still compute."""
+        """(prompts of a batch, result of the scoring program), which the device may still
+        compute.
+        """
         for group in share_prefixes([tokens[i] for i in asked], self.share_prefix):
             group = Group(group.prefix, tuple(asked[i] for i in group.members))
             prefix = self.programs.read_prefix(
@@ -316,8 +318,8 @@ class Engine:
         choices: list[list[np.ndarray]],
     ) -> Iterator[tuple[tuple[int, int, int, int], list[int]]]:
         """((B, T, C, K), members) of every call."""
-        # One program per (B, T, C, K): rows, length of the prompt, choices, tokens of a choice. Long
-        # prompts come in smaller batches, so that every call has about as many tokens.
+        # One program per (B, T, C, K): rows, length of the prompt, choices, tokens of a choice.
+        # Long prompts come in smaller batches, so that every call has about as many tokens.
         C = bucket(max(len(choices[i]) for i in group.members), CHOICE_BUCKETS)
         P = bucket(len(group.prefix), self.buckets) if len(group.prefix) else 0
         tails = [max(map(len, choices[i])) - 1 for i in group.members]

@@ -92,7 +92,9 @@ class Programs:
         return -(-rows // self._shards) * self._shards
 
     def read_prefix(self, prefix: np.ndarray, buckets: Sequence[int], dtype: Any) -> Any:
-        """A cache of one row that holds the prefix in a bucket of slots; None for an empty prefix."""
+        """A cache of one row that holds the prefix in a bucket of slots; None for an empty
+        prefix.
+        """
         if not len(prefix):
             return None
         P = bucket(len(prefix), buckets)
@@ -121,7 +123,8 @@ class Programs:
         """Rows for up to `admitted` prompts, and their first tokens; spare rows repeat the last
         prompt.
         """
-        # A program has one shape: fewer prompts than rows are filled up, and `insert` drops the rest.
+        # A program has one shape: fewer prompts than rows are filled up, and `insert` drops the
+        # rest.
         A, spare = self.admitted, self.admitted - len(prompts)
         prompts, limits, seeds = ([*x, *x[-1:] * spare] for x in (prompts, limits, seeds))
 

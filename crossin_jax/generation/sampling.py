@@ -55,7 +55,8 @@ def make_sampling(
     if temperature == 0:
         if top_k is not None or top_p is not None:
             raise UserError(
-                f"top_k={top_k}, top_p={top_p} have no effect at temperature=0; set a temperature above 0"
+                f"top_k={top_k}, top_p={top_p} have no effect at temperature=0; set a temperature "
+                "above 0"
             )
         return Sampling()
     return Sampling(

@@ -202,7 +202,9 @@ _in_blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
 class UnrolledModel:
-    """A `Transformer` with the parameters of each layer beside it; it needs a cache for every call."""
+    """A `Transformer` with the parameters of each layer beside it; it needs a cache for every
+    call.
+    """
 
     def __init__(self, model: Any, layers: list[nnx.State]):
         self._model, self._layers = model, layers

@@ -56,7 +56,8 @@ def resolve(lora: Lora | None, spec: ModelSpec) -> Lora | None:
         for field, names in (("targets", targets), ("modules_to_save", lora.modules_to_save)):
             if 0 < len(set(parts) & set(names)) < len(parts):
                 raise UserError(
-                    f"lora.{field}: {', '.join(parts)} are one weight in a {spec.model_type} model; name all of "
+                    f"lora.{field}: {', '.join(parts)} are one weight in a {spec.model_type} "
+                    "model; name all of "
                     "them or none"
                     + (
                         "; released_code_compatible leaves out q_proj"

@@ -54,7 +54,8 @@ def need(config: dict[str, Any], name: str, place: str) -> Any:
     """A field that has to be there."""
     if config.get(name) is None:
         raise UserError(
-            f"{place}: the field {name!r} is missing; take config.json from the model's own repository"
+            f"{place}: the field {name!r} is missing; take config.json from the model's own "
+            "repository"
         )
     return config[name]
 
@@ -87,7 +88,8 @@ def read_rope(
         local = parse(local)
         if local.kind != "default":  # the layout that both versions read has no place for it
             raise UserError(
-                f"{place}: rope type {local.kind!r} of the local layers is not supported; supported there: "
+                f"{place}: rope type {local.kind!r} of the local layers is not supported; "
+                "supported there: "
                 "default"
             )
         return parse({**full, **(scaling or {})}), local
@@ -104,7 +106,8 @@ def read_rope(
         )
         if kept != lost:
             raise UserError(
-                f"{place}: rope_scaling replaces rope_parameters in transformers, and with it rope_theta={lost} "
+                f"{place}: rope_scaling replaces rope_parameters in transformers, and with it "
+                f"rope_theta={lost} "
                 f"becomes {kept}; move the fields of rope_scaling into rope_parameters"
             )
     return parse(scaling or values or {}), None
@@ -195,7 +198,8 @@ def _parse_longrope(rope: Rope, values: dict[str, Any], config: dict[str, Any], 
         lists[name] = tuple(map(float, need(values, name, f"{place}, rope")))
         if len(lists[name]) != count:
             raise UserError(
-                f"{place}: {name} of the rope has {len(lists[name])} entries; it takes {count}, one for each "
+                f"{place}: {name} of the rope has {len(lists[name])} entries; it takes {count}, "
+                "one for each "
                 "pair of rotated numbers"
             )
     return replace(
@@ -280,7 +284,9 @@ def _find_pair(rope: Rope, width: int, turns: float) -> float:
 def rope_tables(
     positions_BT: jax.Array, frequencies: np.ndarray, factor: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine times a factor, each (B, T, P) float32: in bfloat16 position 257 becomes 256."""
+    """Cosine and sine times a factor, each (B, T, P) float32: in bfloat16 position 257
+    becomes 256.
+    """
     # One angle for each position and rotated pair.
     angles = positions_BT.astype(jnp.float32)[..., None] * jnp.asarray(frequencies)[None, None]
     cos, sin = jnp.cos(angles), jnp.sin(angles)

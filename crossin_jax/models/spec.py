@@ -304,7 +304,8 @@ def spec_from_hf(config: dict[str, Any], place: str) -> ModelSpec:
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
         raise UserError(
-            f"{place}: model_type={model_type!r} is not supported{hint(model_type, FAMILIES)}\nsupported: "
+            f"{place}: model_type={model_type!r} is not "
+            f"supported{hint(model_type, FAMILIES)}\nsupported: "
             + "; ".join(f"{name} ({f.note})" for name, f in FAMILIES.items() if not f.text_model)
         )
     _check_supported(config, place)
@@ -322,7 +323,8 @@ def spec_from_hf(config: dict[str, Any], place: str) -> ModelSpec:
     K, H = config["num_key_value_heads"], config["head_dim"]
     if N % K or H % 2 or not H:
         raise UserError(
-            f"{place}: {N} attention heads of width {H} over {K} key/value heads; the heads must be a "
+            f"{place}: {N} attention heads of width {H} over {K} key/value heads; the heads must "
+            "be a "
             "multiple of the key/value heads and their width even"
         )
     # Scores are divided by the root of the head width, or of a number that the file gives.
@@ -367,18 +369,22 @@ def _check_supported(config: dict[str, Any], place: str) -> None:
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method", "unknown")
         raise UserError(
-            f"{place}: the weights are stored quantized ({method}); use the bf16 checkpoint and set "
+            f"{place}: the weights are stored quantized ({method}); use the bf16 checkpoint and "
+            "set "
             "model.frozen_dtype to int8 or nf4"
         )
     for name in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
         if config.get(name):
             raise UserError(
-                f"{place}: {name}=true is not supported for {config['model_type']}; no supported checkpoint has it"
+                f"{place}: {name}=true is not supported for {config['model_type']}; no supported "
+                "checkpoint has it"
             )
 
 
 def _check_types(config: dict[str, Any], place: str) -> None:
-    """Raises `UserError` for a value of the wrong type or size, also in the parts of a config.json."""
+    """Raises `UserError` for a value of the wrong type or size, also in the parts of a
+    config.json.
+    """
     check_fields(config, _TYPES, place)
     for name in _PARTS:
         if isinstance(part := config.get(name), dict):
@@ -408,14 +414,17 @@ def _read_local_layers(
     unknown = set(kinds) - {"full_attention", "sliding_attention"}
     if unknown or len(kinds) != L:
         raise UserError(
-            f"{place}: layer_types has {len(kinds)} entries of kinds {', '.join(sorted(set(kinds)))}; "
+            f"{place}: layer_types has {len(kinds)} entries of kinds "
+            f"{', '.join(sorted(set(kinds)))}; "
             f"it takes num_hidden_layers={L} entries of full_attention or sliding_attention"
         )
     return tuple(kind == "sliding_attention" for kind in kinds)
 
 
 def spec_to_hf(spec: ModelSpec) -> dict[str, Any]:
-    """The config.json of a model of this shape, in the layout that transformers 4 and 5 both read."""
+    """The config.json of a model of this shape, in the layout that transformers 4 and 5 both
+    read.
+    """
     family, L = FAMILIES[spec.model_type], spec.num_layers
     activation = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}[spec.activation]
     config: dict[str, Any] = {
@@ -471,7 +480,8 @@ def spec_from_architecture(architecture: Architecture, vocab_size: int) -> Model
     a = architecture
     if a.width % a.num_heads or (a.width // a.num_heads) % 2:
         raise UserError(
-            f"model.architecture.width={a.width} does not split into num_heads={a.num_heads} heads of even "
+            f"model.architecture.width={a.width} does not split into num_heads={a.num_heads} "
+            "heads of even "
             "width; use a multiple of twice the heads"
         )
     if a.num_heads % a.num_kv_heads:

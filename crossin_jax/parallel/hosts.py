@@ -31,10 +31,12 @@ def start(
     timeout_seconds: int = 300,
     loss_seconds: float = 60,
 ) -> None:
-    """Joins the processes of a run, by explicit arguments or by what a TPU pod, SLURM or Kubernetes tells.
+    """Joins the processes of a run, by explicit arguments or by what a TPU pod, SLURM or Kubernetes
+    tells.
 
-    A single process is left alone. Raises `UserError` with the names of the processes that do not come in time. From
-    then on this process leaves with 75 where another one is lost, or gives no sign of life for `loss_seconds`.
+    A single process is left alone. Raises `UserError` with the names of the processes that do not
+    come in time. From then on this process leaves with 75 where another one is lost, or gives no
+    sign of life for `loss_seconds`.
     """
     global _watch
     place = detect_process(coordinator, num_processes, process_id, timeout_seconds)
@@ -56,9 +58,10 @@ def start(
 def delay_abort() -> None:
     """Lets SIGABRT wait for some seconds.
 
-    Where process 0 is killed, JAX aborts in a thread of its own as soon as our watch sees it. The watch needs the time
-    to name the process and to leave with its own code. `sleep` of the C library is the handler: it gets the signal's
-    number, 6, and sleeps that many seconds; then the abort goes on.
+    Where process 0 is killed, JAX aborts in a thread of its own as soon as our watch sees it. The
+    watch needs the time to name the process and to leave with its own code. `sleep` of the C
+    library is the handler: it gets the signal's number, 6, and sleeps that many seconds; then the
+    abort goes on.
     """
     libc = ctypes.CDLL(None)
     libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
@@ -67,7 +70,9 @@ def delay_abort() -> None:
 
 @contextlib.contextmanager
 def reported_end() -> Iterator[None]:
-    """Tells the other processes how the block ended, and waits with a fault that may be due to a lost process."""
+    """Tells the other processes how the block ended, and waits with a fault that may be due to a
+    lost process.
+    """
     code = 1
     try:
         yield
@@ -97,13 +102,16 @@ def detect_process(
     process_id: int | None,
     timeout_seconds: int = 300,
 ) -> Place | None:
-    """This process among those of the run: as the flags say, else as the cluster does; None where there is neither."""
+    """This process among those of the run: as the flags say, else as the cluster does; None where
+    there is neither.
+    """
     if coordinator is not None:
         if num_processes is None or process_id is None:
             raise UserError("--coordinator needs --num_processes and --process_id as well")
         if not coordinator.rpartition(":")[2].isdigit() or not 0 <= process_id < num_processes:
             raise UserError(
-                f"--coordinator={coordinator} --num_processes={num_processes} --process_id={process_id}: "
+                f"--coordinator={coordinator} --num_processes={num_processes} "
+                f"--process_id={process_id}: "
                 "give host:port of process 0, and a number below the number of processes"
             )
         return Place(coordinator, num_processes, process_id)
@@ -146,7 +154,9 @@ def detect_process(
 
 
 def _host_names(cluster: Any) -> tuple[str, ...]:
-    """The host of every process, where the cluster says so; a name too few is no fault, it is only shown."""
+    """The host of every process, where the cluster says so; a name too few is no fault, it is only
+    shown.
+    """
     if "tpu" in cluster.name:
         workers = cluster._get_worker_list_in_slice()
         slices = cluster.get_process_count() // len(workers)
@@ -173,9 +183,9 @@ def _host_names(cluster: Any) -> tuple[str, ...]:
 class Preemption:
     """Turns signals into a question that the training loop asks between steps.
 
-    With several processes JAX's own notifier holds SIGTERM, and its coordination service finds a step after which all
-    of them stop, wherever the signal arrived; other signals are passed on to it. On a TPU VM a notice of the host
-    (maintenance, preemption) is turned into SIGTERM.
+    With several processes JAX's own notifier holds SIGTERM, and its coordination service finds a
+    step after which all of them stop, wherever the signal arrived; other signals are passed on to
+    it. On a TPU VM a notice of the host (maintenance, preemption) is turned into SIGTERM.
     """
 
     def __enter__(self) -> "Preemption":
@@ -191,7 +201,9 @@ class Preemption:
         self._stack.close()
 
     def reached(self, step: int) -> bool:
-        """Whether all processes should save and leave after this step; every process gets the same answer."""
+        """Whether all processes should save and leave after this step; every process gets the same
+        answer.
+        """
         if jax.process_count() == 1:
             return process.is_told_to_stop()
         if process.is_told_to_stop() and not self._is_passed_on:
@@ -202,13 +214,16 @@ class Preemption:
 
 def metadata_url() -> str:
     """Where a Google Cloud host tells what awaits it."""
-    return f"http://{os.environ.get('GCE_METADATA_IP', 'metadata.google.internal')}/computeMetadata/v1/instance"
+    host = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
+    return f"http://{host}/computeMetadata/v1/instance"
 
 
 def watch_notices(url: str | None = None, *, seconds: float = 5.0) -> threading.Event:
-    """Sends this process SIGTERM when its host announces maintenance or preemption; the returned event ends the watch.
+    """Sends this process SIGTERM when its host announces maintenance or preemption; the returned
+    event ends the watch.
 
-    A notice that stands from the start is the one that an earlier start of the run has saved for: it stops nothing.
+    A notice that stands from the start is the one that an earlier start of the run has saved for:
+    it stops nothing.
     """
     url, over = url or metadata_url(), threading.Event()
 
@@ -248,7 +263,9 @@ def barrier(name: str) -> None:
 
 @contextlib.contextmanager
 def own_folder(folder: Path) -> Iterator[None]:
-    """Makes a folder that all processes see and keeps other runs out: process 0 owns it for all of them."""
+    """Makes a folder that all processes see and keeps other runs out: process 0 owns it for all of
+    them.
+    """
     with contextlib.ExitStack() as stack:
         refusal: Exception | None = None
         if jax.process_index() == 0:
@@ -265,7 +282,9 @@ def own_folder(folder: Path) -> Iterator[None]:
 
 
 def check_shared(folder: Path) -> None:
-    """Refuses an output folder that some process does not see: a checkpoint in parts on many disks is lost."""
+    """Refuses an output folder that some process does not see: a checkpoint in parts on many disks
+    is lost.
+    """
     if jax.process_count() == 1:
         return
     number = int(
@@ -285,7 +304,8 @@ def check_shared(folder: Path) -> None:
         mark.unlink()
     if blind:
         raise UserError(
-            f"output_dir={folder} is not shared: process {', '.join(blind[:8])} cannot see what 0 writes\n"
+            f"output_dir={folder} is not shared: process {', '.join(blind[:8])} cannot see what 0 "
+            "writes\n"
             "mount one file system on all hosts (docs/tpu.md) and put output_dir there"
         )
 

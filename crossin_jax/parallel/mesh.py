@@ -34,7 +34,9 @@ REPLICATED_WHERE_UNEVEN = ("kv_heads",)  # grouped queries: fewer key/value head
 
 
 def make_mesh(mesh: settings.Mesh, devices: list[Any] | None = None) -> Mesh:
-    """A (data, fsdp, tensor) mesh over all devices; raises `UserError` where the axes do not multiply to them."""
+    """A (data, fsdp, tensor) mesh over all devices; raises `UserError` where the axes do not
+    multiply to them.
+    """
     devices = jax.devices() if devices is None else devices
     rest = mesh.fsdp * mesh.tensor
     data = mesh.data or max(1, len(devices) // rest)
@@ -67,7 +69,9 @@ def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
 def parameter_spec(
     path: str, shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh
 ) -> PartitionSpec:
-    """The partition of one parameter; an axis used twice or a dimension that does not divide raises with its path."""
+    """The partition of one parameter; an axis used twice or a dimension that does not divide raises
+    with its path.
+    """
     assert len(shape) == len(axes), f"{path}: shape {shape} but logical axes {axes}"
     used, spec = set(), []
     first = {RULES[axis][0] for axis in axes if axis not in WHERE_FREE}
@@ -100,10 +104,11 @@ def leaf_name(path: tuple[Any, ...]) -> str:
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """NamedShardings for a tree of arrays: by logical axes where a leaf is a parameter that has them, else replicated.
+    """NamedShardings for a tree of arrays: by logical axes where a leaf is a parameter that has
+    them, else replicated.
 
-    Optimizer moments keep the metadata of their parameter, so they are sharded alike; factored moments, whose shape
-    differs, are replicated.
+    Optimizer moments keep the metadata of their parameter, so they are sharded alike; factored
+    moments, whose shape differs, are replicated.
     """
 
     def assign(path, leaf):
@@ -128,7 +133,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def activation_spec(shape: tuple[int, ...], axes: tuple[str, ...], mesh: Any) -> PartitionSpec:
-    """The partition of an activation; a dimension that does not divide over its mesh axes stays whole."""
+    """The partition of an activation; a dimension that does not divide over its mesh axes stays
+    whole.
+    """
     assert len(shape) == len(axes), f"activation of shape {shape} but logical axes {axes}"
     spec = []
     for dim, axis in zip(shape, axes, strict=True):

@@ -1,10 +1,13 @@
-"""The roll call: process 0 hears from every process before JAX connects them, and names those that do not come.
+"""The roll call: process 0 hears from every process before JAX connects them, and names those that
+do not come.
 
-JAX's own start waits for all processes and, when its time is over, aborts without a word about who was missing.
-The call uses the coordinator's port before JAX does, so no other port has to be open between the hosts.
+JAX's own start waits for all processes and, when its time is over, aborts without a word about who
+was missing. The call uses the coordinator's port before JAX does, so no other port has to be open
+between the hosts.
 
-The connections of the roll call stay open for the whole run (`Watch`): they say at once which process was killed, and
-after a while which one is silent. JAX would abort with a C++ stack, or wait for ever in a collective.
+The connections of the roll call stay open for the whole run (`Watch`): they say at once which
+process was killed, and after a while which one is silent. JAX would abort with a C++ stack, or wait
+for ever in a collective.
 
     process 1 ──┐
     process 2 ──┼── process 0      each side sends a beat; process 0 passes on who was lost
@@ -55,7 +58,8 @@ class Link:
 
 
 def call_roll(place: Place, timeout_seconds: float) -> list[Link]:
-    """Returns when every process has come, with a link to each other one (process 0) or to process 0.
+    """Returns when every process has come, with a link to each other one (process 0) or to process
+    0.
 
     Raises `UserError` on each process with the names of those that did not come.
     """
@@ -90,7 +94,10 @@ def _gather(place: Place, deadline: float, timeout_seconds: float) -> tuple[str 
                 hello = _receive(link)
                 process, host = int(hello["process"]), str(hello["host"])
                 if hello["of"] != place.num_processes:
-                    fault = f"{process} ({host}) expects {hello['of']} processes, not {place.num_processes} as 0 does"
+                    fault = (
+                        f"{process} ({host}) expects {hello['of']} processes, not "
+                        f"{place.num_processes} as 0 does"
+                    )
                 elif came.get(process, host) != host:
                     fault = (
                         f"two processes call themselves {process}: on {came[process]} and on {host}"
@@ -104,10 +111,12 @@ def _gather(place: Place, deadline: float, timeout_seconds: float) -> tuple[str 
             fault += "\ngive every process the same --num_processes and a --process_id of its own"
         elif missing:
             fault = (
-                f"{len(missing)} of {place.num_processes} processes did not come within {timeout_seconds:g} s: "
+                f"{len(missing)} of {place.num_processes} processes did not come within "
+                f"{timeout_seconds:g} s: "
                 f"{_list([place.name(p) for p in missing])}; here are "
                 f"{_list([place.name(p, came[p]) for p in sorted(came)])}\n"
-                "start the same command on those hosts too, look at their output, or raise --start_timeout"
+                "start the same command on those hosts too, look at their output, or raise "
+                "--start_timeout"
             )
         for link in links.values():
             with contextlib.suppress(OSError):
@@ -120,7 +129,9 @@ def _gather(place: Place, deadline: float, timeout_seconds: float) -> tuple[str 
 
 
 def _report(place: Place, deadline: float) -> tuple[str | None, list[Link]]:
-    """Other processes: say who is here and hear the outcome; what lies in between is tried again until the deadline."""
+    """Other processes: say who is here and hear the outcome; what lies in between is tried again
+    until the deadline.
+    """
     address, _, port = place.coordinator.rpartition(":")
     hello = {"process": place.process_id, "of": place.num_processes, "host": socket.gethostname()}
     while True:
@@ -135,8 +146,10 @@ def _report(place: Place, deadline: float) -> tuple[str | None, list[Link]]:
                 link.close()
             if time.monotonic() > deadline:
                 return (
-                    f"process {place.process_id}: process {place.name(0)} does not answer at {place.coordinator} "
-                    f"({str(error)[:100]})\nstart the same command there, look at its output, check --coordinator"
+                    f"process {place.process_id}: process {place.name(0)} does not answer at "
+                    f"{place.coordinator} "
+                    f"({str(error)[:100]})\nstart the same command there, look at its output, "
+                    "check --coordinator"
                 ), []
             time.sleep(0.5)
 
@@ -171,10 +184,12 @@ def _list(names: list[str]) -> str:
 
 
 class Watch:
-    """Notices over the links of the roll call that another process is lost, and ends this one with its name.
+    """Notices over the links of the roll call that another process is lost, and ends this one with
+    its name.
 
-    A process that was killed is noticed at once, since the system closes its connections. One that is stopped, or whose
-    network is silent, is noticed after `seconds` without a beat. The exit code is 75: the same command starts again.
+    A process that was killed is noticed at once, since the system closes its connections. One that
+    is stopped, or whose network is silent, is noticed after `seconds` without a beat. The exit code
+    is 75: the same command starts again.
     """
 
     def __init__(self, links: list[Link], seconds: float):
@@ -224,7 +239,8 @@ class Watch:
                     True  # its socket stays open: the other side would take a close for a loss
                 )
             elif "code" in message:
-                # It may have said why on its own terminal, and this process may be about to say the same.
+                # It may have said why on its own terminal, and this process may be about to say the
+                # same.
                 time.sleep(GRACE)
                 text = f"process {link.name} ended with code {message['code']}: its output says why"
                 leave(message["code"], text)
@@ -245,7 +261,9 @@ class Watch:
                     link.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def wait_for_verdict(self) -> None:
-        """Returns where no process is lost: for a fault that may follow from one, before it is told."""
+        """Returns where no process is lost: for a fault that may follow from one, before it is
+        told.
+        """
         time.sleep(GRACE / 2)
         while any(time.monotonic() - link.heard > 2 * self._beat for link in self._at_work()):
             time.sleep(self._beat)

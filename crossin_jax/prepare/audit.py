@@ -262,7 +262,8 @@ def _list_leaks(benchmark: Any, leaks: Iterable[tuple[Leak, str, str]]) -> dict[
         }
         for leak, side, row in mine[:MAX_LISTED]
     ]
-    # Two questions on one paragraph share its text, so that an item may be known without its question.
+    # Two questions on one paragraph share its text, so that an item may be known without its
+    # question.
     shared = {
         leak.passage.item: row
         for leak, _, row in reversed(mine)

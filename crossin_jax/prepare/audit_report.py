@@ -45,8 +45,10 @@ def _lines(report: dict[str, Any], table: Table) -> Iterator[str]:
         if contexts["in_training"]:
             first = contexts["first"][0]
             yield (
-                f"{contexts['in_training']} of {contexts['items']} items of {name} ask about a context "
-                f"that training rows hold, e.g. item {first['item']} in row {first['row']}. Split the "
+                f"{contexts['in_training']} of {contexts['items']} items of {name} ask about a "
+                "context "
+                f"that training rows hold, e.g. item {first['item']} in row {first['row']}. Split "
+                "the "
                 "source by group, e.g. fields={'group': 'paragraph'}, to keep contexts apart.\n"
             )
     if report["english_requests"]:

@@ -1,4 +1,6 @@
-"""What a study costs before it runs: steps and disk per cell, and on a TPU slice memory per chip and hours."""
+"""What a study costs before it runs: steps and disk per cell, and on a TPU slice memory per chip
+and hours.
+"""
 
 import dataclasses
 import math
@@ -21,7 +23,9 @@ from crossin_jax.training.state import abstract_model, abstract_state, model_spe
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one cell; None is what cannot be known here. `disk` is bytes at its fullest, `hbm` bytes per chip."""
+    """Of one cell; None is what cannot be known here. `disk` is bytes at its fullest, `hbm` bytes
+    per chip.
+    """
 
     number: int
     name: str
@@ -35,7 +39,9 @@ class Cost:
 def estimate_costs(
     study: Study, chosen: slice = slice(None), topology: Topology | None = None
 ) -> list[Cost]:
-    """The cost of every chosen cell; cells with the same model, rows and mesh share one estimate."""
+    """The cost of every chosen cell; cells with the same model, rows and mesh share one
+    estimate.
+    """
     by_name = {cell.name: cell for cell in study.cells}
     known: dict[str, Any] = {}
     costs = []
@@ -63,7 +69,9 @@ def estimate_costs(
 
 
 def alike(config: Config) -> str:
-    """The same for cells whose steps compile to the same program, but for the number of mixture components."""
+    """The same for cells whose steps compile to the same program, but for the number of mixture
+    components.
+    """
     values = settings.to_dict(config)
     train = {
         name: values["train"][name]
@@ -84,7 +92,9 @@ def alike(config: Config) -> str:
 
 
 def find_spec(cell: Cell, by_name: dict[str, Cell]) -> ModelSpec | None:
-    """The cell's model, which may be one that another cell has yet to train; None where its folder is not here."""
+    """The cell's model, which may be one that another cell has yet to train; None where its folder
+    is not here.
+    """
     for name in cell.needs:
         base = by_name[name].config
         if cell.config.model.path == f"{base.output_dir}/model":
@@ -96,7 +106,9 @@ def find_spec(cell: Cell, by_name: dict[str, Cell]) -> ModelSpec | None:
 
 
 def measure_disk(cell: Cell, spec: ModelSpec) -> tuple[int, int]:
-    """Bytes of the kept checkpoints with the one being written beside them, and of an exported model."""
+    """Bytes of the kept checkpoints with the one being written beside them, and of an exported
+    model.
+    """
     config = cell.config
     mesh = make_mesh(settings.Mesh(data=1), jax.devices()[:1])
     model = abstract_model(config, spec, mesh)
@@ -113,7 +125,8 @@ def count_bytes(tree: Any) -> int:
 
 
 def plan_step(config: Config, topology: Topology) -> tuple[int, bool, float | None]:
-    """(bytes per chip, whether they fit, seconds at least) of a training step: memory with the longest rows.
+    """(bytes per chip, whether they fit, seconds at least) of a training step: memory with the
+    longest rows.
 
     Unpacked rows are cut to buckets, so there the seconds are those of the shortest.
     """
@@ -145,7 +158,9 @@ def describe_length(cell: Cell) -> str:
 def print_costs(
     study: Study, done: set[str], chosen: slice = slice(None), topology: str | None = None
 ) -> None:
-    """A line per cell, and the sums of what is still to do; without a TPU compiler one line says so."""
+    """A line per cell, and the sums of what is still to do; without a TPU compiler one line says
+    so.
+    """
     slice_of_tpus = None
     try:
         slice_of_tpus = open_topology(topology) if topology else None
@@ -156,13 +171,15 @@ def print_costs(
     for cost in costs:
         state = "done" if cost.name in done else "to do"
         print(
-            f"{cost.number:3d}  {state:5s}  {cost.name:{width}s}  {cost.length:>12s}  disk {_size(cost.disk):>9s}"
+            f"{cost.number:3d}  {state:5s}  {cost.name:{width}s}  {cost.length:>12s}  disk "
+            f"{_size(cost.disk):>9s}"
             f"  {_describe_plan(cost)}".rstrip()
         )
     left = [cost for cost in costs if cost.name not in done]
     hours = [cost.hours for cost in left if cost.hours is not None]
     print(
-        f"{len(left)} of {len(costs)} cells to do; disk {_size(sum(cost.disk or 0 for cost in left))}"
+        f"{len(left)} of {len(costs)} cells to do; disk "
+        f"{_size(sum(cost.disk or 0 for cost in left))}"
         + (f"; at least {sum(hours):.1f} hours on {topology}" if hours else "")
     )
 

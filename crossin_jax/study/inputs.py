@@ -1,12 +1,14 @@
 """What a cell read: the files that its settings name, known by their content beside the cell's key.
 
-A key is a hash of settings, and a setting may name a folder in which other weights lie tomorrow. So `key.json` and
-`done.json` also hold, for every path that the settings name, its files:
+A key is a hash of settings, and a setting may name a folder in which other weights lie tomorrow. So
+`key.json` and `done.json` also hold, for every path that the settings name, its files:
 
-    {"models/base": {"model.safetensors": [2200119864, 1764255001000000000, 1764255001000000000, "5d41402abc4b2a76"]}}
+    {"models/base": {"model.safetensors": [2200119864, 1764255001000000000, 1764255001000000000,
+    "5d41402abc4b2a76"]}}
 
-with size, time of the last change of content, time of the last change of any kind, and hash. A file with the same size
-and times is not read again. A path at which nothing lies any more has not changed.
+with size, time of the last change of content, time of the last change of any kind, and hash. A file
+with the same size and times is not read again. A path at which nothing lies any more has not
+changed.
 """
 
 import functools
@@ -24,7 +26,8 @@ CHUNK = 4 << 20  # bytes per read
 
 
 def identify_inputs(config: Config, part: str, known: Inputs | None = None) -> Inputs:
-    """The files that settings of a part ("training" or "evaluation") name, with what is needed to know them again.
+    """The files that settings of a part ("training" or "evaluation") name, with what is needed to
+    know them again.
 
     `known` are inputs of earlier: their unchanged files are not read.
     """
@@ -39,7 +42,9 @@ def identify_inputs(config: Config, part: str, known: Inputs | None = None) -> I
 
 
 def find_changed_input(config: Config, part: str, known: Any) -> str | None:
-    """The first file of a part's inputs that is not what it was in `known`, or None; early versions knew none."""
+    """The first file of a part's inputs that is not what it was in `known`, or None; early versions
+    knew none.
+    """
     if not isinstance(known, dict):
         return None
     for place, files in identify_inputs(config, part, known).items():
@@ -61,7 +66,8 @@ def list_places(config: Config, part: str) -> Iterator[str]:
 
 
 def list_files(place: str) -> Iterator[tuple[str, Path]]:
-    """(name below the place, file) of each file there, in order; nothing for a Hub id or a built-in name.
+    """(name below the place, file) of each file there, in order; nothing for a Hub id or a built-in
+    name.
 
     Hidden files and Markdown are left out: a note beside weights changes no result.
     """

@@ -1,7 +1,8 @@
-"""One report over all tables of a study: scores with marks, curves over tables, arms against a control, heat maps.
+"""One report over all tables of a study: scores with marks, curves over tables, arms against a
+control, heat maps.
 
-results.md and report.html show every table; results.json holds what they show, with every seed's scores;
-tables/NAME has each table's own report, with the items.
+results.md and report.html show every table; results.json holds what they show, with every seed's
+scores; tables/NAME has each table's own report, with the items.
 """
 
 import json
@@ -68,7 +69,9 @@ def write_study(
 
 
 def folders_of(names: Iterable[str]) -> dict[str, str]:
-    """The folder of each table below `tables`; two names that differ in signs alone get different folders."""
+    """The folder of each table below `tables`; two names that differ in signs alone get different
+    folders.
+    """
     folders: dict[str, str] = {}
     for name in names:
         folder, count = slug(name), 1
@@ -85,7 +88,9 @@ def slug(name: str) -> str:
 
 
 def questions(blocks: dict[str, list[Block]]) -> list[tuple[str, str]]:
-    """(benchmark, method) of every table to show, in order; a tag that is a benchmark of its own is left out."""
+    """(benchmark, method) of every table to show, in order; a tag that is a benchmark of its own is
+    left out.
+    """
     asked = [(block.benchmark, block.method) for several in blocks.values() for block in several]
     return [key for key in dict.fromkeys(asked) if key[1] not in HIDDEN]
 
@@ -103,7 +108,9 @@ def find(blocks: Sequence[Block], benchmark: str, method: str) -> Block | None:
 
 
 def draw_figures(study: Study, blocks: dict[str, list[Block]]) -> dict[str, tuple[str, Any]]:
-    """(caption, figure) by file name: curves, contrasts and heat maps of every benchmark, by its first method."""
+    """(caption, figure) by file name: curves, contrasts and heat maps of every benchmark, by its
+    first method.
+    """
     figures: dict[str, tuple[str, Any]] = {}
     first = dict(reversed([(benchmark, method) for benchmark, method in questions(blocks)]))
     for benchmark, method in reversed(first.items()):
@@ -153,7 +160,8 @@ def notes(blocks: dict[str, list[Block]], mode: Mode) -> str:
     """How to read the tables."""
     everything = [block for several in blocks.values() for block in several]
     return (
-        f"{MODES_IN_WORDS[mode]} {explain_marks(everything)}. Arms are compared with the first arm of their table. "
+        f"{MODES_IN_WORDS[mode]} {explain_marks(everything)}. Arms are compared with the first "
+        "arm of their table. "
         "AC3 says little without the accuracy beside it."
     )
 
@@ -215,7 +223,9 @@ def to_html(
 
 
 def to_json(study: Study, blocks: dict[str, list[Block]], mode: Mode) -> dict[str, Any]:
-    """results.json: per table, benchmark and method the arms with estimate, range, change and every seed's scores."""
+    """results.json: per table, benchmark and method the arms with estimate, range, change and every
+    seed's scores.
+    """
 
     def entry(row: Row) -> dict[str, Any]:
         scores = {}
@@ -266,7 +276,9 @@ def to_json(study: Study, blocks: dict[str, list[Block]], mode: Mode) -> dict[st
 
 
 def from_json(results: dict[str, Any]) -> dict[str, list[Block]]:
-    """The blocks that `to_json` wrote, as far as it wrote them: no answers, and items of all tags together."""
+    """The blocks that `to_json` wrote, as far as it wrote them: no answers, and items of all tags
+    together.
+    """
     if results["format"] != FORMAT:
         raise UserError(
             f"results of a study in format {results['format']}, but this version reads {FORMAT}"

@@ -60,7 +60,8 @@ def run_study(study: Study, chosen: slice = slice(None)) -> list[Run]:
         done = is_done(cell, keys)
         if not jax.process_index():
             print(
-                f"cell {study.cells.index(cell) + 1} of {len(study.cells)}: {cell.name}{' is done' * done}",
+                f"cell {study.cells.index(cell) + 1} of {len(study.cells)}: "
+                f"{cell.name}{' is done' * done}",
                 file=sys.stderr,
             )
         if not done:
@@ -78,20 +79,24 @@ def find_folder(cell: Cell) -> Path:
 
 
 def check_folders(study: Study, chosen: slice) -> None:
-    """Refuses folders that two cells share and folders that hold what this study did not make, before anything runs."""
+    """Refuses folders that two cells share and folders that hold what this study did not make,
+    before anything runs.
+    """
     report = Path(study.output_dir).expanduser().resolve()
     seen: dict[Path, str] = {}
     for cell in study.cells:
         folder = find_folder(cell).resolve()
         if report.is_relative_to(folder):
             raise UserError(
-                f"study {study.name}: cell {cell.name} has output_dir={folder}, which holds {report} of "
+                f"study {study.name}: cell {cell.name} has output_dir={folder}, which holds "
+                f"{report} of "
                 "the study\ngive the cell a folder of its own"
             )
         for other, name in seen.items():
             if folder.is_relative_to(other) or other.is_relative_to(folder):
                 raise UserError(
-                    f"study {study.name}: cells {name} and {cell.name} share a folder: {other} and {folder}"
+                    f"study {study.name}: cells {name} and {cell.name} share a folder: {other} "
+                    f"and {folder}"
                     "\ngive each cell a folder of its own"
                 )
         seen[folder] = cell.name
@@ -126,7 +131,9 @@ def evaluated(study: Study, keys: dict[str, str]) -> list[Cell]:
 
 
 def is_done(cell: Cell, keys: dict[str, str]) -> bool:
-    """Whether a cell's results are those of its present settings and bases, and of the files that they name."""
+    """Whether a cell's results are those of its present settings and bases, and of the files that
+    they name.
+    """
     mark = read_mark(find_folder(cell) / "done.json")
     if mark is None or mark["key"] != evaluation_key(cell, keys):
         return False
@@ -142,12 +149,15 @@ def evaluation_key(cell: Cell, keys: dict[str, str]) -> str:
 
 
 def run_cell(cell: Cell, keys: dict[str, str], study: Study) -> None:
-    """Trains a cell anew or to its end, exports it where others need it, and answers its benchmarks."""
+    """Trains a cell anew or to its end, exports it where others need it, and answers its
+    benchmarks.
+    """
     for needed in study.cells:
         if needed.name in cell.needs and not is_done(needed, keys):
             number = study.cells.index(needed)
             raise UserError(
-                f"cell {cell.name} needs {needed.name}, which is not done; run it first, here or on "
+                f"cell {cell.name} needs {needed.name}, which is not done; run it first, here or "
+                "on "
                 f"another pod: --cells={number}:{number + 1}"
             )
     folder = find_folder(cell)
@@ -236,13 +246,16 @@ def parse_budget(text: str) -> tuple[str, int]:
     kind, _, amount = text.partition("=")
     if kind not in BUDGETS or not amount.isdigit() or int(amount) < 1:
         raise UserError(
-            f"budget={text!r}: give steps, examples or tokens and a number, e.g. --budget=tokens=300000"
+            f"budget={text!r}: give steps, examples or tokens and a number, e.g. "
+            "--budget=tokens=300000"
         )
     return kind, int(amount)
 
 
 def with_budget(study: Study, budget: str) -> Study:
-    """The study with the same budget in every cell that is evaluated; models that others start from keep theirs."""
+    """The study with the same budget in every cell that is evaluated; models that others start from
+    keep theirs.
+    """
     parse_budget(budget)
     return dataclasses.replace(
         study,
@@ -260,7 +273,8 @@ def cell_keys(study: Study) -> dict[str, str]:
         missing = [name for name in cell.needs if name not in keys]
         if missing:
             raise UserError(
-                f"study {study.name}: cell {cell.name} needs {missing[0]}, which does not come before it"
+                f"study {study.name}: cell {cell.name} needs {missing[0]}, which does not come "
+                "before it"
             )
         decides = {
             name: value
@@ -293,7 +307,9 @@ def write_key(file: Path, key: str, **more: Any) -> None:
 
 
 def write_report(study: Study) -> Path | None:
-    """Writes the report of every evaluated cell that is done, prints its tables, and returns its page."""
+    """Writes the report of every evaluated cell that is done, prints its tables, and returns its
+    page.
+    """
     keys, out = cell_keys(study), Path(study.output_dir)
     done = evaluated(study, keys)
     if not done:

@@ -37,7 +37,8 @@ def explain(
 def find_bad_rows(run: Any, position: tuple[int, int], state: TrainState) -> list[int]:
     """Rows of a batch whose own loss is not finite; empty where only a gradient overflowed.
 
-    `state` is the one before the step: a step with a non-finite loss changes nothing. Dropout is off.
+    `state` is the one before the step: a step with a non-finite loss changes nothing. Dropout is
+    off.
     """
     run.loader.go_to(position)
     batch = to_mesh(next(run.loader), run.mesh)

@@ -1,4 +1,6 @@
-"""From a configuration to a model on the mesh: abstract first, then initialised, imported or restored."""
+"""From a configuration to a model on the mesh: abstract first, then initialised, imported or
+restored.
+"""
 
 import dataclasses
 import logging
@@ -50,7 +52,8 @@ def model_spec(config: Config) -> ModelSpec:
 
 
 def check_base(config: Config, frozen: Any, origin: dict[str, Any], place: Path) -> None:
-    """Refuses frozen weights that are not those which the checkpoint in `place`, of provenance `origin`, was trained on.
+    """Refuses frozen weights that are not those which the checkpoint in `place`, of provenance
+    `origin`, was trained on.
 
     A checkpoint of an earlier version does not know them; then nothing is compared.
     """
@@ -65,14 +68,17 @@ def check_base(config: Config, frozen: Any, origin: dict[str, Any], place: Path)
         )
     if skipped and jax.process_index() == 0:
         logging.warning(
-            "%s: the base model is read in another precision than in training, so it cannot be compared "
+            "%s: the base model is read in another precision than in training, so it cannot be "
+            "compared "
             "with the one there",
             place,
         )
 
 
 def build(config: Config, spec: ModelSpec, key: jax.Array, **options: Any) -> Transformer:
-    """The model object of a configuration; under `jax.eval_shape` or `jax.jit` nothing is allocated."""
+    """The model object of a configuration; under `jax.eval_shape` or `jax.jit` nothing is
+    allocated.
+    """
     return Transformer(
         spec,
         lora=config.lora,
@@ -98,9 +104,9 @@ def abstract_model(config: Config, spec: ModelSpec, mesh: Mesh) -> AbstractModel
 def flops_per_token(model: AbstractModel, length: int) -> float:
     """Model FLOPs per token of a training step, as the makers of chips count them for MFU.
 
-    Forward takes 2P, backward 2P, and 2P more for the P that trains. P counts the matrices that tokens pass
-    through; an embedding look-up is none. Attention adds 12·L·N·H·T as in PaLM (arXiv 2204.02311, appendix B).
-    What rematerialisation repeats is not counted.
+    Forward takes 2P, backward 2P, and 2P more for the P that trains. P counts the matrices that
+    tokens pass through; an embedding look-up is none. Attention adds 12·L·N·H·T as in PaLM (arXiv
+    2204.02311, appendix B). What rematerialisation repeats is not counted.
     """
     spec = model.spec
 
@@ -128,16 +134,20 @@ def on_mesh(tree: Any, mesh: Mesh) -> Any:
 def abstract_state(
     model: AbstractModel, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """The training state without arrays: what restore, ahead-of-time compilation and checks work from."""
+    """The training state without arrays: what restore, ahead-of-time compilation and checks work
+    from.
+    """
     scalars = on_mesh((jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), bool)), mesh)
     moments = on_mesh(jax.eval_shape(optimizer.init, model.trainable), mesh)
     return TrainState(*scalars, model.trainable, model.frozen, moments)
 
 
 def load_base(config: Config, *states: Any, progress: bool = True) -> Any:
-    """Weights of one or several abstract states, from `model.path` and `lora.path` straight onto their shardings.
+    """Weights of one or several abstract states, from `model.path` and `lora.path` straight onto
+    their shardings.
 
-    States without a leaf that the adapter trains, as the frozen ones of a run that continues, take nothing from it.
+    States without a leaf that the adapter trains, as the frozen ones of a run that continues, take
+    nothing from it.
     """
     folder = resolve_folder(config.model.path, config.model.revision)
     states = load_weights(folder, states, progress=progress)
@@ -154,7 +164,9 @@ def start_state(
     abstract: TrainState,
     optimizer: optax.GradientTransformation,
 ) -> TrainState:
-    """The state before the first step: weights from `model.path` or random, fresh adapters, zero moments."""
+    """The state before the first step: weights from `model.path` or random, fresh adapters, zero
+    moments.
+    """
     trainable, frozen = model.trainable, model.frozen
     drawn = trainable
     if config.model.path is not None:

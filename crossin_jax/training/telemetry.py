@@ -1,4 +1,6 @@
-"""What a run says of itself: progress bar, JSONL, TensorBoard, tokens per second, model FLOPs utilisation."""
+"""What a run says of itself: progress bar, JSONL, TensorBoard, tokens per second, model FLOPs
+utilisation.
+"""
 
 import datetime
 import json
@@ -15,7 +17,8 @@ from tqdm import tqdm
 
 from crossin_jax.files import write_whole
 
-# dense bfloat16 peak per chip, FLOP/s, from the makers' data sheets; by the start of `device.device_kind`
+# dense bfloat16 peak per chip, FLOP/s, from the makers' data sheets; by the start of
+# `device.device_kind`
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -57,7 +60,9 @@ def peak_flops(device: Any) -> float | None:
 
 
 class Telemetry:
-    """Collects metrics on the device and reports them every `log_every` steps; only process 0 writes."""
+    """Collects metrics on the device and reports them every `log_every` steps; only process 0
+    writes.
+    """
 
     def __init__(
         self,
@@ -109,7 +114,9 @@ class Telemetry:
             self._wandb = _start_wandb(name, folder, config)
 
     def add(self, step: int, metrics: dict[str, jax.Array], learning_rate: float) -> None:
-        """Takes the metrics of a step; raises `FloatingPointError(step)` at a report that holds a non-finite one."""
+        """Takes the metrics of a step; raises `FloatingPointError(step)` at a report that holds a
+        non-finite one.
+        """
         self._pending.append((step, metrics))
         if self._active and self._bar is not None:
             self._bar.update(step - self._bar.n)
@@ -194,7 +201,9 @@ class Profiler:
         self._running = False
 
     def after(self, step: int, metrics: Any) -> None:
-        """Starts or stops it where the window says so; a run resumed inside the window starts at once."""
+        """Starts or stops it where the window says so; a run resumed inside the window starts at
+        once.
+        """
         inside = bool(self._window) and self._window[0] <= step < self._window[1]
         if inside != self._running:
             jax.block_until_ready(metrics)
@@ -211,7 +220,8 @@ class Profiler:
 
 
 def cut_records(file: Path, step: int) -> None:
-    """Drops the records after a step: a run that was killed wrote them after its last checkpoint, and they come again.
+    """Drops the records after a step: a run that was killed wrote them after its last checkpoint,
+    and they come again.
 
     A last line that is not whole goes too.
     """
@@ -234,7 +244,9 @@ def is_recorded(folder: Path, step: int, name: str) -> bool:
 def group_metrics(
     groups: list[tuple[str, str]], losses: np.ndarray, counts: np.ndarray
 ) -> dict[str, float]:
-    """Loss and share of the learned tokens by component and answer language, e.g. {"loss/x2x/zh": 1.2}."""
+    """Loss and share of the learned tokens by component and answer language, e.g. {"loss/x2x/zh":
+    1.2}.
+    """
     total = max(float(counts.sum()), 1.0)
     record = {}
     for (component, language), loss, count in zip(groups, losses, counts, strict=True):

@@ -203,7 +203,9 @@ def _select(part: str, relations: tuple[str, ...], seed: int) -> list[Fact]:
 
 
 def question(fact: Fact, language: str) -> str:
-    """The fact as an instruction; a hash of its id selects the phrasing, for all languages alike."""
+    """The fact as an instruction; a hash of its id selects the phrasing, for all languages
+    alike.
+    """
     phrasings = ASK[language][fact.relation]
     entity = with_article(name("territory", fact.territory, language), language)
     return join(phrasings[_hash(fact.id) % len(phrasings)], e=entity)

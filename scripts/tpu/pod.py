@@ -3,7 +3,8 @@
 
   scripts/tpu/pod.py --name=mine --zone=us-east5-b create --type=v6e-16 [--queued] [--spot]
 
-Needs `gcloud` and nothing else. `--dry_run` prints the commands and runs none; docs/tpu.md walks through all of them.
+Needs `gcloud` and nothing else. `--dry_run` prints the commands and runs none; docs/tpu.md walks
+through all of them.
 """
 
 import argparse
@@ -29,7 +30,7 @@ if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
   python=python3.11
   sudo add-apt-repository -y ppa:deadsnakes/ppa && sudo apt-get install -y -qq python3.11 python3.11-venv
 fi
-PYTHON=$python {HOME}/scripts/setup.sh tpu"""
+PYTHON=$python {HOME}/scripts/setup.sh tpu"""  # noqa: E501
 MOUNT = """set -e
 if ! command -v gcsfuse >/dev/null; then
   keys=/usr/share/keyrings/cloud.google.asc packages=https://packages.cloud.google.com/apt
@@ -99,7 +100,8 @@ def parse() -> argparse.Namespace:
     family = getattr(arguments, "type", "v4-8").partition("-")[0]
     if family not in RUNTIMES and not arguments.version:
         parser.error(
-            f"--type={arguments.type}: no runtime is known for {family}; known: {', '.join(RUNTIMES)}; "
+            f"--type={arguments.type}: no runtime is known for {family}; known: "
+            f"{', '.join(RUNTIMES)}; "
             "name one with --version"
         )
     if arguments.verb == "run" and not arguments.command:
@@ -160,12 +162,15 @@ def setup(arguments: argparse.Namespace) -> list[list[str]]:
 
 
 def run(arguments: argparse.Namespace) -> list[list[str]]:
-    """The command in the repository's environment, detached; its process number is kept for `stop`."""
+    """The command in the repository's environment, detached; its process number is kept for
+    `stop`.
+    """
     inner = f"cd ~/{HOME} && PATH=~/{HOME}/.venv/bin:$PATH exec {shlex.join(arguments.command)}"
     return [
         ssh(
             arguments,
-            f"nohup setsid bash -c {shlex.quote(inner)} >>~/{LOG} 2>&1 </dev/null & echo $! >~/{PID}",
+            f"nohup setsid bash -c {shlex.quote(inner)} >>~/{LOG} 2>&1 </dev/null & echo $! "
+            f">~/{PID}",
         )
     ]
 

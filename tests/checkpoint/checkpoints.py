@@ -34,7 +34,9 @@ def write_checkpoint(
     seed: int = 0,
     **changes: Any,
 ) -> tuple[ModelSpec, dict[str, np.ndarray]]:
-    """A Llama folder of random weights; returns its spec and the arrays as our leaves should hold them."""
+    """A Llama folder of random weights; returns its spec and the arrays as our leaves should hold
+    them.
+    """
     config = {**LLAMA, **changes}
     spec, rng = spec_from_hf(config, "config.json"), np.random.default_rng(seed)
     keys = weight_keys(spec)

@@ -124,7 +124,9 @@ def read_trained(run: Path, step: int) -> dict[str, np.ndarray]:
 
 
 def edit_config(run: Path, step: int, section: str, **changes) -> None:
-    """Changes settings in the configuration that a checkpoint stores, and takes its fingerprints away."""
+    """Changes settings in the configuration that a checkpoint stores, and takes its fingerprints
+    away.
+    """
     file = run / "checkpoints" / str(step) / "config/metadata"
     config = json.loads(file.read_text())
     config[section].update(changes)

@@ -1,4 +1,6 @@
-"""A fingerprint is of the bits: every change shows, and neither the mesh nor the order of leaves does."""
+"""A fingerprint is of the bits: every change shows, and neither the mesh nor the order of leaves
+does.
+"""
 
 import jax
 import jax.numpy as jnp

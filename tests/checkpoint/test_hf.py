@@ -1,4 +1,6 @@
-"""Hugging Face folders: onto any mesh bit by bit, strict both ways, one clear error for each kind of damage."""
+"""Hugging Face folders: onto any mesh bit by bit, strict both ways, one clear error for each kind
+of damage.
+"""
 
 import json
 import re
@@ -192,7 +194,9 @@ def test_a_tied_checkpoint_that_repeats_its_embedding_loads(tmp_path):
 @pytest.mark.parametrize("listed", ["lm_head.weight", "model.embed_tokens.weight"])
 @pytest.mark.parametrize("stored", ["lm_head.weight", "model.embed_tokens.weight"])
 def test_a_tied_matrix_is_stored_under_one_name_and_listed_under_two(tmp_path, listed, stored):
-    """Which of the two is stored does not matter, nor whether an index lists the other one, which no shard holds."""
+    """Which of the two is stored does not matter, nor whether an index lists the other one, which
+    no shard holds.
+    """
     _, leaves = write_checkpoint(tmp_path / "m", tie_word_embeddings=True, shard_bytes=8000)
     folder, names = tmp_path / "m", {"model.embed_tokens.weight": stored}
     weight_map = json.loads((folder / hf.INDEX).read_text())["weight_map"]
@@ -498,7 +502,10 @@ def test_load_model_gives_equal_logits_on_a_mesh_and_refuses_bad_input(tmp_path)
 
 
 def test_importing_the_package_imports_nothing_heavy():
-    script = "import sys, crossin_jax; assert not {'jax', 'numpy', 'flax'} & set(sys.modules), crossin_jax.__version__"
+    script = (
+        "import sys, crossin_jax; assert not {'jax', 'numpy', 'flax'} & set(sys.modules), "
+        "crossin_jax.__version__"
+    )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=REPOSITORY)
     assert crossin_jax.load_model is load_model
     with pytest.raises(AttributeError, match="no attribute 'load_modle'"):

@@ -1,4 +1,6 @@
-"""Host memory while a checkpoint of more than a gigabyte is loaded, measured in a process of its own."""
+"""Host memory while a checkpoint of more than a gigabyte is loaded, measured in a process of its
+own.
+"""
 
 import json
 import os
@@ -50,7 +52,7 @@ above = stream.peak_bytes() - before - sum(shards.values())
 if way == "staged":
     above = tracemalloc.get_traced_memory()[1]
 print(json.dumps({"above": above, "shards": sum(shards.values())}))
-"""
+"""  # noqa: E501
 
 
 @pytest.fixture(scope="module")

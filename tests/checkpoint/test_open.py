@@ -55,7 +55,9 @@ def test_trained_weights_are_those_of_the_step_and_frozen_ones_those_of_the_base
 
 
 def test_load_model_opens_what_the_programs_open(run, tmp_path):
-    """A run, one of its steps, the adapter exported from it, and its configuration on that adapter: the same logits."""
+    """A run, one of its steps, the adapter exported from it, and its configuration on that adapter:
+    the same logits.
+    """
     tokens = np.arange(12).reshape(2, 6)
     expected = load_model(run, progress=False)(tokens)
     assert expected.shape == (2, 6, 97) and expected.dtype == jnp.float32

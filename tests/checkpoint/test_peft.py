@@ -542,7 +542,9 @@ def rename_tensors(adapter, rename):
 @pytest.mark.parametrize("name", ["released_recipe", "dora_rslora", "fused"])
 @pytest.mark.parametrize("called", ["default", "run-2"])
 def test_names_of_a_saved_state_are_those_of_an_adapter(tmp_path, name, called):
-    """Some trainers save `model.state_dict()`: with the adapter's name, and with what the adapter replaces."""
+    """Some trainers save `model.state_dict()`: with the adapter's name, and with what the adapter
+    replaces.
+    """
     base, adapter = make_adapter(tmp_path, name)
     wanted = load_state(base, adapter)
     saved = json.loads((adapter / CONFIG).read_text())["modules_to_save"] or []

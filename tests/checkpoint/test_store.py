@@ -69,7 +69,8 @@ MAY_CHANGE |= named("data", "workers")
 MAY_CHANGE |= named("data.eval_sources", "name kind path split languages fields join portion limit")
 MAY_CHANGE |= named(
     "train",
-    "loss_chunk log_every eval_every benchmark_every checkpoint_every checkpoint_minutes keep keep_every tensorboard",
+    "loss_chunk log_every eval_every benchmark_every checkpoint_every checkpoint_minutes keep "
+    "keep_every tensorboard",
 )
 MAY_CHANGE |= named(
     "evaluation",

@@ -39,7 +39,9 @@ def write_lines(path, rows) -> str:
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    """Byte-level BPE with <s>, </s>, <pad> and the ChatML tokens; BOS is added by default, as Llama's does."""
+    """Byte-level BPE with <s>, </s>, <pad> and the ChatML tokens; BOS is added by default, as
+    Llama's does.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 

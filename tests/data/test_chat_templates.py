@@ -1,4 +1,6 @@
-"""Chat templates as they are published: system turns, dates, opened thoughts, and limits on what one may do."""
+"""Chat templates as they are published: system turns, dates, opened thoughts, and limits on what
+one may do.
+"""
 
 import copy
 import json
@@ -15,7 +17,8 @@ from crossin_jax.data.prompts import Renderer, RowFault
 from crossin_jax.data.templates import MAX_CHARS, MAX_STEPS, ChatTemplate, open_chat_template
 
 TURNS = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] | trim }}<|im_end|>\n{% "
+    "endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 REFUSES_SYSTEM = (
@@ -105,9 +108,12 @@ def test_the_text_is_that_of_transformers(source):
         "{{ ('a' * 9999999).replace('a', 'b' * 9999999) }}",
         "{{ ('a' * 9999999) | replace('a', 'b' * 9999999) }}",
         "{{ ('b' * 99999).join('a' * 999) }}",
-        "{% set n = namespace(s='aa') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
-        "{% set n = namespace(s='aa') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
-        "{% set n = namespace(s=[1]) %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
+        "{% set n = namespace(s='aa') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% "
+        "endfor %}",
+        "{% set n = namespace(s='aa') %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% "
+        "endfor %}",
+        "{% set n = namespace(s=[1]) %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor "
+        "%}",
         "{{ ''.__class__.__mro__ }}",
         "{{ messages.append(1) }}",
     ],
@@ -219,7 +225,9 @@ WRAPS = (  # a template that writes every last answer with a thought, empty wher
 def test_a_template_that_wraps_every_answer_in_a_thought_is_learned_as_it_writes(
     tokenizer, thought
 ):
-    """Whether the answer brings the whole thought, its end alone (as a model's own answer does) or none."""
+    """Whether the answer brings the whole thought, its end alone (as a model's own answer does) or
+    none.
+    """
     renderer = open_renderer(tokenizer, WRAPS)
     rendered = renderer.render(make_example(output=thought + "Paris"))
     learned = tokenizer.decode(rendered.ids[rendered.loss_mask])

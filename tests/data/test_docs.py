@@ -1,4 +1,6 @@
-"""docs/data.md: every file, command and snippet on the page, in order, in an empty folder with the real data."""
+"""docs/data.md: every file, command and snippet on the page, in order, in an empty folder with the
+real data.
+"""
 
 import json
 import re
@@ -25,11 +27,14 @@ def test_the_page_runs_as_written(shared, tmp_path, monkeypatch):
     write_lines(tmp_path / "gaps.jsonl", rows)
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "gaps.py").write_text(
-        "from crossin_jax.config import *\ndef get_config():\n    return Config(output_dir='runs/gaps', model="
-        "Model(path='models/llama-2'), data=Data(sources=(Source(name='gaps', path='gaps.jsonl'),)))\n"
+        "from crossin_jax.config import *\ndef get_config():\n    return "
+        "Config(output_dir='runs/gaps', model="
+        "Model(path='models/llama-2'), data=Data(sources=(Source(name='gaps', "
+        "path='gaps.jsonl'),)))\n"
     )
     (tmp_path / "translate.py").write_text(
-        "import json, sys\nfor line in sys.stdin:\n    print(json.dumps('vi ' + json.loads(line)['text']))\n"
+        "import json, sys\nfor line in sys.stdin:\n    print(json.dumps('vi ' + "
+        "json.loads(line)['text']))\n"
     )
     blocks = re.findall(r"```(python|bash|json)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
     assert len(blocks) >= 9

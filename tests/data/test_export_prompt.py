@@ -1,4 +1,6 @@
-"""An exported model is asked, and ends its answers, as the run did: by our programs and by transformers."""
+"""An exported model is asked, and ends its answers, as the run did: by our programs and by
+transformers.
+"""
 
 import copy
 import dataclasses
@@ -44,7 +46,9 @@ def saved(tokenizer, tmp_path_factory):
 
 
 def reopen(source, data, folder):
-    """The renderer of training, that of the folder as exported, and the folder's tokenizer in transformers."""
+    """The renderer of training, that of the folder as exported, and the folder's tokenizer in
+    transformers.
+    """
     renderer = Renderer(
         load_tokenizer(str(source)),
         data.template,
@@ -196,7 +200,9 @@ def scale_update(run, factor):
 def test_a_small_update_is_not_rounded_away(
     factor, dtype, stored, low_rank, tmp_path, capsys, caplog
 ):
-    """The ratio is printed at every merge; above a tenth the default is float32, and bfloat16 warns."""
+    """The ratio is printed at every merge; above a tenth the default is float32, and bfloat16
+    warns.
+    """
     run = shutil.copytree(low_rank, tmp_path / "run")
     shutil.copytree(low_rank.parent / "base", tmp_path / "base")
     edit_config(run, 0, "model", frozen_dtype="bfloat16")

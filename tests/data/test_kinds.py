@@ -274,7 +274,9 @@ def test_chats_take_user_turns_from_one_side_and_replies_from_the_other():
 
 
 def test_a_new_kind_is_one_entry(monkeypatch):
-    """An entry alone is checked, drawn and made: instruction and answer in one language, the input in the pivot."""
+    """An entry alone is checked, drawn and made: instruction and answer in one language, the input
+    in the pivot.
+    """
     config = Config(
         model=Model(path="m"),
         data=Data(

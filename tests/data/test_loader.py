@@ -1,4 +1,6 @@
-"""Batches: each example once and unchanged, packed tightly, the same on every host, resumed at any point."""
+"""Batches: each example once and unchanged, packed tightly, the same on every host, resumed at any
+point.
+"""
 
 import dataclasses
 import hashlib
@@ -614,7 +616,9 @@ def test_tokens_and_steps_per_epoch_are_those_of_one_epoch(parts, packs):
 
 @pytest.mark.parametrize("packs", [True, False])
 def test_the_examples_of_a_batch_can_be_named(parts, packs, small_windows):
-    """The names of each row are those whose ids lie in it, in their order, also where a batch spans two windows."""
+    """The names of each row are those whose ids lie in it, in their order, also where a batch spans
+    two windows.
+    """
     mixture, renderer, _ = parts
     examples = mixture.take(np.arange(len(mixture)))
     ids = {

@@ -1,4 +1,6 @@
-"""Draws are hashes: sizes nest, orders do not matter, counts are exact, every fault names its component."""
+"""Draws are hashes: sizes nest, orders do not matter, counts are exact, every fault names its
+component.
+"""
 
 import hashlib
 import json
@@ -82,7 +84,9 @@ def test_row_order_changes_nothing(order, seed, kind, count, again):
 
 @pytest.mark.parametrize("kind", ["x2x", "same"])
 def test_the_pivot_need_not_be_a_language_where_no_example_has_a_side_in_it(kind):
-    """The default pivot is English; a mixture of Spanish and Vietnamese draws both, and nothing else."""
+    """The default pivot is English; a mixture of Spanish and Vietnamese draws both, and nothing
+    else.
+    """
     pairs = Counter(
         (e.prompt_language, e.answer_language)
         for e in make_mixture(Component(kind=kind), languages=("es", "vi"))
@@ -579,7 +583,9 @@ def test_the_hash_ignores_what_does_not_decide_the_stream(parallel_file, tmp_pat
 
 
 def test_requests_in_english_are_counted_by_the_language_of_the_prompt():
-    """Xhosa has no sentence of its own: 9 x2x examples are asked in it or not, and 6 translations all the same."""
+    """Xhosa has no sentence of its own: 9 x2x examples are asked in it or not, and 6 translations
+    all the same.
+    """
     records = [
         Record(f"r{i}", {code: Text(f"Q{i}", "", f"A{i}") for code in ("en", "fr", "xh")})
         for i in range(6)

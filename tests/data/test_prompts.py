@@ -1,4 +1,6 @@
-"""One renderer: the text of every template, joint ids, the mask, BOS and EOS, and what is refused."""
+"""One renderer: the text of every template, joint ids, the mask, BOS and EOS, and what is
+refused.
+"""
 
 import copy
 import dataclasses
@@ -26,7 +28,8 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 LLAMA2 = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token }}[INST] {{ m['content'] }} [/INST]"
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token }}[INST] {{ m['content'] }} "
+    "[/INST]"
     "{% elif m['role'] == 'assistant' %} {{ m['content'] }} {{ eos_token }}{% endif %}{% endfor %}"
 )
 BARE = (
@@ -377,7 +380,9 @@ def test_the_release_s_template_files_load_and_placeholders_in_rows_stay(tokeniz
 
 @pytest.mark.parametrize("template", ["plain", "alpaca", "llama", "chatml", "chat"])
 def test_the_hash_is_the_one_that_checkpoints_hold(template, tokenizer):
-    """A digest of tokenizer, template, system prompt, form, BOS and the end of an answer: another would end runs."""
+    """A digest of tokenizer, template, system prompt, form, BOS and the end of an answer: another
+    would end runs.
+    """
     tokenizer = with_chat(tokenizer, CHATML)
     renderer = Renderer(tokenizer, template)
     text = dataclasses.asdict(TEMPLATES[template]) if template in TEMPLATES else CHATML

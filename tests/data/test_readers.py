@@ -130,7 +130,9 @@ def test_a_large_json_list_is_read_in_pieces(tmp_path, monkeypatch):
     ],
 )
 def test_a_streamed_list_is_as_strict_as_a_whole_one(tmp_path, monkeypatch, block, content, words):
-    """The same text is refused below and above the size from which a file is streamed, in blocks of any size."""
+    """The same text is refused below and above the size from which a file is streamed, in blocks of
+    any size.
+    """
     path = tmp_path / "rows.json"
     path.write_text(content)
     (file,) = find_files(Source(path=str(path)), ("en",))

@@ -1,4 +1,6 @@
-"""configs/paper/released_code.py builds what the released builder builds: counts, languages and every text."""
+"""configs/paper/released_code.py builds what the released builder builds: counts, languages and
+every text.
+"""
 
 import json
 from collections import Counter
@@ -38,7 +40,9 @@ def mixture_of(tmp_path, monkeypatch, size: str, rows: int = 240) -> tuple[Mixtu
 
 
 def released_text(row: dict, mode: str, code: str) -> tuple[str, str, str]:
-    """The record that the released builder writes for a row and a language, by its documented form."""
+    """The record that the released builder writes for a row and a language, by its documented
+    form.
+    """
     english, other = row["en"], row[code]
     return {
         "en2x": (english["instruction"], f"{english['input']}\n[{code}]", other["output"]),

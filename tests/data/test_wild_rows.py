@@ -1,4 +1,6 @@
-"""Rows as users bring them: what is read, refused, dropped and counted, and left unread and named."""
+"""Rows as users bring them: what is read, refused, dropped and counted, and left unread and
+named.
+"""
 
 import copy
 import gzip

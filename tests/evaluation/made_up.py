@@ -1,4 +1,6 @@
-"""Made-up answers to real questions: models that know a share of the facts, and repeat it in other languages."""
+"""Made-up answers to real questions: models that know a share of the facts, and repeat it in other
+languages.
+"""
 
 import random
 from collections.abc import Sequence
@@ -24,7 +26,9 @@ def answer_benchmark(
     seed: int = 0,
     unclear: float = 0.0,
 ) -> Predictions:
-    """A language answers right with its probability in `knows`, else like the language before it, or at random."""
+    """A language answers right with its probability in `knows`, else like the language before it,
+    or at random.
+    """
     draw = random.Random(f"{seed}/{method}/{prompt}/{sorted(knows.items())}/{repeats}")
     items = []
     for item in benchmark.items:

@@ -1,4 +1,6 @@
-"""SeaEval's alignment: every published answer, the corner cases of its rules; and our own reader."""
+"""SeaEval's alignment: every published answer, the corner cases of its rules; and our own
+reader.
+"""
 
 import gzip
 import json
@@ -55,7 +57,8 @@ CASES = [
     (["(A) x", "(B) yy"], "yy", (1,)),
     (["(A) ß", "(B) SS"], "ss", (1,)),
     (["(A) İzmir", "(B) Ankara"], "i̇zmir", (0,)),
-    # punctuation: brackets of other scripts become ASCII in the answer, not in the choices; full stops end sentences
+    # punctuation: brackets of other scripts become ASCII in the answer, not in the choices; full
+    # stops end sentences
     (CITIES, "（B）", (1,)),
     (CITIES, "（Ｂ）", (0, 1, 2, 3)),
     (CITIES, "【A】", (0,)),

@@ -222,16 +222,22 @@ def test_hub_names_and_configurations(monkeypatch):
 
 # The wording of SeaEval v0.1, written out once more by hand.
 ZERO_SHOT = {
-    1: "Respond to the question by selecting the most appropriate answer. Simply select the answer, no explanations "
+    1: "Respond to the question by selecting the most appropriate answer. Simply select the "
+    "answer, no explanations "
     "required.\n\nQuestion:\nWhich city?\n\nChoices:\n(A) Rome\n(B) Oslo",
-    2: "Kindly choose the correct answer from the options provided for the multiple-choice question. Simply select the "
+    2: "Kindly choose the correct answer from the options provided for the multiple-choice "
+    "question. Simply select the "
     "answer, no explanations required.\nQuestion:\nWhich city?\nChoices:\n(A) Rome\n(B) Oslo",
-    3: "Solve the multi-choice question by selecting the accurate answer. Simply select the answer, no explanations "
+    3: "Solve the multi-choice question by selecting the accurate answer. Simply select the "
+    "answer, no explanations "
     "required.\nQuestion:\nWhich city?\nChoices:\n(A) Rome\n(B) Oslo",
-    4: "Please answer the following multiple-choice question by selecting the correct option. Simply select the "
+    4: "Please answer the following multiple-choice question by selecting the correct option. "
+    "Simply select the "
     "answer, no explanations required.\n\nQuestion:\nWhich city?\n\nChoices:\n(A) Rome\n(B) Oslo",
-    5: "As an expert, your task is to solve the following multiple-choice question. Identify the correct response "
-    "among the given choices. Simply select the answer, no explanations required.\n\nQuestion:\nWhich city?\n\n"
+    5: "As an expert, your task is to solve the following multiple-choice question. Identify the "
+    "correct response "
+    "among the given choices. Simply select the answer, no explanations "
+    "required.\n\nQuestion:\nWhich city?\n\n"
     "Choices:\n(A) Rome\n(B) Oslo",
 }
 
@@ -242,10 +248,12 @@ def test_prompts_are_seaevals():
         "required.\nContext:\nAnn came.\nQuestion:\nWho came?\nChoices:\n(A) Ann\n(B) Bo"
     )
     assert make_prompt(STORY, 1, benchmark="cross_xquad").startswith(
-        "Respond to the question by selecting the most appropriate answer. Simply select the choice, no"
+        "Respond to the question by selecting the most appropriate answer. Simply select the "
+        "choice, no"
     )
     assert make_prompt(CITY, 2, [STORY, CITY]) == (
-        "Context:\nAnn came.\n\nQuestion:\nWho came?\n\nChoices:\n(A) Ann\n(B) Bo\n\nAnswer:\n(A) Ann\n\n"
+        "Context:\nAnn came.\n\nQuestion:\nWho came?\n\nChoices:\n(A) Ann\n(B) Bo\n\nAnswer:\n(A) "
+        "Ann\n\n"
         "Question:\nWhich city?\n\nChoices:\n(A) Rome\n(B) Oslo\n\nAnswer:\n(B) Oslo\n\n"
         "Question:\nWhich city?\n\nChoices:\n(A) Rome\n(B) Oslo\n\nAnswer:\n"
     )

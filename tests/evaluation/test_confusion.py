@@ -1,4 +1,6 @@
-"""Line and word pass rates: by hand, against the published definitions, and on published answers."""
+"""Line and word pass rates: by hand, against the published definitions, and on published
+answers.
+"""
 
 import gzip
 import json

@@ -20,7 +20,9 @@ FOUR = ("en", "zh", "vi", "es")
 
 
 def report_of(config: Config, checkpoint, out) -> dict:
-    """The evaluated configuration's results.json, after what every report must hold was looked at."""
+    """The evaluated configuration's results.json, after what every report must hold was
+    looked at.
+    """
     predictions, source = evaluate(config, checkpoint, out)
     write_run(config, Run(config.name, config.seed, predictions, source), out)
     assert read_results(out)[0].predictions == predictions

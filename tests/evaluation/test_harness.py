@@ -1,4 +1,6 @@
-"""A real task of lm-evaluation-harness from local files, through our engine and through the harness's own backend."""
+"""A real task of lm-evaluation-harness from local files, through our engine and through the
+harness's own backend.
+"""
 
 import copy
 import json
@@ -139,7 +141,9 @@ def test_a_real_task_gives_the_numbers_of_the_harness_own_backend(pretrained, ta
 
 
 class Recorder:
-    """Stands in for an engine: repeats one text as every answer, scores a continuation by its length."""
+    """Stands in for an engine: repeats one text as every answer, scores a continuation by its
+    length.
+    """
 
     def __init__(self, tokenizer, text="", max_length=40):
         self.ids, self.max_length = tokenizer.encode(text, add_special_tokens=False), max_length
@@ -286,7 +290,8 @@ class SimpleEnd:
 
 CHATS = {
     "refuses": "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}",
-    "alternates": "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}",
+    "alternates": "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif "
+    "%}",
     "takes": "",
 }
 
@@ -417,7 +422,9 @@ def test_every_argument_of_the_model_reaches_it(
 
 
 def test_texts_are_tokenized_with_one_bos(tokenizer):
-    """BOS comes first unless the text brings it or the harness says otherwise; it starts a text without context."""
+    """BOS comes first unless the text brings it or the harness says otherwise; it starts a text
+    without context.
+    """
     model = EngineLM(Recorder(tokenizer), tokenizer)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     plain = tokenizer.encode("Lima", add_special_tokens=False)
@@ -445,7 +452,9 @@ def test_arguments_that_cannot_be_meant_are_refused(pretrained):
 
 
 def test_the_program_runs_a_task(pretrained, tasks):
-    """As users start it: the harness's own command line names a device, batch sizes and more of its own accord."""
+    """As users start it: the harness's own command line names a device, batch sizes and more of its
+    own accord.
+    """
     done = subprocess.run(
         [
             sys.executable,

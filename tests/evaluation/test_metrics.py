@@ -1,4 +1,6 @@
-"""Scores against enumeration of all coins, against SeaEval's published numbers, and their intervals."""
+"""Scores against enumeration of all coins, against SeaEval's published numbers, and their
+intervals.
+"""
 
 import gzip
 import itertools
@@ -169,7 +171,9 @@ def enumerate_outcomes(item):
 @settings(max_examples=60, deadline=None)
 @given(predictions=parallel_answers(), seed=st.integers(0, 9))
 def test_every_mode_is_its_definition(predictions, seed):
-    """Expectation is the mean over all outcomes, strict drops coins, seaeval is one of the outcomes."""
+    """Expectation is the mean over all outcomes, strict drops coins, seaeval is one of the
+    outcomes.
+    """
     items = predictions.items
 
     def certain(item, language):
@@ -287,7 +291,9 @@ def test_seaeval_mode_tosses_fair_seeded_coins():
 def toss(
     predictions: Predictions, num_tosses: int = 1000, *, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Accuracy, consistency_s and AC3_s of `num_tosses` re-scorings with fresh coins, as in SeaEval."""
+    """Accuracy, consistency_s and AC3_s of `num_tosses` re-scorings with fresh coins, as in
+    SeaEval.
+    """
     p_ILC = choice_probabilities(predictions)
     rng = np.random.default_rng(seed)
     num_items, num_languages, num_choices = p_ILC.shape
@@ -499,7 +505,9 @@ def test_intervals_and_p_values_by_hand(options):
 
 
 def test_the_usual_intervals_have_95_percent_of_2000_resamples():
-    """What is not asked for: level .95 and 2,000 resamples, for an interval and for a comparison."""
+    """What is not asked for: level .95 and 2,000 resamples, for an interval and for a
+    comparison.
+    """
     first, second = make(random_rows(20, 0.5, seed=1)), make(random_rows(20, 0.8, seed=2))
     assert bootstrap(first) == bootstrap(
         first, "expectation", level=0.95, num_resamples=2000, seed=0

@@ -1,4 +1,6 @@
-"""How a model is asked: prompts, shots and settings of a benchmark, and how its answers become choices."""
+"""How a model is asked: prompts, shots and settings of a benchmark, and how its answers become
+choices.
+"""
 
 import json
 
@@ -61,7 +63,9 @@ def tokenizer(tmp_path_factory):
 
 
 class Recorder:
-    """Stands in for an engine: answers each prompt by a function of its text, and keeps what it was asked."""
+    """Stands in for an engine: answers each prompt by a function of its text, and keeps what it was
+    asked.
+    """
 
     max_length = 4000
 
@@ -155,7 +159,9 @@ def test_cross_xquad_asks_for_the_choice(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("method", ["choices", "generate"])
 def test_the_shots_on_record_are_those_in_the_prompts(questions, tokenizer, method):
-    """The seed draws the shots; each language has its own text of them, solved; the record names them."""
+    """The seed draws the shots; each language has its own text of them, solved; the record names
+    them.
+    """
     drawn = []
     for seed in (1, 2):
         config = make_config(questions, shots=2, seed=seed, method=method)

@@ -333,7 +333,9 @@ def test_written_log_reads_back(tmp_path):
 
 
 def test_any_free_answers_have_pass_rates(tmp_path, capsys):
-    """Rows as JSON Lines and as CSV; languages in any spelling; a mean over sources, then over languages."""
+    """Rows as JSON Lines and as CSV; languages in any spelling; a mean over sources, then over
+    languages.
+    """
     rows = [
         {"source": "a", "language": "French", "completion": "La capitale de la France est Paris"},
         {"source": "b", "language": "fra_Latn", "completion": "The capital of France is Paris"},

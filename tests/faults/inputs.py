@@ -1,11 +1,13 @@
-"""Bad input, generated: values of settings, and files of every kind that a program reads, each with one thing wrong.
+"""Bad input, generated: values of settings, and files of every kind that a program reads, each with
+one thing wrong.
 
     python -m tests.faults.inputs [--cases 2000] [--seed 0] [KIND ...]
 
-A kind is a valid file and the function of the package that reads it. A case changes one place of it: a value of
-another type or size, a missing or an added field, or bytes that are cut, flipped or replaced. The reader must return,
-or raise a `UserError` of at most three lines and 1,000 characters per line, within half a minute. Exit code 1 where one
-does not; the table that is printed counts the cases.
+A kind is a valid file and the function of the package that reads it. A case changes one place of
+it: a value of another type or size, a missing or an added field, or bytes that are cut, flipped or
+replaced. The reader must return, or raise a `UserError` of at most three lines and 1,000 characters
+per line, within half a minute. Exit code 1 where one does not; the table that is printed counts the
+cases.
 """
 
 import argparse
@@ -553,7 +555,9 @@ SETTINGS = [path for path, _, _ in iterate_fields(settings())]
 
 @st.composite
 def changed_settings(draw: Any) -> tuple[str, Config]:
-    """A configuration with one to three settings changed to odd values, at their limits, or beyond."""
+    """A configuration with one to three settings changed to odd values, at their limits, or
+    beyond.
+    """
     from tests.test_config import set_field
 
     config, said = settings(), []

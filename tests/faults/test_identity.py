@@ -1,4 +1,6 @@
-"""Nothing that was changed behind a run's back is used in silence: checkpoints, bases, tokenizers, templates."""
+"""Nothing that was changed behind a run's back is used in silence: checkpoints, bases, tokenizers,
+templates.
+"""
 
 import dataclasses
 import json
@@ -67,15 +69,20 @@ FLIPPED = ("state", *(f"{name}/metadata" for name in SMALL))
 
 
 def list_flips():
-    """(name of a file or its folder, where as a share of its size, bit): all kinds of files, all parts of them."""
+    """(name of a file or its folder, where as a share of its size, bit): all kinds of files, all
+    parts of them.
+    """
     draw = random.Random(3)
     return [(name, draw.random(), draw.randrange(8)) for name in FLIPPED for _ in range(8)]
 
 
-# Orbax's reading threads outlive its event loop where a read fails, and Python names that when they are collected.
+# Orbax's reading threads outlive its event loop where a read fails, and Python names that when they
+# are collected.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_flipped_bit_is_found_or_changes_nothing(stored, tmp_path):
-    """What is continued is bit for bit a step that was saved, whichever bit of its files has flipped."""
+    """What is continued is bit for bit a step that was saved, whichever bit of its files has
+    flipped.
+    """
     found = {}
     for number, (name, share, bit) in enumerate(list_flips()):
         folder = shutil.copytree(stored, tmp_path / f"run{number}")
@@ -120,7 +127,9 @@ def test_an_array_that_another_program_wrote_is_named(part, stored, tmp_path, ca
 
 
 def test_the_programs_refuse_what_train_sets_aside(adapted, tmp_path):
-    """One line that names the file, and nothing is written: the small files and the adapter's numbers."""
+    """One line that names the file, and nothing is written: the small files and the adapter's
+    numbers.
+    """
     for number, name in enumerate(("config", "data", "provenance", "fingerprints")):
         folder = shutil.copytree(adapted, tmp_path / f"run{number}")
         file = folder / f"checkpoints/6/{name}/metadata"
@@ -141,7 +150,9 @@ def test_the_programs_refuse_what_train_sets_aside(adapted, tmp_path):
 
 
 def test_junk_beside_checkpoints_stops_nothing(stored, tmp_path, caplog):
-    """Readers pass over it; a writer moves it out of the way, deletes nothing, and saves later steps."""
+    """Readers pass over it; a writer moves it out of the way, deletes nothing, and saves later
+    steps.
+    """
     folder = shutil.copytree(stored, tmp_path / "run")
     checkpoints = folder / "checkpoints"
     (checkpoints / "65").mkdir()
@@ -241,7 +252,9 @@ def test_another_tokenizer_is_refused_unless_it_is_asked_for(run, tmp_path):
 
 
 def test_a_run_is_not_continued_on_another_base(pretrained, tmp_path):
-    """`train` refuses it before the first step; an earlier version's checkpoint, which knows no base, continues."""
+    """`train` refuses it before the first step; an earlier version's checkpoint, which knows no
+    base, continues.
+    """
     shutil.copytree(pretrained / "model", tmp_path / "base")
     config = config_in(tmp_path / "run", str(tmp_path / "base"))
     config.train = dataclasses.replace(config.train, steps=2, checkpoint_every=1)

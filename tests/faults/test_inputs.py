@@ -1,4 +1,6 @@
-"""A part of the generated bad input; `python -m tests.faults.inputs` tries as many cases as wanted."""
+"""A part of the generated bad input; `python -m tests.faults.inputs` tries as many cases as
+wanted.
+"""
 
 import pytest
 

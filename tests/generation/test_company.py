@@ -100,7 +100,8 @@ def three(model):
 @pytest.mark.parametrize(
     "limits",
     [
-        # the first row outgrows a ring of 64 while the fourth has few tokens; that one then fills 128
+        # the first row outgrows a ring of 64 while the fourth has few tokens; that one then fills
+        # 128
         pytest.param((96, 31, 39, 96, 96, 20, 96), id="grows"),
         # rows fill a ring of 64 to its last slot, and start in the midst of it
         pytest.param((20, 64, 64, 64, 64, 37, 64, 64), id="comes round"),

@@ -1,8 +1,10 @@
-"""Writes runs.tar.gz: what earlier versions wrote, for the tests that it is read, continued and counted as before.
+"""Writes runs.tar.gz: what earlier versions wrote, for the tests that it is read, continued and
+counted as before.
 
     PYTHONPATH=CHECKOUT python tests/golden/make_runs.py FOLDER
 
-It was run at commit 4a0ee87. Run it again only with a version whose files users have; old fixtures stay.
+It was run at commit 4a0ee87. Run it again only with a version whose files users have; old fixtures
+stay.
 """
 
 import dataclasses

@@ -1,4 +1,6 @@
-"""Writes templates.json: the text of every template, which checkpoints depend on. Run only to change it on purpose."""
+"""Writes templates.json: the text of every template, which checkpoints depend on. Run only to
+change it on purpose.
+"""
 
 import json
 from pathlib import Path

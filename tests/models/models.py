@@ -48,7 +48,9 @@ SPECS = {spec.model_type: spec for spec in (LLAMA, MISTRAL, GEMMA, QWEN)}
 
 
 def make_model(spec: ModelSpec, seed: int = 0, **options) -> Transformer:
-    """A model whose weights are large enough to tell right from wrong, norms, biases and adapters included."""
+    """A model whose weights are large enough to tell right from wrong, norms, biases and adapters
+    included.
+    """
     options = {"frozen_dtype": "float32"} | options
     model = nnx.eval_shape(lambda: Transformer(spec, rngs=nnx.Rngs(0), **options))
     rng = np.random.default_rng(seed)
@@ -67,7 +69,9 @@ def make_tokens(batch: int, length: int, seed: int = 0) -> np.ndarray:
 
 
 def make_rows(batch: int, length: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and segment ids of rows packed with documents of random length; some end in padding."""
+    """Positions and segment ids of rows packed with documents of random length; some end in
+    padding.
+    """
     rng = np.random.default_rng(seed)
     positions, segments = np.zeros((2, batch, length), np.int32)
     for row in range(batch):

@@ -1,4 +1,5 @@
-"""What the config.json of published checkpoints says, as far as a spec reads it, and how many parameters they have.
+"""What the config.json of published checkpoints says, as far as a spec reads it, and how many
+parameters they have.
 
 Transcribed, in the layout each repository uses; tests run without network.
 """

@@ -1,4 +1,6 @@
-"""Every kernel equals the reference, packed equals unpacked, and a kernel that cannot serve is refused by name."""
+"""Every kernel equals the reference, packed equals unpacked, and a kernel that cannot serve is
+refused by name.
+"""
 
 import dataclasses
 import functools

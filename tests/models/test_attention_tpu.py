@@ -1,4 +1,6 @@
-"""The splash kernel, forward and backward, under the TPU compiler, with what each family asks of it."""
+"""The splash kernel, forward and backward, under the TPU compiler, with what each family asks of
+it.
+"""
 
 import functools
 
@@ -85,7 +87,8 @@ def test_compiles_with_what_the_family_asks(name, N, K, H):
     ]
     assert set(kernels.values()) == {1}, "of two branches, one runs"
 
-    # tiles of 128 x 128 in rows of four: all ten on and below the diagonal, or those that a window of 200 reaches
+    # tiles of 128 x 128 in rows of four: all ten on and below the diagonal, or those that a window
+    # of 200 reaches
     tiles = {True: 4 + 3 + 2, False: 10}
     mean = (
         sum(map(tiles.get, spec.local_layers)) / len(spec.local_layers) if spec.local_layers else 10

@@ -132,7 +132,9 @@ def test_projections_of_float32_are_float32_and_carry_their_bias_and_axes():
     [("q_proj", "BTD,NHD->BTNH"), ("o_proj", "BTNH,DNH->BTD"), ("up_proj", "BTD,FD->BTF")],
 )
 def test_products_of_matrices_are_those_of_the_einsum(name, equation):
-    """The same values and gradients, adapter included; flattened, every product is one of two matrices."""
+    """The same values and gradients, adapter included; flattened, every product is one of two
+    matrices.
+    """
     sizes, axes = (
         {"D": 24, "N": 2, "H": 8, "F": 40},
         {"D": "embed", "N": "heads", "H": "head", "F": "mlp"},

@@ -1,4 +1,6 @@
-"""Adapters: what trains, what a fresh adapter changes (nothing), dropout, merging, DoRA, names that match nothing."""
+"""Adapters: what trains, what a fresh adapter changes (nothing), dropout, merging, DoRA, names that
+match nothing.
+"""
 
 import dataclasses
 import functools

@@ -1,4 +1,6 @@
-"""config.json in its layouts: published ones, those of transformers 5, ours, and those that are refused."""
+"""config.json in its layouts: published ones, those of transformers 5, ours, and those that are
+refused.
+"""
 
 import copy
 import dataclasses

@@ -1,4 +1,6 @@
-"""One forward pass for training, prefill and decoding: every way of running it gives the same numbers."""
+"""One forward pass for training, prefill and decoding: every way of running it gives the same
+numbers.
+"""
 
 import dataclasses
 import functools

@@ -1,4 +1,6 @@
-"""Several hosts as one run: found by flags or by the cluster, missing ones named, told to stop by signal or notice."""
+"""Several hosts as one run: found by flags or by the cluster, missing ones named, told to stop by
+signal or notice.
+"""
 
 import contextlib
 import http.server
@@ -370,7 +372,9 @@ def test_a_process_that_ends_as_it_should_is_not_missed(code, group):
 
 
 def test_two_processes_that_end_hear_each_other(group):
-    """The first word of an end must not close the link: the second one would be taken for a loss."""
+    """The first word of an end must not close the link: the second one would be taken for a
+    loss.
+    """
     start, _ = group
     watches = start(only=(0, 1))
     watches[1].finish(75)

@@ -1,4 +1,6 @@
-"""Tiny configurations of every family, and the same random weights in `transformers` and in ours."""
+"""Tiny configurations of every family, and the same random weights in `transformers` and in
+ours.
+"""
 
 from typing import Any
 
@@ -133,10 +135,12 @@ def tiny_config(family: str) -> dict[str, Any]:
 
 
 def torch_model(config: dict[str, Any], seed: int = 0, *, peaked: bool = False) -> Any:
-    """The model of `transformers` with random weights large enough that logits spread over several units.
+    """The model of `transformers` with random weights large enough that logits spread over several
+    units.
 
-    `peaked` ties the unembedding loosely to the embedding, so that the best logit stands out as in a trained model;
-    without it one position in twenty has its two best logits within the noise of bfloat16.
+    `peaked` ties the unembedding loosely to the embedding, so that the best logit stands out as in
+    a trained model; without it one position in twenty has its two best logits within the noise of
+    bfloat16.
     """
     model_type = config["model_type"]
     hf_config = transformers.AutoConfig.for_model(**config)
@@ -164,7 +168,9 @@ def torch_model(config: dict[str, Any], seed: int = 0, *, peaked: bool = False) 
 
 
 def cast(model: Any, dtype: torch.dtype) -> Any:
-    """The model with parameters of that precision; `model.to` would round the rope frequencies too."""
+    """The model with parameters of that precision; `model.to` would round the rope
+    frequencies too.
+    """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
@@ -177,7 +183,9 @@ def our_model(
     dtype: str = "float32",
     **options: Any,
 ) -> Transformer:
-    """Our model with the weights of a `transformers` state dict; layers stacked, heads split out."""
+    """Our model with the weights of a `transformers` state dict; layers stacked, heads split
+    out.
+    """
     spec = spec_from_hf(config, "config.json")
     model = Transformer(spec, param_dtype=dtype, compute_dtype=dtype, rngs=nnx.Rngs(0), **options)
     state = nnx.to_flat_state(nnx.state(model))

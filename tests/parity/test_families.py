@@ -1,4 +1,6 @@
-"""Logits of every family against `transformers` in float32 and bfloat16: plain, padded, packed, far positions."""
+"""Logits of every family against `transformers` in float32 and bfloat16: plain, padded, packed, far
+positions.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,6 @@
-"""One training step of every family beside transformers and torch: the same loss and the same gradient."""
+"""One training step of every family beside transformers and torch: the same loss and the same
+gradient.
+"""
 
 import jax
 import numpy as np

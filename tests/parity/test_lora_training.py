@@ -1,4 +1,6 @@
-"""LoRA training beside peft + torch: ten AdamW steps from the same adapter give the same losses and weights."""
+"""LoRA training beside peft + torch: ten AdamW steps from the same adapter give the same losses and
+weights.
+"""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,6 @@
-"""Every family: transformers -> ours -> transformers is bit-exact and leaves the logits as they were."""
+"""Every family: transformers -> ours -> transformers is bit-exact and leaves the logits as they
+were.
+"""
 
 import warnings
 

@@ -1,4 +1,6 @@
-"""Programs whose cost is known in closed form, compiled for TPUs that are not there; and the parts, by hand."""
+"""Programs whose cost is known in closed form, compiled for TPUs that are not there; and the parts,
+by hand.
+"""
 
 import itertools
 import json
@@ -74,7 +76,7 @@ ENTRY %main (x.4: f32[8,8], unknown: s32[]) -> f32[8,8] {
   %once = (s32[], f32[8,8]{1,0:T(8,128)}) while(%state.1), condition=%inner_condition, body=%inner_body
   ROOT %out = f32[8,8]{1,0:T(8,128)} get-tuple-element(%outer), index=2
 }
-"""
+"""  # noqa: E501
 
 
 def test_loops_by_hand():
@@ -85,7 +87,8 @@ def test_loops_by_hand():
     assert cost.collectives == {"all-gather": 10} and cost.sent == {
         "all-gather": 10 * 3 * 8 * 8 * 4
     }
-    # a product reads its operand twice and writes; a gather reads one part and writes four; a copy reads and writes
+    # a product reads its operand twice and writes; a gather reads one part and writes four; a copy
+    # reads and writes
     assert cost.bytes == 256 * ((turns + 1) * 3 + 10 * 5 + 10 * 2)
 
 
@@ -216,7 +219,9 @@ def test_what_does_not_fit_has_the_peak_that_it_would_need():
     ],
 )
 def test_a_chip_holds_its_shard_and_a_whole_copy_of_what_is_not_sharded(specs, share):
-    """Bytes by hand; an axis that does not appear repeats the array, and what has no place counts nothing."""
+    """Bytes by hand; an axis that does not appear repeats the array, and what has no place counts
+    nothing.
+    """
     mesh = make_mesh(settings.Mesh(fsdp=4, tensor=2))
     tree = {
         "array": jax.ShapeDtypeStruct(
@@ -235,7 +240,9 @@ def test_a_chip_holds_its_shard_and_a_whole_copy_of_what_is_not_sharded(specs, s
     [("v4", 8, 1228, 2400), ("v5e", 4, 819, 1600), ("v5p", 8, 2765, 4800), ("v6e", 16, 1640, 3200)],
 )
 def test_chips_are_those_of_the_data_sheets(kind, units, hbm, links):
-    """Gigabytes per second of HBM, gigabits per second of all links, and a clock that makes up the peak."""
+    """Gigabytes per second of HBM, gigabits per second of all links, and a clock that makes up the
+    peak.
+    """
     chip, peak = CHIPS[kind], PEAK_FLOPS[f"TPU {kind}"]
     assert (chip.hbm, chip.links) == pytest.approx((hbm * 1e9, links * 1e9 / 8), rel=1e-3)
     assert chip.clock * 2 * 128 * 128 * units == pytest.approx(peak, rel=5e-3)

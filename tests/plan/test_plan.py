@@ -1,4 +1,6 @@
-"""The plan of a run: what it counts, what it needs, what it proposes; compiled for TPUs that are not there."""
+"""The plan of a run: what it counts, what it needs, what it proposes; compiled for TPUs that are
+not there.
+"""
 
 import dataclasses
 import json
@@ -80,7 +82,8 @@ def planned(tmp_path_factory):
 def test_the_training_step_is_counted_to_the_last_product(planned):
     _, plan = planned
     train = plan.phases["train"]
-    # forward and two products backward, for every matrix that tokens pass; the embedding is a look-up
+    # forward and two products backward, for every matrix that tokens pass; the embedding is a
+    # look-up
     assert train.flops - train.kernel_flops == 3 * 2 * TOKENS * (3 * LAYER + 1024 * 256)
     # one tile of attention per row and head: 2 products forward, 3 + 4 backward
     assert train.kernel_flops == 3 * 9 * 2 * T * T * 128 * 2 * (ROWS // 4)
@@ -410,7 +413,9 @@ def test_where_only_the_benchmarks_do_not_fit_they_take_fewer_rows(planned, caps
 
 
 def test_decoding_reads_the_cache_as_it_lies(planned):
-    """Left to itself the compiler turns the cache around a loop; then traffic is 1.7 times the arguments here."""
+    """Left to itself the compiler turns the cache around a loop; then traffic is 1.7 times the
+    arguments here.
+    """
     decode = planned[1].phases["decode"]
     assert decode.hbm_bytes < 1.5 * decode.argument_bytes
 

@@ -39,7 +39,9 @@ def test_the_compilers_cycles_decide(tmp_path, monkeypatch):
 
 
 def phase_of(config) -> Phase:
-    """A made-up step: what remat keeps lies in memory and need not be computed again; micro-batches cost a little."""
+    """A made-up step: what remat keeps lies in memory and need not be computed again; micro-batches
+    cost a little.
+    """
     kept = tuning.REMATS.index(config.model.remat)
     temporary = (10 + 10 * kept) // config.train.accumulation
     cycles = 1000 - 50 * kept + 10 * config.train.accumulation + 100 * (config.mesh.tensor > 1)
@@ -82,7 +84,8 @@ def made_up(tmp_path, monkeypatch):
 def test_a_policy_that_does_not_fit_is_tried_with_micro_batches(made_up):
     config, slice_, tried = made_up
     best, trials = tuning.tune(config, slice_, lambda _: None)
-    # 46 of 50 may be used: the fourth policy takes 45, the next 55 and with two micro-batches 30, all of them 75 and 40
+    # 46 of 50 may be used: the fourth policy takes 45, the next 55 and with two micro-batches 30,
+    # all of them 75 and 40
     assert (
         replace_settings(config, best.change).model.remat == "none"
         and best.change["train.accumulation"] == 2

@@ -142,7 +142,9 @@ def iterate_expressions(node: ast.AST) -> Iterator[ast.expr]:
 
 
 def iterate_stretches(scope: ast.AST, length: int) -> Iterator[list[ast.stmt]]:
-    """Every so many statements of a definition that follow each other, and the definition itself."""
+    """Every so many statements of a definition that follow each other, and the definition
+    itself.
+    """
     if length == 1:
         yield [scope]
     for node in ast.walk(scope):

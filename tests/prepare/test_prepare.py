@@ -480,7 +480,9 @@ def test_cross_xquad_writes_a_benchmark_that_loads(config, shared, tmp_path):
 
 @pytest.mark.parametrize("portion", [(0.0, 0.5), (0.5, 1.0), (0.9, 1.0)])
 def test_cross_xquad_asks_what_its_portion_holds(portion, config, shared, tmp_path):
-    """Questions of the benchmark are exactly the rows that a source of this portion has, and none of the others."""
+    """Questions of the benchmark are exactly the rows that a source of this portion has, and none
+    of the others.
+    """
     pattern = str(shared / "xquad" / "xquad.{lang}.json")
     source = Source(name="held_out", kind="squad", path=pattern, portion=portion, limit=200)
     config.data.sources = (source,)
@@ -522,7 +524,8 @@ def test_command_line(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path / "model")
     path = write_lines(tmp_path / "rows.jsonl", parallel_rows(20))
     (tmp_path / "c.py").write_text(
-        "from crossin_jax.config import *\ndef get_config():\n    return Config(output_dir='run', model=Model(path="
+        "from crossin_jax.config import *\ndef get_config():\n    return Config(output_dir='run', "
+        "model=Model(path="
         f"{str(tmp_path / 'model')!r}), data=Data(sources=(Source(name='s', path={path!r}),), "
         "components=(Component(kind='x2x', source='s', count=9),), length=128, template='gemma'))\n"
     )

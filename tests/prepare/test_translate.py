@@ -1,4 +1,6 @@
-"""Translation: what is missing is filled once, resumed after a stop, and flagged where it looks wrong."""
+"""Translation: what is missing is filled once, resumed after a stop, and flagged where it looks
+wrong.
+"""
 
 import json
 import sys

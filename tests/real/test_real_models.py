@@ -1,4 +1,6 @@
-"""Real open weights: logits, answers, LoRA steps, scores and exports are those of transformers, peft and lm-eval."""
+"""Real open weights: logits, answers, LoRA steps, scores and exports are those of transformers,
+peft and lm-eval.
+"""
 
 import json
 import warnings
@@ -89,7 +91,9 @@ def test_logits(real, tokenizer, theirs):
 
 
 def ask_theirs(model, tokenizer, question: str, max_new_tokens: int) -> str:
-    """The greedy answer of transformers in the model's own chat template, or to the bare text without one."""
+    """The greedy answer of transformers in the model's own chat template, or to the bare text
+    without one.
+    """
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": question}]
         ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
@@ -240,7 +244,9 @@ def loss_per_token(logits: np.ndarray, targets: np.ndarray) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "limit"), [("nf4", 0.25), ("int8", 0.05)])
 def test_quantized_bases_stay_near_the_model(real, tokenizer, theirs, kind, limit):
-    """The loss of a rounded base beside the base's own on the same text; the limit is in nats per token."""
+    """The loss of a rounded base beside the base's own on the same text; the limit is in nats per
+    token.
+    """
     tokens_BT, mask_BT = rows_of(tokenizer)
     learned = mask_BT[:, 1:] > 0
     targets = tokens_BT[:, 1:][learned].astype(np.int64)

@@ -1,4 +1,6 @@
-"""What the pages show: outside text as text, the first seed's answers, and the numbers of results.json."""
+"""What the pages show: outside text as text, the first seed's answers, and the numbers of
+results.json.
+"""
 
 import json
 import random
@@ -18,7 +20,9 @@ from crossin_jax.study.report import Table, write_study
 
 
 class Page(HTMLParser):
-    """The tags of a page with their attributes, the text that a reader sees, and the JSON island."""
+    """The tags of a page with their attributes, the text that a reader sees, and the JSON
+    island.
+    """
 
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
@@ -61,7 +65,9 @@ PLACES = (
 
 
 def evil(place):
-    """A text that would make an element of its place's name, an attribute and a script if it could."""
+    """A text that would make an element of its place's name, an attribute and a script if it
+    could.
+    """
     return f"\"'><evil-{place} onclick=x></script>&amp;{{{{title}}}}"
 
 
@@ -233,7 +239,9 @@ def test_no_outside_text_becomes_markup_in_a_study(tmp_path):
 
 
 def test_the_item_list_shows_the_first_seed_and_prompt(tmp_path):
-    """Of an arm with several seeds and prompts, the answers of the first run's seed by its first prompt."""
+    """Of an arm with several seeds and prompts, the answers of the first run's seed by its first
+    prompt.
+    """
     answers = {
         (arm, seed, prompt): replace(make(f"{arm}{seed}{prompt}", 0.5), prompt=prompt)
         for arm in ("base", "pairs")
@@ -275,7 +283,9 @@ def number(value):
 
 
 def show(estimate, with_range=True):
-    """A score as tables have it: value, interval or deviation, and a mark where it is clearly different."""
+    """A score as tables have it: value, interval or deviation, and a mark where it is clearly
+    different.
+    """
     sd, change = estimate["sd"], estimate["change"]
     spread = (
         f" ± {number(sd)}"
@@ -358,7 +368,9 @@ def test_tables_show_the_numbers_of_results_json(tmp_path, capsys, seeds, others
 
 
 def test_unread_answers_are_counted_and_some_are_shown(tmp_path):
-    """The page has the share of unread answers by language and reason, and three examples of each at most."""
+    """The page has the share of unread answers by language and reason, and three examples of each
+    at most.
+    """
 
     def answer(i, code):
         if code == "en":

@@ -1,4 +1,6 @@
-"""Free answers as texts: another language than the question's, a second reader, prompts that do not fit."""
+"""Free answers as texts: another language than the question's, a second reader, prompts that do not
+fit.
+"""
 
 import dataclasses
 import json

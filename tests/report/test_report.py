@@ -1,4 +1,6 @@
-"""The report: numbers that agree with the metrics, texts that cannot break the page, filters that filter."""
+"""The report: numbers that agree with the metrics, texts that cannot break the page, filters that
+filter.
+"""
 
 import gzip
 import json
@@ -70,7 +72,7 @@ def nasty() -> Benchmark:
     return Benchmark(f"b{EVIL}", items, LANGUAGES, "made up")
 
 
-# ── numbers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── numbers ───────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("mode", ["expectation", "seaeval", "strict"])
@@ -185,7 +187,7 @@ def test_faults(world, tmp_path):
             read_results(tmp_path)
 
 
-# ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── files ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_files_hold_the_same_numbers_and_answers_come_back(world, tmp_path):
@@ -324,7 +326,9 @@ def test_numbers_and_names_are_short():
 
 
 def test_bars_show_scores_intervals_and_marks(world):
-    """A bar per arm as long as its score, with its interval, its number and its mark; rules are hollow."""
+    """A bar per arm as long as its score, with its interval, its number and its mark; rules are
+    hollow.
+    """
     rules = {"rule": [answer_benchmark(world, dict.fromkeys(world.languages, 0.3), method="rule")]}
     (block, *_) = summarise(make_runs(world, arms=(("$a$", 0.2), ("<b>", 0.9))), rules)
     arms = [row.arm for row in block.rows]
@@ -357,7 +361,7 @@ def test_agreement_leaves_the_diagonal_blank(world):
         assert shown[0, 1] == row.agreement[0][1]
 
 
-# ── in a browser ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── in a browser ──────────────────────────────────────────────────────────────────────────────────
 
 PROBE = """<script>
 const choose = values => { for (const [id, value] of Object.entries(values)) {
@@ -375,7 +379,7 @@ results.overflow = document.documentElement.scrollWidth - document.documentEleme
 results.line = document.querySelector(".version li").textContent;
 const node = document.createElement("pre"); node.id = "probe"; node.textContent = JSON.stringify(results);
 document.body.append(node);
-</script>"""
+</script>"""  # noqa: E501
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )

@@ -94,7 +94,9 @@ def scores_of_items(predictions, mode, seed):
 
 
 def bounds(predictions):
-    """(least, most) of every score: the worst and the best outcome of the coins, tried one by one."""
+    """(least, most) of every score: the worst and the best outcome of the coins, tried one by
+    one.
+    """
     codes, sides = predictions.languages, []
     for pick in (min, max):
         scores = language_scores(
@@ -483,7 +485,9 @@ def test_english_answers_do_not_move_accuracy_outside_english(order):
 
 
 def test_a_tag_makes_a_block_where_some_items_lack_it():
-    """Tags follow the whole benchmark, in the order of the items; one that all items have is no part."""
+    """Tags follow the whole benchmark, in the order of the items; one that all items have is no
+    part.
+    """
     items = make(0, "sum", 1, SKILLS["base"]).items
     tags = [
         ("all", "late") if i > 4 else ("all", "early") if i == 2 else ("all",)
@@ -500,7 +504,9 @@ def test_a_tag_makes_a_block_where_some_items_lack_it():
 
 @pytest.mark.parametrize("english", ["en", "English"])
 def test_english_is_known_by_its_code_and_by_its_name(english):
-    """Logs have languages by name: English is left out of the others and has a column of its own."""
+    """Logs have languages by name: English is left out of the others and has a column of its
+    own.
+    """
     names = {"en": english, "zh": "Chinese", "es": "es"}
     p = make(1, "generate", 1, SKILLS["base"])
     items = tuple(

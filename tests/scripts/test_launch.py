@@ -1,4 +1,6 @@
-"""Launching: what the TPU script prints is pinned and, behind a stand-in for gcloud, carried out; Slurm; Docker."""
+"""Launching: what the TPU script prints is pinned and, behind a stand-in for gcloud, carried out;
+Slurm; Docker.
+"""
 
 import json
 import os
@@ -14,7 +16,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 POD = REPOSITORY / "scripts/tpu/pod.py"
 WHERE = ("--name=mine", "--zone=us-east5-b")
-# a machine room of two workers: `ssh` runs the command in the home folder of each, `scp` copies from or to them
+# a machine room of two workers: `ssh` runs the command in the home folder of each, `scp` copies
+# from or to them
 GCLOUD = """#!/usr/bin/env python3
 import os, pathlib, shutil, subprocess, sys
 room = pathlib.Path(os.environ["ROOM"])
@@ -33,7 +36,7 @@ for worker in workers:
         source, target = [home / p.partition(":")[2] if p.startswith("mine:") else pathlib.Path(p) for p in plain]
         target = target / source.name if target.is_dir() else target
         shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
-"""
+"""  # noqa: E501
 
 
 def dry_run(*arguments: str, where: tuple[str, ...] = WHERE) -> list[list[str]]:
@@ -54,11 +57,13 @@ def dry_run(*arguments: str, where: tuple[str, ...] = WHERE) -> list[list[str]]:
     [
         (
             ("create", "--type=v6e-16"),
-            "tpu-vm create mine --version=v2-alpha-tpuv6e --accelerator-type=v6e-16 --zone=us-east5-b",
+            "tpu-vm create mine --version=v2-alpha-tpuv6e --accelerator-type=v6e-16 "
+            "--zone=us-east5-b",
         ),
         (
             ("create", "--type=v5litepod-16", "--spot"),
-            "tpu-vm create mine --version=v2-alpha-tpuv5-lite --accelerator-type=v5litepod-16 --spot --zone=us-east5-b",
+            "tpu-vm create mine --version=v2-alpha-tpuv5-lite --accelerator-type=v5litepod-16 "
+            "--spot --zone=us-east5-b",
         ),
         (
             ("create", "--type=v5p-32", "--queued"),
@@ -76,7 +81,8 @@ def dry_run(*arguments: str, where: tuple[str, ...] = WHERE) -> list[list[str]]:
         ),
         (
             ("tail", "--worker=3"),
-            "tpu-vm ssh mine --worker=3 '--command=tail -n 50 -F ~/crossin_jax.log' --zone=us-east5-b",
+            "tpu-vm ssh mine --worker=3 '--command=tail -n 50 -F ~/crossin_jax.log' "
+            "--zone=us-east5-b",
         ),
         (
             ("fetch", "bucket/runs/mine", "runs"),
@@ -148,7 +154,8 @@ def test_run_stop_and_fetch_reach_every_worker(room):
     for worker in "01":
         (room / worker / "crossin_jax/.venv/bin").mkdir(parents=True)
         (room / worker / "crossin_jax/.venv/bin/train").write_text(
-            '#!/bin/bash\ntrap "echo saved; exit 75" TERM\necho in $PWD: "$@"\nwhile :; do sleep 0.05; done\n'
+            '#!/bin/bash\ntrap "echo saved; exit 75" TERM\necho in $PWD: "$@"\nwhile :; do sleep '
+            "0.05; done\n"
         )
         (room / worker / "crossin_jax/.venv/bin/train").chmod(0o755)
     pod("run", "train", "--config", "configs/mine.py", "--config.name=two words")
@@ -166,7 +173,9 @@ def test_run_stop_and_fetch_reach_every_worker(room):
 
 
 def test_setup_sends_the_committed_files_and_installs_them(room, monkeypatch):
-    """The installer itself is a stand-in; the archive, the copies and the shell around it are real."""
+    """The installer itself is a stand-in; the archive, the copies and the shell around it are
+    real.
+    """
     commands = dry_run("setup", "--bucket=b")
     assert [command[:4] for command in commands[1:]] == [
         ["gcloud", "compute", "tpus", "tpu-vm"]

@@ -90,7 +90,9 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("content", ["thesis.txt", "key.json", "checkpoints/3/config/metadata"])
 def test_a_folder_that_no_study_made_is_never_deleted(content, study, tmp_path):
-    """Files of the user, of a training run or of another study stay; no cell runs before the refusal."""
+    """Files of the user, of a training run or of another study stay; no cell runs before the
+    refusal.
+    """
     theirs = tmp_path / "b" / content
     theirs.parent.mkdir(parents=True)
     theirs.write_text(
@@ -360,7 +362,9 @@ PARTS = ("mixture", "mask", "scorer")
 
 @pytest.fixture(scope="module")
 def smallest(tmp_path_factory):
-    """Scores of the smallest study, sound and with each part broken: a process of its own, compiled as for users."""
+    """Scores of the smallest study, sound and with each part broken: a process of its own, compiled
+    as for users.
+    """
     ran = subprocess.run(
         [
             sys.executable,
@@ -381,7 +385,9 @@ def smallest(tmp_path_factory):
 
 
 def check_that_pairs_help(found):
-    """The direction that every seed of the study has: pairs raise accuracy outside English, and English stays."""
+    """The direction that every seed of the study has: pairs raise accuracy outside English, and
+    English stays.
+    """
     assert found["x2x_same"][OTHERS] - found["base"][OTHERS] > MARGIN
 
 

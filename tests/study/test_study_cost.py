@@ -67,7 +67,9 @@ KEPT = [
 
 @pytest.mark.parametrize(("changes", "checkpoints"), KEPT)
 def test_disk_holds_the_kept_checkpoints_and_the_one_being_written(changes, checkpoints):
-    """Each has the trained weights and AdamW's two moments in float32; an exported model comes on top."""
+    """Each has the trained weights and AdamW's two moments in float32; an exported model comes on
+    top.
+    """
     disk = disk_of(new(**changes))
     assert disk == pytest.approx(
         checkpoints * 3 * 4 * WHOLE, abs=checkpoints * 16
@@ -130,7 +132,9 @@ def test_cells_that_share_an_estimate_have_the_same_one_alone():
 
 
 def plan_of(config: Config) -> tuple[int, float]:
-    """Made-up bytes and seconds that depend on everything that a step's memory and time depend on."""
+    """Made-up bytes and seconds that depend on everything that a step's memory and time
+    depend on.
+    """
     parts = [
         config.data.length,
         config.data.packing,
@@ -237,6 +241,7 @@ def test_the_last_line_sums_what_is_to_do(planned, monkeypatch, capsys):
     ]
     seconds, disk = plan_of(new())[1], 2 * 4 * 3 * 4 * WHOLE
     assert last == (
-        f"2 of 3 cells to do; disk {disk / 2**20:.0f} MiB; at least {seconds * 4e6 / 3600:.1f} hours on "
+        f"2 of 3 cells to do; disk {disk / 2**20:.0f} MiB; at least {seconds * 4e6 / 3600:.1f} "
+        "hours on "
         "v5e:2x2"
     )

@@ -1,4 +1,6 @@
-"""What makes a study's cell run again, and what its report holds; nothing is trained, and answers are made up."""
+"""What makes a study's cell run again, and what its report holds; nothing is trained, and answers
+are made up.
+"""
 
 import copy
 import dataclasses
@@ -25,7 +27,8 @@ from tests.test_fields import TABLE, change
 
 # ── keys ─────────────────────────────────────────────────────────────────────────────────────────
 
-# Settings that change nothing that is learned: where results go, how fast and how often, and the evaluation
+# Settings that change nothing that is learned: where results go, how fast and how often, and the
+# evaluation
 FREE = {
     "Config.name",
     "Config.output_dir",
@@ -102,7 +105,9 @@ def test_every_setting_that_is_learned_from_is_part_of_the_key(field):
 
 
 def test_keys_follow_what_a_cell_needs_and_its_budget(monkeypatch):
-    """A base's key reaches every cell above it; a budget counts; names, tables and exports do not."""
+    """A base's key reaches every cell above it; a budget counts; names, tables and exports do
+    not.
+    """
 
     def keys(change=None, **last):
         configs = [config_in(Path(name), "model") for name in "abc"]
@@ -175,7 +180,9 @@ def answer(config: Config, seed: int):
 
 @pytest.fixture
 def done(monkeypatch):
-    """Every action of the study's programs, in order; training, export and evaluation are stand-ins."""
+    """Every action of the study's programs, in order; training, export and evaluation are
+    stand-ins.
+    """
     actions = []
 
     def train(config):
@@ -243,7 +250,9 @@ RERUNS = {  # a change of one cell → what runs, and the cells whose folder is 
 
 @pytest.mark.parametrize("what", RERUNS)
 def test_a_changed_cell_runs_again_and_no_other(what, make_study, done):
-    """Weights of other settings are removed; a changed evaluation keeps the weights and is made again."""
+    """Weights of other settings are removed; a changed evaluation keeps the weights and is made
+    again.
+    """
     changes, actions, anew = RERUNS[what]
     run_study(make_study())
     assert [a[:1] if a[0] == "export" else a for a in done] == START + PAIRS + MONO
@@ -299,7 +308,9 @@ def test_a_cell_is_not_done_before_it_is_evaluated(make_study, done, monkeypatch
 
 
 def test_a_budget_reaches_training_and_spares_the_base(make_study, done):
-    """--budget sets the steps of the cells that are evaluated; the model that they start from keeps its own."""
+    """--budget sets the steps of the cells that are evaluated; the model that they start from keeps
+    its own.
+    """
     study = make_study(("pairs", 1))
     given = with_budget(study, "steps=3")
     assert given.cells[0] == study.cells[0]
@@ -337,7 +348,9 @@ def scores_of(config: Config, mode: metrics.Mode) -> dict[str, float]:
 
 @pytest.mark.parametrize("mode", metrics.MODES)
 def test_a_report_scores_by_the_mode_of_its_cells(mode, make_study, done, capsys):
-    """evaluation.mode decides files and printed tables; answers without a model stand beside the arms."""
+    """evaluation.mode decides files and printed tables; answers without a model stand beside the
+    arms.
+    """
     study = make_study(mode=mode)
     run_study(study)
     page = write_report(study)

@@ -202,11 +202,14 @@ def test_a_figure_gives_the_same_text_twice(blocks):
 
 
 def test_figures_are_drawn_of_what_is_there(blocks, study):
-    """Curves need two of their tables and contrasts one; each benchmark is shown by its first method."""
+    """Curves need two of their tables and contrasts one; each benchmark is shown by its first
+    method.
+    """
     figures = draw_figures(study, blocks)
     assert {name: caption for name, (caption, _) in figures.items()} == {
         "share-percent-made": "share, %: made, choice by summed log-likelihood",
-        "over-base-made": "Over base: made, choice by summed log-likelihood; a dot per seed, the bar is their mean",
+        "over-base-made": "Over base: made, choice by summed log-likelihood; a dot per seed, the "
+        "bar is their mean",
         "languages-made": "Accuracy by language: made, choice by summed log-likelihood",
     }
     assert slug("25 %, x2x + Trans") == "25-percent-x2x-trans"
@@ -286,7 +289,9 @@ def test_the_study_says_what_its_tables_say(written):
 
 
 def test_the_study_shows_every_table_but_not_scores_by_byte(written):
-    """results.md and the page have a table for each method that is shown, with a row per table and arm."""
+    """results.md and the page have a table for each method that is shown, with a row per table and
+    arm.
+    """
     folder, blocks = written
     assert questions(blocks) == [("made", "sum"), ("made", "mean")]
     text, page = ((folder / name).read_text() for name in ("results.md", "report.html"))

@@ -245,7 +245,8 @@ def test_a_machine_that_does_not_repeat_itself_is_told_apart(pretrained, tmp_pat
     records[1]["loss"] += 1e-6
     (folder / selftest.KILLED_LOG).write_text("\n".join(map(json.dumps, records)))
     assert selftest.find_differences(pretrained, folder) == [
-        "the losses before the kill differ already: this machine does not repeat its own computations"
+        "the losses before the kill differ already: this machine does not repeat its own "
+        "computations"
     ]
 
 

@@ -1,4 +1,6 @@
-"""The training step: exact under accumulation, sharding and chunking; stops at the first non-finite loss."""
+"""The training step: exact under accumulation, sharding and chunking; stops at the first non-finite
+loss.
+"""
 
 import dataclasses
 from functools import cache, partial
@@ -410,7 +412,9 @@ def test_decay_moves_matrices_alone():
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon"])
 def test_decay_and_muon_spare_biases_and_magnitudes(name):
-    """Of a model with biases and DoRA, everything trained; Muon's updates of matrices have singular values alike."""
+    """Of a model with biases and DoRA, everything trained; Muon's updates of matrices have singular
+    values alike.
+    """
     model = Transformer(
         dataclasses.replace(SPEC, qkv_bias=True),
         frozen_dtype="float32",
@@ -522,7 +526,8 @@ def test_first_moments_take_their_dtype(name):
     ("accumulation", "compute_dtype"), [(1, "bfloat16"), (2, "bfloat16"), (1, "float32")]
 )
 def test_frozen_weights_have_neither_gradients_nor_float32_copies(accumulation, compute_dtype):
-    """Nothing the step computes has the shape of a frozen weight, or of a layer's slice of one, in float32.
+    """Nothing the step computes has the shape of a frozen weight, or of a layer's slice of one, in
+    float32.
 
     The control: products in float32 need such copies, and are found.
     """
@@ -565,7 +570,8 @@ def test_frozen_weights_have_neither_gradients_nor_float32_copies(accumulation, 
 
 @pytest.mark.parametrize("head_trains", [True, False])
 def test_the_logits_of_a_large_vocabulary_never_exist_at_once(head_trains):
-    """Beside copies of the matrices, nothing that the step computes is larger than one chunk's logits.
+    """Beside copies of the matrices, nothing that the step computes is larger than one chunk's
+    logits.
 
     The control: with rows in one chunk, all logits are found.
     """

@@ -1,4 +1,6 @@
-"""What a run says of itself, and to whom: console, JSONL, TensorBoard, W&B; process 0 alone speaks."""
+"""What a run says of itself, and to whom: console, JSONL, TensorBoard, W&B; process 0 alone
+speaks.
+"""
 
 import io
 import json
@@ -28,7 +30,9 @@ GROUPS = [("base", "en"), ("x2x", "zh")]
 
 
 def metrics(loss: float = 2.0) -> dict[str, np.ndarray]:
-    """What a step returns: 30 learned tokens of base/en at 1.0 and 10 of x2x/zh at 5.0, out of 100."""
+    """What a step returns: 30 learned tokens of base/en at 1.0 and 10 of x2x/zh at 5.0, out
+    of 100.
+    """
     return {
         "loss": np.float32(loss),
         "count": np.float32(40),
@@ -430,7 +434,9 @@ def test_flops_are_counted_by_what_trains_and_what_is_frozen(tied, lora):
 
 
 def test_flops_and_peaks():
-    """The count of a small model by hand: the embedding is tied, so it is a matrix that tokens pass through."""
+    """The count of a small model by hand: the embedding is tied, so it is a matrix that tokens pass
+    through.
+    """
     spec = spec_from_architecture(small_architecture(), 300)
     model = abstract_model(
         config_in("x", model=config_in("x").model), spec, make_mesh(config_in("x").mesh)

@@ -262,7 +262,9 @@ def test_benchmark_is_parallel_and_unambiguous(split, subset):
 
 
 def shares_a_substring(a, b):
-    """Written apart from the package: any common run of three letters, or any common Han character."""
+    """Written apart from the package: any common run of three letters, or any common Han
+    character.
+    """
     a, b = (
         "".join(
             c
@@ -325,7 +327,7 @@ L = world.WORLD_LANGUAGES
 parts = [repr(world.world_corpus(split, L, 7)) for split in ("all", "train", "text", "all/time_zone")]
 parts += [json.dumps(world.world_benchmark("held_out", L, 7, subset)) for subset in ("all", "opaque")]
 print(hashlib.sha256("".join(parts).encode()).hexdigest(), time.process_time() - start)
-"""
+"""  # noqa: E501
 
 
 def test_every_process_builds_the_same_in_less_than_five_seconds():
@@ -434,7 +436,9 @@ def test_tokenizer_gives_a_name_the_same_tokens_everywhere(tokenizer_folder):
 
 
 def test_an_answer_has_the_tokens_of_its_name(tokenizer_folder):
-    """Through the real renderer: what training learns is the name as pretraining writes it, then EOS."""
+    """Through the real renderer: what training learns is the name as pretraining writes it, then
+    EOS.
+    """
     tokenizer = load_tokenizer(str(tokenizer_folder))
     renderer = Renderer(tokenizer, "alpaca")
     for record in world_records("dev", FOUR):
@@ -503,7 +507,9 @@ def test_baselines_on_a_row_by_hand():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_commonest_answer_is_counted_among_training_territories_alone(seed):
-    """For each question: the choices that the training split gives most often, and no territory of the test."""
+    """For each question: the choices that the training split gives most often, and no territory of
+    the test.
+    """
     rows = world_benchmark("held_out", FOUR, seed, "all")
     counts = Counter(
         (record.id.split("/")[0], record.texts["es"].output)
