@@ -31,12 +31,13 @@ def main() -> None:
 
 
 def describe(name: str) -> str:
-    """The first line of a program's documentation, from its source: nothing is imported."""
+    """The first paragraph of a program's documentation, from its source: nothing is imported."""
     folder = Path(__file__).parent
     file = folder / f"{name}.py"
     source = file if file.is_file() else folder / name / "__main__.py"
     tree = ast.parse(source.read_text(encoding="utf-8"))
-    return (ast.get_docstring(tree) or "").partition("\n")[0]
+    first = (ast.get_docstring(tree) or "").partition("\n\n")[0]
+    return " ".join(first.split())
 
 
 if __name__ == "__main__":

@@ -149,8 +149,9 @@ def shorten(edges: set[tuple[str, str]]) -> set[tuple[str, str]]:
 
 
 def first_line(path: Path) -> str:
-    """The first line of a module's docstring."""
-    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n")[0]
+    """The first paragraph of a module's docstring, in one line."""
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return " ".join(docstring.partition("\n\n")[0].split())
 
 
 def replace_picture(text: str) -> str:
