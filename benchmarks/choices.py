@@ -159,17 +159,14 @@ def main() -> None:
     exact = against_float64(theirs, joined(questions), np.array(values), np.array(their_values))
     print(
         f"{loaded.spec.num_parameters / 1e6:.1f} M parameters, {len(questions)} questions with "
-        "four choices: ours "
-        f"{len(questions) / seconds['ours'][0]:.2f} questions/s, the harness's backend "
-        f"{len(questions) / seconds['theirs'][0]:.2f} (batch {batch}): {ratio[0]:.2f} x by the "
-        f"clock, {ratio[1]:.2f} "
-        f"x in processor seconds ({seconds['ours'][1]:.0f} and {seconds['theirs'][1]:.0f}); "
-        "log-likelihoods at most "
+        f"four choices: ours {len(questions) / seconds['ours'][0]:.2f} questions/s, the "
+        f"harness's backend {len(questions) / seconds['theirs'][0]:.2f} (batch {batch}): "
+        f"{ratio[0]:.2f} x by the clock, {ratio[1]:.2f} x in processor seconds "
+        f"({seconds['ours'][1]:.0f} and {seconds['theirs'][1]:.0f}); log-likelihoods at most "
         f"{apart.max():.1e} apart, {(apart > 1e-4).sum()} of {len(apart)} by more than 1e-4; "
-        "where they differ most "
-        f"(values to {exact['largest']:.0f}) ours is {exact['ours']:.1e} from float64, theirs "
-        f"{exact['theirs']:.1e}; "
-        f"{engine.compilations} programs, compiled in {engine.programs.compile_seconds:.0f} s"
+        f"where they differ most (values to {exact['largest']:.0f}) ours is {exact['ours']:.1e} "
+        f"from float64, theirs {exact['theirs']:.1e}; {engine.compilations} programs, compiled "
+        f"in {engine.programs.compile_seconds:.0f} s"
     )
     if arguments.out:
         result = {

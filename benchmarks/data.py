@@ -281,8 +281,7 @@ def main() -> None:
         report["quickstart"] = found = time_quickstart(root / "configs" / "quickstart.py")
         print(
             f"quickstart: pipeline {found['pipeline']:,.0f} tokens/s, training step "
-            f"{found['step']:,.0f} tokens/s, "
-            f"ratio {found['pipeline'] / found['step']:.1f}",
+            f"{found['step']:,.0f} tokens/s, ratio {found['pipeline'] / found['step']:.1f}",
             flush=True,
         )
     if options.rows:

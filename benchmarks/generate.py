@@ -268,9 +268,8 @@ def main() -> None:
             f"{len(prompts) / seconds['ours'][0]:.2f} prompts/s, transformers "
             f"{len(prompts) / seconds['theirs'][0]:.2f} (batch {batch}, "
             f"{results[-1]['their_order']}): {ratio[0]:.2f} x by the clock, {ratio[1]:.2f} x in "
-            "processor seconds "
-            f"({seconds['ours'][1]:.0f} and {seconds['theirs'][1]:.0f}); {same} of {len(prompts)} "
-            "answers equal",
+            f"processor seconds ({seconds['ours'][1]:.0f} and {seconds['theirs'][1]:.0f}); "
+            f"{same} of {len(prompts)} answers equal",
             flush=True,
         )
     print(f"{engine.compilations} programs, compiled in {engine.programs.compile_seconds:.0f} s")

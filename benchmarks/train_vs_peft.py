@@ -411,10 +411,9 @@ def compare(
     ratio = statistics.median(rates[0]) / statistics.median(rates[1])
     print(
         f"{name:9} supervised tokens/s, median of {arguments.repeats}: ours "
-        f"{statistics.median(rates[0]):.1f} "
-        f"(micro-batches {our_best}), peft {statistics.median(rates[1]):.1f} (batch {size}, "
-        f"threads {threads}): "
-        f"{ratio:.2f} x; losses at most {apart:.1e} apart",
+        f"{statistics.median(rates[0]):.1f} (micro-batches {our_best}), peft "
+        f"{statistics.median(rates[1]):.1f} (batch {size}, threads {threads}): {ratio:.2f} x; "
+        f"losses at most {apart:.1e} apart",
         flush=True,
     )
     flops = sum(
@@ -516,9 +515,8 @@ def main() -> int:
         ours, theirs = map(statistics.median, result["seconds"])
         result["bound"] = theirs / least
         print(
-            f"{result['layout']:9} products alone would take {least:.2f} s; ours took {ours:.2f}, "
-            f"peft {theirs:.2f}: "
-            f"at most {result['bound']:.2f} x"
+            f"{result['layout']:9} products alone would take {least:.2f} s; ours took "
+            f"{ours:.2f}, peft {theirs:.2f}: at most {result['bound']:.2f} x"
         )
     print(f"load {load:.1f} before, {os.getloadavg()[0]:.1f} after")
     if arguments.out:

@@ -23,16 +23,14 @@ def check(config: Config) -> Config:
         if not values or values.keys() - {"rate", "weight_decay"}:
             raise UserError(
                 f"optim.groups[{pattern!r}]={values!r}: give 'rate' (a factor on the learning "
-                "rate), "
-                "'weight_decay', or both, not negative"
+                "rate), 'weight_decay', or both, not negative"
             )
     if config.optim.name == "adafactor":
         for name in ("b1", "b2", "moments_dtype"):
             if getattr(config.optim, name) != getattr(Optim(), name):
                 raise UserError(
-                    f"optim.{name}={getattr(config.optim, name)}: adafactor keeps no first moment "
-                    "and has "
-                    "a decay of its own; leave it out, or use adamw"
+                    f"optim.{name}={getattr(config.optim, name)}: adafactor keeps no first "
+                    "moment and has a decay of its own; leave it out, or use adamw"
                 )
     if config.train.batch_size % config.train.accumulation:
         raise UserError(
@@ -164,14 +162,12 @@ def _check_data(data: Data) -> None:
         if component.tag is not None and component.tag not in kind.tags:
             raise UserError(
                 f"data.components[{i}].tag={component.tag!r} has no effect on kind "
-                f"{component.kind!r}; "
-                "leave it out"
+                f"{component.kind!r}; leave it out"
             )
         if component.template is not None and not kind.has_prompt:
             raise UserError(
                 f"data.components[{i}].template has no effect on kind {component.kind!r}, which "
-                "has "
-                "no prompt; leave it out"
+                "has no prompt; leave it out"
             )
     shares = [component.share for component in data.components]
     if any(share is not None for share in shares):

@@ -134,8 +134,7 @@ def check_template(config: Config, trained: dict[str, Any]) -> None:
         if now != before:
             raise UserError(
                 f"data.{field}={now!r}, but the model was trained with {before!r}; use that, or "
-                "set "
-                f"evaluation.template to ask in another form on purpose"
+                "set evaluation.template to ask in another form on purpose"
             )
 
 

@@ -312,8 +312,7 @@ def model_card(
     if scores:
         lines += [
             "Estimate and 95 % interval; consistency and AC3 over combinations of three "
-            "languages, or of all "
-            "where there are fewer.",
+            "languages, or of all where there are fewer.",
             "",
             *format_markdown(list(scores[0]), [list(map(_cell, row.values())) for row in scores]),
         ]

@@ -60,10 +60,8 @@ _KEPT_REGIONS = {"pt-BR"}
 # FLORES names a member of these macrolanguages, or a script that CLDR does not know
 _FLORES = (
     "acm_Arab acq_Arab ajp_Arab als_Latn arb_Arab arb_Latn ayr_Latn azb_Arab azj_Latn dik_Latn "
-    "gaz_Latn khk_Cyrl "
-    "kmr_Latn knc_Arab knc_Latn lvs_Latn npi_Deva npi_Latn ory_Orya pbt_Arab pes_Arab plt_Latn "
-    "prs_Arab swh_Latn "
-    "tgl_Latn uzn_Latn ydd_Hebr zsm_Latn"
+    "gaz_Latn khk_Cyrl kmr_Latn knc_Arab knc_Latn lvs_Latn npi_Deva npi_Latn ory_Orya pbt_Arab "
+    "pes_Arab plt_Latn prs_Arab swh_Latn tgl_Latn uzn_Latn ydd_Hebr zsm_Latn"
 )
 _UNSPACED = {"Hans", "Hant", "Jpan", "Thai", "Laoo", "Khmr", "Mymr", "Tibt"}
 

@@ -74,8 +74,7 @@ def run_selftest(
     say(
         process,
         f"passed: killed after step {KILLED}, resumed from step {SAVED}; weights, moments, data "
-        "position and "
-        "losses equal those of the uninterrupted run bit by bit",
+        "position and losses equal those of the uninterrupted run bit by bit",
     )
     if process == 0:
         shutil.rmtree(folder)

@@ -206,8 +206,7 @@ def warn_of_length(length: int, context: int) -> None:
     if length > context and jax.process_index() == 0:
         logging.warning(
             "data.length=%d is longer than the context of the model, %d tokens: longer examples "
-            "are "
-            "learned at positions that the model does not know; set data.length=%d",
+            "are learned at positions that the model does not know; set data.length=%d",
             length,
             context,
             context,

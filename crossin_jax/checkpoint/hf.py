@@ -125,9 +125,9 @@ def check_vocabulary(file: Path, spec: ModelSpec, place: str) -> None:
     last = max(ids)  # of the vocabulary that the tokenizer was trained with
     if last >= spec.vocab_size:
         raise UserError(
-            f"{place}: vocab_size={spec.vocab_size} is smaller than the tokenizer: the last id in "
-            f"{file} "
-            f"is {last}; the tokenizer belongs to another model, or the embedding was not resized"
+            f"{place}: vocab_size={spec.vocab_size} is smaller than the tokenizer: the last id "
+            f"in {file} is {last}; the tokenizer belongs to another model, or the embedding was "
+            "not resized"
         )
 
 

@@ -268,8 +268,7 @@ def read_trained(folder: Path, model: AbstractModel) -> nnx.State:
         if changed := find_changed(expected, arrays)[0]:
             raise UserError(
                 f"{folder / 'state'}: {len(changed)} arrays are not what was saved, e.g. "
-                f"{changed[0]}; "
-                f"{USE_ANOTHER}"
+                f"{changed[0]}; {USE_ANOTHER}"
             )
     return jax.tree.unflatten(
         jax.tree.structure(model.trainable), [arrays[name] for name in wanted]

@@ -163,8 +163,7 @@ def read_adapter(
     if faults:
         raise UserError(
             f"{folder / WEIGHTS}: its tensors do not fit {CONFIG} and the base model "
-            f"({spec.model_type}, "
-            f"{spec.num_layers} layers)\n" + join_some(faults)
+            f"({spec.model_type}, {spec.num_layers} layers)\n" + join_some(faults)
         )
     tensors = {
         path: [take_part(found[name], key) for name in key.names(spec.num_layers)]
@@ -198,9 +197,8 @@ def _read_tensors(file: Path, spec: ModelSpec) -> dict[str, Tensor]:
             if re.search(rf"\b{module}\.(base_layer|lora_)", name):
                 raise UserError(
                     f"{file}: a low-rank adapter on {module} is not supported; merge it into the "
-                    "base with "
-                    "peft (merge_and_unload), or train it with modules_to_save instead of "
-                    "target_modules"
+                    "base with peft (merge_and_unload), or train it with modules_to_save "
+                    "instead of target_modules"
                 )
         found[name] = tensor
     if len(adapters) > 1:
@@ -226,8 +224,8 @@ def find_base(folder: Path) -> Path:
     except UserError as error:
         raise UserError(
             f"{folder / CONFIG} names the base model {base!r}, which cannot be opened here; pass "
-            "its place: "
-            f"{remedy}\n{error}"
+            f"its place: {remedy}\n"
+            f"{error}"
         ) from error
 
 
@@ -255,8 +253,7 @@ def _check_config(config: dict[str, Any], file: Path) -> None:
     if config.get("init_lora_weights", True) not in _STARTS:
         raise UserError(
             f"{file}: init_lora_weights={config['init_lora_weights']!r} changes the base weights "
-            "too; save "
-            "it as plain LoRA with peft (path_initial_model_for_weight_conversion)"
+            "too; save it as plain LoRA with peft (path_initial_model_for_weight_conversion)"
         )
 
 

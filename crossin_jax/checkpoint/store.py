@@ -239,8 +239,8 @@ class Store:
         if damaged:
             raise UserError(
                 f"{self.folder}: every checkpoint is damaged ({', '.join(map(str, damaged))}); "
-                "nothing was "
-                "changed\nbring the folder back from a copy, or start anew with another output_dir"
+                "nothing was changed\n"
+                "bring the folder back from a copy, or start anew with another output_dir"
             )
         return None
 

@@ -78,8 +78,7 @@ def read_header(path: str) -> dict[str, Tensor]:
             if length > min(MAX_HEADER, size - 8):
                 raise UserError(
                     f"{path}: its header claims {length} bytes but {size - 8} follow; it is cut "
-                    "or not "
-                    "safetensors: download it again"
+                    "or not safetensors: download it again"
                 )
             text = file.read(length)
     except OSError as error:

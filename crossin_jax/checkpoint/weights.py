@@ -122,8 +122,7 @@ def load_arrays(
     if reader.with_nan:
         warnings.warn(
             f"{place}: NaN in {', '.join(summarize(sorted(reader.with_nan)))}; the file is "
-            "damaged or the "
-            "training that wrote it diverged",
+            "damaged or the training that wrote it diverged",
             stacklevel=2,
         )
     if progress:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from crossin_jax.config import TAGS, Component
-from crossin_jax.data.records import ANSWERING, Record, Text
+from crossin_jax.data.records import ANSWERING, MASKED, Record, Text
 from crossin_jax.languages import name_of, request_language, request_translation
 
 Indices = np.ndarray  # (n,) int64: positions in `data.languages`
@@ -21,9 +21,7 @@ Indices = np.ndarray  # (n,) int64: positions in `data.languages`
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """What one training sequence says; for kind "text" only `output` is set, for chats `messages`
-    holds the turns.
-    """
+    """What one training sequence says: for kind "text" only `output`, for a chat its `messages`."""
 
     id: str
     component: str
@@ -33,6 +31,20 @@ class Example:
     input: str
     output: str
     messages: tuple[tuple[str, str], ...] | None = None
+
+    @property
+    def exchanges(self) -> list[tuple[str, str, str, bool]]:
+        """(instruction, input, answer, is it learned) of each; a system text opens the first."""
+        if not self.messages:
+            return [(self.instruction, self.input, self.output, True)]
+        exchanges, pending = [], ""
+        for role, text in self.messages:
+            if role in ANSWERING:
+                exchanges.append((pending, "", text, role != MASKED))
+                pending = ""
+            else:
+                pending = f"{pending}\n\n{text}" if pending else text
+        return exchanges
 
 
 # ---- How a pair of languages is drawn

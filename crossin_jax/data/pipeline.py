@@ -211,8 +211,7 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int, folder: str | Path) -
     if vocab_size < len(alphabet) + len(specials):
         raise UserError(
             f"vocab_size={vocab_size} is too small for {len(alphabet)} bytes and {len(specials)} "
-            "special "
-            f"tokens; use {len(alphabet) + len(specials)} or more"
+            f"special tokens; use {len(alphabet) + len(specials)} or more"
         )
     tokenizer.train_from_iterator(
         lines,

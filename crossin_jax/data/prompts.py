@@ -17,7 +17,7 @@ import numpy as np
 
 from crossin_jax.config import UserError
 from crossin_jax.data.kinds import Example
-from crossin_jax.data.records import ANSWERING, MASKED
+from crossin_jax.data.records import MASKED
 from crossin_jax.data.templates import (
     DATE,
     MARK,
@@ -135,8 +135,7 @@ class Renderer:
         if self.apart and self.template is None:
             raise UserError(
                 "data.tokenization='apart' is the release's form and has no meaning for template "
-                "'chat'; "
-                "use joint"
+                "'chat'; use joint"
             )
         if self.system and self.template and "{system}" not in self.template.prompt_no_input:
             raise UserError(
@@ -316,11 +315,7 @@ class Renderer:
             )
             return [Piece(spans[-1][1], tuple((start, len(whole)) for start, whole in spans), None)]
         plan = []
-        for instruction, input, output, is_learned in (
-            _pair_turns(example.messages)
-            if example.messages
-            else ((example.instruction, example.input, example.output, True),)
-        ):
+        for instruction, input, output, is_learned in example.exchanges:
             prompt = self.template.fill(instruction, input, self.system)
             if self.apart:
                 spans = ((0, len(output)),) if is_learned else ()
@@ -358,8 +353,7 @@ class Renderer:
             if not after.startswith(before) or spans and not after.startswith(spans[-1][1]):
                 raise TemplateRefusal(
                     "the tokenizer's chat template rewrites earlier turns, so it cannot be told "
-                    "which "
-                    "tokens are learned; use single turns, or a template file"
+                    "which tokens are learned; use single turns, or a template file"
                 )
             spans.append((len(before.rstrip(" ")), after))
         return spans
@@ -493,17 +487,3 @@ def _find_tokens(encoding: Any, piece: Piece) -> list[tuple[int, int]]:
             )
             ranges.append((first, next(after, len(encoding))))
     return ranges
-
-
-def _pair_turns(messages: tuple[tuple[str, str], ...]) -> list[tuple[str, str, str, bool]]:
-    """(instruction, "", answer, is it learned) per exchange; a system text goes before the
-    first.
-    """
-    turns, pending = [], ""
-    for role, text in messages:
-        if role in ANSWERING:
-            turns.append((pending, "", text, role != MASKED))
-            pending = ""
-        else:
-            pending = f"{pending}\n\n{text}" if pending else text
-    return turns

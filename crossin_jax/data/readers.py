@@ -73,8 +73,7 @@ def find_files(source: Source, codes: Sequence[str]) -> list[File]:
         if missing := [code for code in codes if not found[code]]:
             raise UserError(
                 f"{place}: no file {source.path.replace('{lang}', missing[0])} for language "
-                f"{missing[0]!r}; "
-                f"add it, or leave {missing[0]!r} out of the languages"
+                f"{missing[0]!r}; add it, or leave {missing[0]!r} out of the languages"
             )
         return _one_per_language(source, found, place)
     path = Path(source.path).expanduser()
@@ -96,8 +95,7 @@ def find_files(source: Source, codes: Sequence[str]) -> list[File]:
         names = ", ".join(p.name for p in sorted(path.iterdir())[:5]) or "nothing"
         raise UserError(
             f"{place}: {path} holds no NAME_LANG.json (or .jsonl, .parquet, .csv) for "
-            f"{', '.join(codes)}; "
-            f"it holds {names}"
+            f"{', '.join(codes)}; it holds {names}"
         )
     if missing := [code for code in codes if not found[code]]:
         raise UserError(

@@ -68,8 +68,7 @@ TEMPLATES: dict[str, Template] = {
     ),
     "cl_boost": Template(
         f"{_TASK}{_MANY}, paired with an input in one or more language that provides further "
-        "context. "
-        f"{_RESPOND}{_FIELDS}",
+        f"context. {_RESPOND}{_FIELDS}",
         f"{_TASK}{_MANY}. {_RESPOND}{_NO_INPUT}",
     ),
     "llama": Template(

@@ -170,8 +170,7 @@ def draw_shot_items(
     if len(chosen) < num_shots:
         raise UserError(
             f"{benchmark.source}, item {item.id!r}: evaluation.shots={num_shots}, but only "
-            f"{len(chosen)} "
-            f"other items have another context; use fewer shots"
+            f"{len(chosen)} other items have another context; use fewer shots"
         )
     return tuple(chosen)
 
@@ -343,9 +342,8 @@ def _split_by_language(
         mark = row.get("dialect") or row.get("language") or row.get("lang")
         if mark is None:
             raise UserError(
-                f"{place}, item {row.get('id')!r}: the row does not say its language; add a field "
-                "language, "
-                f"or give one file per language with {{lang}} in the path"
+                f"{place}, item {row.get('id')!r}: the row does not say its language; add a "
+                f"field language, or give one file per language with {{lang}} in the path"
             )
         marks.append((mark, canonical(mark, f"{place}, item {row.get('id')!r}")))
     present = {code for _, code in marks}

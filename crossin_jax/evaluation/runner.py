@@ -300,8 +300,8 @@ def check_lengths(
     )
     if config.evaluation.over_long == "refuse":
         raise UserError(
-            f"{place}; {count}\nset evaluation.over_long=skip to count them as unanswered, or "
-            "lower "
+            f"{place}; {count}\n"
+            "set evaluation.over_long=skip to count them as unanswered, or lower "
             f"evaluation.shots={config.evaluation.shots} or evaluation.max_new_tokens"
         )
     log.warning("%s; %s: skipped, each counts as any of its choices", place, count)

@@ -57,8 +57,7 @@ def resolve(lora: Lora | None, spec: ModelSpec) -> Lora | None:
             if 0 < len(set(parts) & set(names)) < len(parts):
                 raise UserError(
                     f"lora.{field}: {', '.join(parts)} are one weight in a {spec.model_type} "
-                    "model; name all of "
-                    "them or none"
+                    "model; name all of them or none"
                     + (
                         "; released_code_compatible leaves out q_proj"
                         if targets != lora.targets

@@ -89,8 +89,7 @@ def read_rope(
         if local.kind != "default":  # the layout that both versions read has no place for it
             raise UserError(
                 f"{place}: rope type {local.kind!r} of the local layers is not supported; "
-                "supported there: "
-                "default"
+                "supported there: default"
             )
         return parse({**full, **(scaling or {})}), local
     if values is not None and "full_attention" in values:
@@ -107,8 +106,8 @@ def read_rope(
         if kept != lost:
             raise UserError(
                 f"{place}: rope_scaling replaces rope_parameters in transformers, and with it "
-                f"rope_theta={lost} "
-                f"becomes {kept}; move the fields of rope_scaling into rope_parameters"
+                f"rope_theta={lost} becomes {kept}; move the fields of rope_scaling into "
+                "rope_parameters"
             )
     return parse(scaling or values or {}), None
 
@@ -199,8 +198,7 @@ def _parse_longrope(rope: Rope, values: dict[str, Any], config: dict[str, Any], 
         if len(lists[name]) != count:
             raise UserError(
                 f"{place}: {name} of the rope has {len(lists[name])} entries; it takes {count}, "
-                "one for each "
-                "pair of rotated numbers"
+                "one for each pair of rotated numbers"
             )
     return replace(
         rope,

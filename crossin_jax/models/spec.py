@@ -231,9 +231,7 @@ _ACTIVATIONS = {
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Shape and rules of one decoder; every field is there because a checkpoint in `docs/models.md`
-    needs it.
-    """
+    """Shape and rules of one decoder; each field is needed by a model in `docs/models.md`."""
 
     model_type: str
     vocab_size: int
@@ -251,9 +249,7 @@ class ModelSpec:
     activation: str = "silu"  # or gelu_tanh
     qkv_bias: bool = False  # Qwen 2
     qk_norm: bool = False  # Gemma 3, Qwen 3
-    fused_weights: bool = (
-        False  # Phi-3: files hold q, k and v as one weight, gate and up as another
-    )
+    fused_weights: bool = False  # Phi-3: files hold q, k, v as one weight, gate and up as one
     post_norms: bool = False  # Gemma 2 and 3: norms after attention and feed-forward too
     norm_offset: bool = False  # Gemma: norms multiply by 1 + weight
     scale_embedding: bool = False  # Gemma: embeddings times sqrt(width)
@@ -292,8 +288,7 @@ class ModelSpec:
 
 
 def spec_from_hf(config: dict[str, Any], place: str) -> ModelSpec:
-    """Reads the content of a config.json in the layout of transformers 4 or 5; a null means that a
-    field is absent.
+    """Reads a config.json in the layout of transformers 4 or 5; a field that is null is absent.
 
     `place` names the file in errors. Raises `UserError` for an architecture, rope type, activation
     or bias that is not supported, for a quantized checkpoint, and for a missing field, before any
@@ -304,8 +299,8 @@ def spec_from_hf(config: dict[str, Any], place: str) -> ModelSpec:
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
         raise UserError(
-            f"{place}: model_type={model_type!r} is not "
-            f"supported{hint(model_type, FAMILIES)}\nsupported: "
+            f"{place}: model_type={model_type!r} is not supported{hint(model_type, FAMILIES)}\n"
+            "supported: "
             + "; ".join(f"{name} ({f.note})" for name, f in FAMILIES.items() if not f.text_model)
         )
     _check_supported(config, place)
@@ -324,8 +319,7 @@ def spec_from_hf(config: dict[str, Any], place: str) -> ModelSpec:
     if N % K or H % 2 or not H:
         raise UserError(
             f"{place}: {N} attention heads of width {H} over {K} key/value heads; the heads must "
-            "be a "
-            "multiple of the key/value heads and their width even"
+            "be a multiple of the key/value heads and their width even"
         )
     # Scores are divided by the root of the head width, or of a number that the file gives.
     has_scalar = "query_pre_attn_scalar" in family.defaults
@@ -370,8 +364,7 @@ def _check_supported(config: dict[str, Any], place: str) -> None:
         method = config["quantization_config"].get("quant_method", "unknown")
         raise UserError(
             f"{place}: the weights are stored quantized ({method}); use the bf16 checkpoint and "
-            "set "
-            "model.frozen_dtype to int8 or nf4"
+            "set model.frozen_dtype to int8 or nf4"
         )
     for name in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
         if config.get(name):
@@ -382,9 +375,7 @@ def _check_supported(config: dict[str, Any], place: str) -> None:
 
 
 def _check_types(config: dict[str, Any], place: str) -> None:
-    """Raises `UserError` for a value of the wrong type or size, also in the parts of a
-    config.json.
-    """
+    """Raises `UserError` for a value of the wrong type or size, also in parts of config.json."""
     check_fields(config, _TYPES, place)
     for name in _PARTS:
         if isinstance(part := config.get(name), dict):
@@ -415,16 +406,14 @@ def _read_local_layers(
     if unknown or len(kinds) != L:
         raise UserError(
             f"{place}: layer_types has {len(kinds)} entries of kinds "
-            f"{', '.join(sorted(set(kinds)))}; "
-            f"it takes num_hidden_layers={L} entries of full_attention or sliding_attention"
+            f"{', '.join(sorted(set(kinds)))}; it takes num_hidden_layers={L} entries of "
+            "full_attention or sliding_attention"
         )
     return tuple(kind == "sliding_attention" for kind in kinds)
 
 
 def spec_to_hf(spec: ModelSpec) -> dict[str, Any]:
-    """The config.json of a model of this shape, in the layout that transformers 4 and 5 both
-    read.
-    """
+    """The config.json of a model, in the layout that transformers 4 and 5 both read."""
     family, L = FAMILIES[spec.model_type], spec.num_layers
     activation = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}[spec.activation]
     config: dict[str, Any] = {
@@ -474,15 +463,12 @@ def _whole(value: float) -> int | float:
 
 
 def spec_from_architecture(architecture: Architecture, vocab_size: int) -> ModelSpec:
-    """A Llama of the shape in the configuration; raises `UserError` where heads do not divide the
-    width.
-    """
+    """A Llama of a configured shape; raises `UserError` where heads do not divide the width."""
     a = architecture
     if a.width % a.num_heads or (a.width // a.num_heads) % 2:
         raise UserError(
             f"model.architecture.width={a.width} does not split into num_heads={a.num_heads} "
-            "heads of even "
-            "width; use a multiple of twice the heads"
+            "heads of even width; use a multiple of twice the heads"
         )
     if a.num_heads % a.num_kv_heads:
         raise UserError(

@@ -111,8 +111,8 @@ def detect_process(
         if not coordinator.rpartition(":")[2].isdigit() or not 0 <= process_id < num_processes:
             raise UserError(
                 f"--coordinator={coordinator} --num_processes={num_processes} "
-                f"--process_id={process_id}: "
-                "give host:port of process 0, and a number below the number of processes"
+                f"--process_id={process_id}: give host:port of process 0, and a number below the "
+                "number of processes"
             )
         return Place(coordinator, num_processes, process_id)
     if num_processes is not None or process_id is not None:

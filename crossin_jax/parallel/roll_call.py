@@ -112,8 +112,7 @@ def _gather(place: Place, deadline: float, timeout_seconds: float) -> tuple[str 
         elif missing:
             fault = (
                 f"{len(missing)} of {place.num_processes} processes did not come within "
-                f"{timeout_seconds:g} s: "
-                f"{_list([place.name(p) for p in missing])}; here are "
+                f"{timeout_seconds:g} s: {_list([place.name(p) for p in missing])}; here are "
                 f"{_list([place.name(p, came[p]) for p in sorted(came)])}\n"
                 "start the same command on those hosts too, look at their output, or raise "
                 "--start_timeout"
@@ -147,9 +146,8 @@ def _report(place: Place, deadline: float) -> tuple[str | None, list[Link]]:
             if time.monotonic() > deadline:
                 return (
                     f"process {place.process_id}: process {place.name(0)} does not answer at "
-                    f"{place.coordinator} "
-                    f"({str(error)[:100]})\nstart the same command there, look at its output, "
-                    "check --coordinator"
+                    f"{place.coordinator} ({str(error)[:100]})\n"
+                    "start the same command there, look at its output, check --coordinator"
                 ), []
             time.sleep(0.5)
 

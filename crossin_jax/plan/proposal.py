@@ -62,8 +62,8 @@ def apply_proposal(path: str | Path, config: Config) -> Config:
     is_proposal = isinstance(change, dict) and isinstance(made_for, dict)
     if not is_proposal or made_for.keys() - {"model", *SIZES, *TUNED}:
         raise UserError(
-            f"--tuned={path}: not a proposal; "
-            "give a file that `python -m crossin_jax.plan --tune --out FILE` wrote"
+            f"--tuned={path}: not a proposal; give a file that `python -m crossin_jax.plan "
+            "--tune --out FILE` wrote"
         )
     if set(change) - set(TUNED):
         raise UserError(

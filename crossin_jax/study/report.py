@@ -161,8 +161,7 @@ def notes(blocks: dict[str, list[Block]], mode: Mode) -> str:
     everything = [block for several in blocks.values() for block in several]
     return (
         f"{MODES_IN_WORDS[mode]} {explain_marks(everything)}. Arms are compared with the first "
-        "arm of their table. "
-        "AC3 says little without the accuracy beside it."
+        "arm of their table. AC3 says little without the accuracy beside it."
     )
 
 

@@ -89,8 +89,8 @@ def check_folders(study: Study, chosen: slice) -> None:
         if report.is_relative_to(folder):
             raise UserError(
                 f"study {study.name}: cell {cell.name} has output_dir={folder}, which holds "
-                f"{report} of "
-                "the study\ngive the cell a folder of its own"
+                f"{report} of the study\n"
+                "give the cell a folder of its own"
             )
         for other, name in seen.items():
             if folder.is_relative_to(other) or other.is_relative_to(folder):
@@ -157,8 +157,7 @@ def run_cell(cell: Cell, keys: dict[str, str], study: Study) -> None:
             number = study.cells.index(needed)
             raise UserError(
                 f"cell {cell.name} needs {needed.name}, which is not done; run it first, here or "
-                "on "
-                f"another pod: --cells={number}:{number + 1}"
+                f"on another pod: --cells={number}:{number + 1}"
             )
     folder = find_folder(cell)
     config = resolve_budget(cell)

@@ -69,8 +69,7 @@ def check_base(config: Config, frozen: Any, origin: dict[str, Any], place: Path)
     if skipped and jax.process_index() == 0:
         logging.warning(
             "%s: the base model is read in another precision than in training, so it cannot be "
-            "compared "
-            "with the one there",
+            "compared with the one there",
             place,
         )
 

@@ -101,8 +101,7 @@ def parse() -> argparse.Namespace:
     if family not in RUNTIMES and not arguments.version:
         parser.error(
             f"--type={arguments.type}: no runtime is known for {family}; known: "
-            f"{', '.join(RUNTIMES)}; "
-            "name one with --version"
+            f"{', '.join(RUNTIMES)}; name one with --version"
         )
     if arguments.verb == "run" and not arguments.command:
         parser.error(

@@ -223,22 +223,47 @@ def test_hub_names_and_configurations(monkeypatch):
 # The wording of SeaEval v0.1, written out once more by hand.
 ZERO_SHOT = {
     1: "Respond to the question by selecting the most appropriate answer. Simply select the "
-    "answer, no explanations "
-    "required.\n\nQuestion:\nWhich city?\n\nChoices:\n(A) Rome\n(B) Oslo",
+    "answer, no explanations required.\n"
+    "\n"
+    "Question:\n"
+    "Which city?\n"
+    "\n"
+    "Choices:\n"
+    "(A) Rome\n"
+    "(B) Oslo",
     2: "Kindly choose the correct answer from the options provided for the multiple-choice "
-    "question. Simply select the "
-    "answer, no explanations required.\nQuestion:\nWhich city?\nChoices:\n(A) Rome\n(B) Oslo",
+    "question. Simply select the answer, no explanations required.\n"
+    "Question:\n"
+    "Which city?\n"
+    "Choices:\n"
+    "(A) Rome\n"
+    "(B) Oslo",
     3: "Solve the multi-choice question by selecting the accurate answer. Simply select the "
-    "answer, no explanations "
-    "required.\nQuestion:\nWhich city?\nChoices:\n(A) Rome\n(B) Oslo",
+    "answer, no explanations required.\n"
+    "Question:\n"
+    "Which city?\n"
+    "Choices:\n"
+    "(A) Rome\n"
+    "(B) Oslo",
     4: "Please answer the following multiple-choice question by selecting the correct option. "
-    "Simply select the "
-    "answer, no explanations required.\n\nQuestion:\nWhich city?\n\nChoices:\n(A) Rome\n(B) Oslo",
+    "Simply select the answer, no explanations required.\n"
+    "\n"
+    "Question:\n"
+    "Which city?\n"
+    "\n"
+    "Choices:\n"
+    "(A) Rome\n"
+    "(B) Oslo",
     5: "As an expert, your task is to solve the following multiple-choice question. Identify the "
-    "correct response "
-    "among the given choices. Simply select the answer, no explanations "
-    "required.\n\nQuestion:\nWhich city?\n\n"
-    "Choices:\n(A) Rome\n(B) Oslo",
+    "correct response among the given choices. Simply select the answer, no explanations "
+    "required.\n"
+    "\n"
+    "Question:\n"
+    "Which city?\n"
+    "\n"
+    "Choices:\n"
+    "(A) Rome\n"
+    "(B) Oslo",
 }
 
 

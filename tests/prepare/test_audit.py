@@ -25,16 +25,13 @@ from tests.data.conftest import parallel_rows, write_lines
 CODES = ("en", "zh", "vi", "es")
 QUESTIONS = {
     "en": "Which of the old harbour towns along the northern coast kept its own silver coinage "
-    "until the great fire "
-    "of 1743?",
+    "until the great fire of 1743?",
     "zh": "北方海岸的旧港口城镇之中，哪一座城镇直到一七四三年的大火之前"
     "都一直保留着自己的银币铸造权利？",
-    "vi": "Thị trấn cảng cổ nào dọc theo bờ biển phía bắc vẫn giữ tiền bạc đúc riêng cho đến trận "
-    "hỏa hoạn lớn "
-    "năm 1743?",
+    "vi": "Thị trấn cảng cổ nào dọc theo bờ biển phía bắc vẫn giữ tiền bạc đúc riêng cho đến "
+    "trận hỏa hoạn lớn năm 1743?",
     "es": "¿Cuál de las antiguas ciudades portuarias de la costa norte conservó su propia moneda "
-    "de plata hasta el "
-    "gran incendio de 1743?",
+    "de plata hasta el gran incendio de 1743?",
 }
 EDITS = {
     "en": ("old harbour", "ancient port"),

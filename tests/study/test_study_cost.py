@@ -242,6 +242,5 @@ def test_the_last_line_sums_what_is_to_do(planned, monkeypatch, capsys):
     seconds, disk = plan_of(new())[1], 2 * 4 * 3 * 4 * WHOLE
     assert last == (
         f"2 of 3 cells to do; disk {disk / 2**20:.0f} MiB; at least {seconds * 4e6 / 3600:.1f} "
-        "hours on "
-        "v5e:2x2"
+        "hours on v5e:2x2"
     )
