@@ -70,10 +70,11 @@ MORE = {
     "rms_norm_eps": 1e-5,
     "hidden_act": "silu",
 }
+# Bytes per second, from the maker's data sheets (SXM).
 HBM = {
     "NVIDIA H100": 3.35e12,
     "NVIDIA H200": 4.8e12,
-}  # bytes per second, from the maker's data sheets (SXM)
+}
 
 
 def attempt(is_quick: bool, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -197,9 +198,8 @@ def decode_ours(shape: dict, rows: int, length: int, drawn: int) -> dict[str, An
 
     from crossin_jax.generation.engine import Engine
 
-    side = our_side(
-        shape, 1, length
-    )  # LoRA keeps the weights frozen, in bfloat16; rank 1 costs next to nothing
+    # LoRA keeps the weights frozen, in bfloat16; rank 1 costs next to nothing.
+    side = our_side(shape, 1, length)
     state = side.start()
     engine = Engine(
         side.model.graphdef,
@@ -213,9 +213,8 @@ def decode_ours(shape: dict, rows: int, length: int, drawn: int) -> dict[str, An
     )
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(state.frozen))
     heads, layers, width = side.spec.num_kv_heads, side.spec.num_layers, side.spec.head_width
-    stored = (
-        2 * 2 * layers * heads * width * rows * (length + drawn / 2)
-    )  # keys and values, bfloat16, on average
+    # Keys and values, bfloat16, on average.
+    stored = 2 * 2 * layers * heads * width * rows * (length + drawn / 2)
     prompts = list(tokens_of(shape, rows, length).astype(np.int32))
     return rates(
         lambda count: engine.generate(prompts, max_new_tokens=count, progress=False),

@@ -32,6 +32,7 @@ from typing import Any
 from tpu_compile import PEERS, WORK, run
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# MaxText's name, chips.
 TOPOLOGIES = {
     "v6e:4x4": ("v6e-16", 16),
     "v5e:4x4": ("v5e-16", 16),
@@ -39,7 +40,7 @@ TOPOLOGIES = {
     "v5p:2x2x2": ("v5p-16", 8),
     "v5e:2x4": ("v5e-8", 8),
     "v6e:2x4": ("v6e-8", 8),
-}  # MaxText's name, chips
+}
 MODELS = {"W1": "llama2-7b", "W2": "llama2-7b", "W3": "gemma-2b"}
 
 
@@ -237,6 +238,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
+    # The last is MaxText's own: no Google Cloud clients.
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
@@ -244,7 +246,7 @@ def main() -> None:
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "DECOUPLE_GCLOUD": "TRUE",
-    }  # the last is MaxText's own: no Google Cloud clients
+    }
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

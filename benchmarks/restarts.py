@@ -40,10 +40,11 @@ def make_parts(folder: Path):
     from crossin_jax.data.prompts import Renderer
     from crossin_jax.world.facts import tokenizer_lines
 
+    # Many small windows: more borders to stop at.
     packing.WINDOW_ROWS, packing.WINDOW_TOKENS = (
         12,
         0,
-    )  # many small windows: more borders to stop at
+    )
     components = tuple(Component(kind=kind, source="facts") for kind in ("base", "x2x", "trans"))
     data = Data(
         sources=(Source(name="facts", kind="world", split="train"),),

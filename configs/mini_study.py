@@ -42,10 +42,11 @@ from crossin_jax.config import (
 from crossin_jax.data.mixture import temper
 
 FOUR, SEVEN = ("en", "zh", "vi", "es"), ("en", "zh", "vi", "es", "id", "ms", "fil")
+# Not 0: the sketch that the settings come from chose them there.
 SEEDS, FEWER = (
     (1, 2, 3, 4, 5),
     (1, 2, 3),
-)  # not 0: the sketch that the settings come from chose them there
+)
 ROOT = "runs/mini_study"
 STEPS = 150
 

@@ -308,9 +308,8 @@ def _find_fault_in_text(text: str, rules: Mapping[str, Any]) -> str | None:
 
 
 def _find_fault_in_number(number: float, rules: Mapping[str, Any]) -> str | None:
-    if isinstance(number, float) and not math.isfinite(
-        number
-    ):  # a comparison with nan is never true
+    # A comparison with nan is never true.
+    if isinstance(number, float) and not math.isfinite(number):
         return "must be finite"
     if "choices" in rules and number not in rules["choices"]:
         return f"is not one of {', '.join(map(str, rules['choices']))}"

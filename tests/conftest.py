@@ -14,13 +14,11 @@ if WORKER is None:  # else what the first process set is inherited
         "--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true "
         "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
     )
-    if version("jaxlib").startswith(
-        "0.10."
-    ):  # later ones do not know the flag, and an unknown flag ends the process
+    # Later ones do not know the flag, and an unknown flag ends the process.
+    if version("jaxlib").startswith("0.10."):
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
-    _CACHE = tempfile.TemporaryDirectory(
-        prefix="crossin_jax_tests_"
-    )  # a program that two tests share is compiled once
+    # A program that two tests share is compiled once.
+    _CACHE = tempfile.TemporaryDirectory(prefix="crossin_jax_tests_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
     os.environ["HF_HUB_OFFLINE"] = "1"

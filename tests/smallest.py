@@ -75,9 +75,8 @@ def main(root: Path, seed: int, parts: list[str]) -> dict[str, dict[str, dict[st
     found = {"sound": {arm: ask(arms[arm], sound[arm], root / "asked" / arm) for arm in ARMS}}
     for part in parts:
         with broken(part):
-            changed = (
-                ARMS if part == "scorer" else ARMS[1:]
-            )  # against a broken base the gap is smaller still
+            # Against a broken base the gap is smaller still.
+            changed = ARMS if part == "scorer" else ARMS[1:]
             folders = {
                 arm: sound[arm]
                 if part == "scorer"

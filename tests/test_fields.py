@@ -545,9 +545,8 @@ def test_a_changed_field_changes_what_comes_of_it(field, bases):
     key = (name, look)
     if key not in SEEN:
         SEEN[key] = observe(name, None, None, look, bases)
-        assert (
-            observe(name, None, None, look, bases) == SEEN[key]
-        )  # the same twice, else a change says nothing
+        # The same twice, else a change says nothing.
+        assert observe(name, None, None, look, bases) == SEEN[key]
         assert name in ("HUB", "APART", "LONG") or not str(SEEN[key]).startswith("UserError"), SEEN[
             key
         ]

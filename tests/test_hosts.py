@@ -46,9 +46,8 @@ def test_four_two_and_one_process_agree_with_eight_devices(pretrained, tmp_path)
         np.testing.assert_allclose(
             [losses[s] for s in steps], [expected[s] for s in steps], rtol=1e-5
         )
-        assert (tmp_path / name / "metrics.jsonl").read_text().count("\n") == len(
-            steps
-        )  # process 0 writes
+        # Process 0 writes.
+        assert (tmp_path / name / "metrics.jsonl").read_text().count("\n") == len(steps)
 
 
 def test_a_process_that_never_starts_is_named(tmp_path):

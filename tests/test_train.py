@@ -249,9 +249,8 @@ def test_signals_while_compiling_and_while_saving(pretrained, tmp_path, monkeypa
     for place, name, saved in ((train_program, "to_mesh", [1]), (Store, "save", [1, 3, 4])):
         before = signal.getsignal(signal.SIGTERM)
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-            patch.setattr(
-                place, name, tell(getattr(place, name))
-            )  # then comes the compiler; then a save is under way
+            # Then comes the compiler; then a save is under way.
+            patch.setattr(place, name, tell(getattr(place, name)))
             train(config_in(tmp_path / "run"))
         signal.signal(signal.SIGTERM, before)
         assert stop.value.code == 75
@@ -482,9 +481,8 @@ def test_a_fault_names_its_rows_and_leaves_the_last_good_state(pretrained, tmp_p
     assert first.endswith(
         "run: the loss or gradient of step 5 is not finite; checkpoint 3 is the last good state"
     )
-    assert all(
-        np.array_equal(batches[4][name], rows) for name, rows in batches[-1].items()
-    )  # of that very step
+    # Of that very step.
+    assert all(np.array_equal(batches[4][name], rows) for name, rows in batches[-1].items())
     fault = json.loads((tmp_path / "run/fault.json").read_text())
     assert fault["step"] == 5 and [row["row"] for row in fault["rows"] if not row["finite"]] == [
         2,
@@ -525,9 +523,8 @@ def test_benchmarks_and_profiler_run_during_training(adapted, pretrained, tmp_pa
     assert all(0 <= record["cross_world:dev/sum/p0/accuracy/es"] <= 1 for record in scored)
     predictions, _ = evaluate_run(config, tmp_path / "run", tmp_path / "evaluation")
     (asked,) = [one for one in predictions if one.method == "sum"]
-    for key, value in (
-        metrics.evaluate(asked, config.evaluation.mode).flatten().items()
-    ):  # of the weights of that step
+    # Of the weights of that step.
+    for key, value in metrics.evaluate(asked, config.evaluation.mode).flatten().items():
         assert scored[1][f"cross_world:dev/sum/p0/{key}"] == pytest.approx(value, nan_ok=True), key
     assert scored[0] | {"step": 6} != scored[1]
     assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))

@@ -59,10 +59,11 @@ MODELS = {  # folder and prompt template
     "gemma-7b": ("models/gemma-7b", "gemma"),
 }
 VOLUMES = ("3000", "6000", "15000", "all")
+# Of the published sets: one pass over the mixture is as many steps.
 PLATYPUS_ROWS, ALPACA_ROWS = (
     24_926,
     52_002,
-)  # of the published sets: one pass over the mixture is as many steps
+)
 ARMS = {  # what is added to the base data
     "base": (),
     "base+trans": ("trans",),

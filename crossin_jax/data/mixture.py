@@ -370,9 +370,8 @@ class Mixture(Sequence):
             zip(self.labels, self.pools, self.sizes, strict=True)
         ):
             chosen = to_dict(pool.component)
-            del chosen[
-                "template"
-            ]  # how a text is laid out is the renderer's; its hash travels beside this one
+            # How a text is laid out is the renderer's; its hash travels beside this one.
+            del chosen["template"]
             if chosen["tag"] is None:  # then `data.tag` below decides
                 del chosen["tag"]
             components.append(

@@ -119,9 +119,8 @@ class PackedBlocks:
             math.ceil(rows * length / mean) if packing else max(1, rows // batch_size) * batch_size
         )
         self.per_epoch = max(1, round(len(mixture) / size))  # windows in an epoch
-        self._epochs = (
-            max(1, math.ceil(size / len(mixture))) if self.per_epoch == 1 else 1
-        )  # or epochs in a window
+        # A small mixture has several epochs in one window.
+        self._epochs = max(1, math.ceil(size / len(mixture))) if self.per_epoch == 1 else 1
         if num_epochs is not None:
             self._epochs = min(self._epochs, num_epochs)
         self._end = None if num_epochs is None else num_epochs * len(mixture)
@@ -250,9 +249,8 @@ class PackedBlocks:
         counts = np.array([len(row) for row in rows])
         row_of = np.repeat(np.arange(len(rows)), counts)
         first = np.cumsum(counts) - counts  # of each row, among all examples
-        begins = (ends - lengths) - (ends - lengths)[
-            first[row_of]
-        ]  # of each example, within its row
+        # Where each example begins within its row.
+        begins = (ends - lengths) - (ends - lengths)[first[row_of]]
         inside = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
         place = np.repeat(row_of * self.length + begins, lengths) + inside
         values = {

@@ -60,9 +60,8 @@ def open_renderer(config: Config, tokenizer: Any) -> Renderer:
         zip(label_components(components), components, strict=True)
     ):
         if component.template is not None:
-            load_template(
-                component.template, f"data.components[{i}].template"
-            )  # a fault names this place
+            # A fault in the template is reported with this place.
+            load_template(component.template, f"data.components[{i}].template")
             others[label] = make(component.template)
     return make(config.data.template, others=others)
 
@@ -101,9 +100,8 @@ def open_tokenizer(config: Config, corpora: dict[str, Corpus] | None = None) -> 
 
 def load_tokenizer(path: str, revision: str | None = None) -> Any:
     """A fast tokenizer from a folder or the Hub; raises `UserError` where there is none."""
-    os.environ.setdefault(
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
-    )  # it would advise to install PyTorch
+    # transformers would advise to install PyTorch.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers
 
     folder = Path(path).expanduser()

@@ -460,10 +460,11 @@ def _count_back(num_bytes: np.ndarray, piece: Piece) -> list[tuple[int, int]] | 
     answer = len(piece.text[start:].encode("utf-8", "surrogatepass"))
     from_end = np.cumsum(num_bytes[::-1])
     total = len(piece.text[:start].encode("utf-8", "surrogatepass")) + answer
+    # The 1 is the space that some tokenizers put first.
     if not len(from_end) or from_end[-1] - total not in (
         0,
         1,
-    ):  # 1: the space that a tokenizer puts first
+    ):
         return None
     return (
         [(len(num_bytes) - int(np.searchsorted(from_end, answer)) - 1, len(num_bytes))]

@@ -79,9 +79,8 @@ TEMPLATES: dict[str, Template] = {
         "You are a helpful assistant.",
     ),
     "gemma": Template("{instruction}\n{input}\n", "{instruction}\n"),
-    "plain": Template(
-        "{instruction}\n{input}\n ", "{instruction}\n "
-    ),  # short; names keep their tokens in an answer
+    # Short, and a name has the same tokens in a text and in an answer.
+    "plain": Template("{instruction}\n{input}\n ", "{instruction}\n "),
     "chatml": Template(
         "{system}<|im_start|>user\n{instruction}\n{input}<|im_end|>\n<|im_start|>assistant\n",
         "{system}<|im_start|>user\n{instruction}<|im_end|>\n<|im_start|>assistant\n",

@@ -80,17 +80,13 @@ class EngineLM(TemplateLM):
         """Opens `pretrained` (a folder, a Hub id, an adapter or a run); takes model_args and flags
         of the harness.
         """
-        given = (
-            additional_config or {},
-            arg_dict,
-        )  # model_args win: the harness has a batch size of its own accord
+        # model_args win: the harness has a batch size of its own accord.
+        given = (additional_config or {}, arg_dict)
         settings = {
             key: value for some in given for key, value in some.items() if value is not None
         }
-        for name in (
-            "device",
-            "max_batch_size",
-        ):  # the harness names cuda:0 unasked; JAX finds its devices
+        # The harness names cuda:0 unasked; JAX finds its devices.
+        for name in ("device", "max_batch_size"):
             settings.pop(name, None)
         if unknown := sorted(set(settings) - set(OURS)):
             raise UserError(

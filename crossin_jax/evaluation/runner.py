@@ -82,9 +82,8 @@ def run_benchmarks(
     """
     settings, results = config.evaluation, []
     for name, benchmark in zip(settings.benchmarks, benchmarks, strict=True):
-        bare = benchmark.name.startswith(
-            "cross_world"
-        )  # its questions are phrased as in the instruction data
+        # Its questions are phrased as in the instruction data.
+        bare = benchmark.name.startswith("cross_world")
         for number in (0,) if bare else settings.prompts:
             for method in (
                 ("choices", "generate") if settings.method == "both" else (settings.method,)

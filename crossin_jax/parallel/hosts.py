@@ -119,9 +119,10 @@ def detect_process(
         raise UserError(
             "--num_processes and --process_id need --coordinator=host:port of process 0"
         )
+    # Private, but it is what jax.distributed.initialize itself asks.
     from jax._src.clusters import (
         ClusterEnv,
-    )  # private, but it is what jax.distributed.initialize itself asks
+    )
 
     cpu = os.environ.get("JAX_PLATFORMS", "").startswith("cpu")
     cluster = next(
@@ -130,9 +131,8 @@ def detect_process(
             for c in ClusterEnv._cluster_types
             if not c.opt_in_only_method
             and not (cpu and "tpu" in c.name)
-            and (
-                c.__name__ != "K8sCluster" or "JOB_COMPLETION_INDEX" in os.environ
-            )  # any pod is a "cluster"
+            # Any pod is a "cluster".
+            and (c.__name__ != "K8sCluster" or "JOB_COMPLETION_INDEX" in os.environ)
             and c.is_env_present()
         ),
         None,

@@ -27,9 +27,8 @@ RULES: dict[str, tuple[Any, Any]] = {
     "mlp": ("tensor", "tensor"),
     "rank": ("fsdp", None),
 }
-WHERE_FREE = (
-    "rank",
-)  # takes its mesh axis where no other dimension does: the half of a LoRA pair without "embed"
+# Takes its mesh axis where no other dimension does: the half of a LoRA pair without "embed".
+WHERE_FREE = ("rank",)
 REPLICATED_WHERE_UNEVEN = ("kv_heads",)  # grouped queries: fewer key/value heads than tensor shards
 
 
@@ -80,9 +79,8 @@ def parameter_spec(
         if axis in WHERE_FREE and (mesh_axis in first or dim % mesh.shape[mesh_axis]):
             mesh_axis = None
         if mesh_axis is not None and dim % mesh.shape[mesh_axis]:
-            if axis not in REPLICATED_WHERE_UNEVEN and not path.endswith(
-                "/scale"
-            ):  # nf4's blocks of 64 inputs
+            # The scales of nf4 belong to blocks of 64 inputs, which may not divide evenly.
+            if axis not in REPLICATED_WHERE_UNEVEN and not path.endswith("/scale"):
                 raise UserError(
                     f"{path}: dimension {axis}={dim} is not divisible by mesh {mesh_axis}="
                     f"{mesh.shape[mesh_axis]}; choose a mesh.{mesh_axis} that divides it"

@@ -86,9 +86,8 @@ def _gather(place: Place, deadline: float, timeout_seconds: float) -> tuple[str 
             and (left := deadline - time.monotonic()) > 0
         ):
             server.settimeout(left)
-            with contextlib.suppress(
-                OSError, ValueError, KeyError, TypeError
-            ):  # a stranger on our port, or a line cut
+            # A stranger on our port, or a line cut.
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 link, _ = server.accept()
                 accepted.append(link)
                 hello = _receive(link)
@@ -102,10 +101,11 @@ def _gather(place: Place, deadline: float, timeout_seconds: float) -> tuple[str 
                     fault = (
                         f"two processes call themselves {process}: on {came[process]} and on {host}"
                     )
+                # One that was started again replaces its former self.
                 came[process], links[process] = (
                     host,
                     link,
-                )  # one that was started again replaces its former self
+                )
         missing = [process for process in range(place.num_processes) if process not in came]
         if fault:
             fault += "\ngive every process the same --num_processes and a --process_id of its own"

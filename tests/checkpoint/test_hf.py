@@ -146,9 +146,8 @@ def test_memory_and_bytes_are_announced(tmp_path, capfd, monkeypatch):
 def test_a_frozen_base_is_quantized_as_it_is_read(tmp_path, kind, mesh):
     from crossin_jax.models.quantize import dequantize, quantize
 
-    _, leaves = write_checkpoint(
-        tmp_path / "m", hidden_size=128, intermediate_size=128
-    )  # two blocks of nf4
+    # Two blocks of nf4.
+    _, leaves = write_checkpoint(tmp_path / "m", hidden_size=128, intermediate_size=128)
     _, state = abstract_transformer(
         read_spec(tmp_path / "m"),
         MESHES.get(mesh) and make_mesh(MESHES[mesh]),
@@ -236,9 +235,8 @@ def test_all_misfits_are_in_one_error_with_shapes(tmp_path):
         tensors[f"model.layers.{layer}.self_attn.q_proj.bias"] = np.zeros(32, np.float32)
     del tensors["model.layers.0.mlp.up_proj.weight"], tensors["model.layers.2.mlp.up_proj.weight"]
     tensors["lm_head.weight"] = np.zeros((50, 32), np.float32)
-    tensors["model.layers.3.self_attn.rotary_emb.inv_freq"] = np.zeros(
-        4, np.float32
-    )  # known to carry nothing
+    # Known to carry nothing.
+    tensors["model.layers.3.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
     save_file(tensors, file)
     with pytest.raises(UserError) as error:
         load_state(tmp_path / "m")
@@ -265,10 +263,11 @@ def test_the_text_part_of_a_multimodal_checkpoint_is_found_under_both_names(tmp_
     (tmp_path / "m/config.json").write_text(
         json.dumps({"model_type": "gemma3", "text_config": text})
     )
+    # As transformers 5 saves.
     for prefix, vision in (
         ("language_model.model.", "vision_tower."),  # on the Hub
         ("model.language_model.", "model.vision_tower."),
-    ):  # as transformers 5 saves
+    ):
         renamed = {name.replace("model.", prefix, 1): tensor for name, tensor in tensors.items()}
         save_file(
             {**renamed, f"{vision}embeddings.weight": np.zeros(3, np.float32)},
@@ -400,9 +399,8 @@ def test_a_vocabulary_smaller_than_the_tokenizer(tmp_path):
         UserError, match="vocab_size=48 is smaller than the tokenizer: the last id in .* is 48"
     ):
         load_state(tmp_path / "m")
-    (tmp_path / "m/tokenizer.json").write_text(
-        json.dumps({"model": {"vocab": [["a", 0.0]] * 49}})
-    )  # unigram: a list
+    # Unigram: a list.
+    (tmp_path / "m/tokenizer.json").write_text(json.dumps({"model": {"vocab": [["a", 0.0]] * 49}}))
     with pytest.raises(UserError, match="is 48"):
         load_state(tmp_path / "m")
 

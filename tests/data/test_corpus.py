@@ -360,9 +360,8 @@ def test_a_cached_source_is_parsed_once_whatever_is_taken_of_it(cached, tmp_path
     halves = [record for part in ((0.0, 0.5), (0.5, 1.0)) for record in cached(portion=part)[0]]
     assert sorted(halves, key=lambda record: int(record.id[1:])) == first[0]
     assert len([*(tmp_path / "cache").iterdir()]) == 1
-    monkeypatch.setattr(
-        corpus_module, "FORMAT", corpus_module.FORMAT + 1
-    )  # as a later release may write it
+    # As a later release may write it.
+    monkeypatch.setattr(corpus_module, "FORMAT", corpus_module.FORMAT + 1)
     assert cached() == first and len([*(tmp_path / "cache").iterdir()]) == 2
     monkeypatch.setattr(corpus_module, "CACHE_BYTES", 1 << 30)
     assert cached() == first  # as from memory

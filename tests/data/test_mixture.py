@@ -288,9 +288,8 @@ def test_every_row_is_as_likely_as_another():
     again = make_mixture(Component(kind="en2x", count=70_000, with_replacement=True), rows=20)
     draws = again.draw(np.arange(70_000))
     assert (abs(np.bincount(draws[:, 1], minlength=20) - 3500) < 5 * 3500**0.5).all()
-    pairs = Counter(
-        map(tuple, draws[:, 1:].tolist())
-    )  # a row drawn twice may have another language
+    # A row drawn twice may have another language.
+    pairs = Counter(map(tuple, draws[:, 1:].tolist()))
     assert len(pairs) == 60 and all(
         abs(n - 70_000 / 60) < 5 * (70_000 / 60) ** 0.5 for n in pairs.values()
     )
@@ -309,9 +308,8 @@ def test_counted_sets_are_fixed_and_open_ones_redraw_their_pairs():
     )
     assert pairs(fixed, 0) == pairs(fixed, 3)
     again = pairs(free, 1)
-    assert (
-        sum(pairs(free, 0)[row] == pair for row, pair in again.items()) < 100
-    )  # one in twelve of 500
+    # One in twelve of 500.
+    assert sum(pairs(free, 0)[row] == pair for row, pair in again.items()) < 100
 
 
 def test_shares_divide_the_examples_seen():
@@ -326,9 +324,8 @@ def test_shares_divide_the_examples_seen():
     rows = Counter(e.id for e in mixture.take(np.arange(1060)) if e.component == "x2x")
     assert set(rows.values()) <= {5, 6} and len(rows) == 60  # 318 draws from 60 rows, in turn
     both = Counter(e.id for e in mixture.take(np.arange(2120)) if e.component == "same")
-    assert (
-        set(both.values()) == {1} and len(both) == 424
-    )  # the second epoch goes on where the first stopped
+    # The second epoch goes on where the first stopped.
+    assert set(both.values()) == {1} and len(both) == 424
 
 
 def test_draws_with_replacement_share_rows_across_directions():
@@ -348,9 +345,8 @@ def test_draws_with_replacement_share_rows_across_directions():
     }
     assert by_kind["en2x"] == by_kind["x2en"] == by_kind["trans"]
     rows = Counter(row for row, _ in by_kind["en2x"].elements())
-    assert (
-        len(rows) < 450 and max(rows.values()) > 3
-    )  # 900 draws from 500 rows: 1 - exp(-1.8) of them
+    # 900 draws from 500 rows: 1 - exp(-1.8) of them.
+    assert len(rows) < 450 and max(rows.values()) > 3
     small = make_mixture(Component(kind="en2x", count=300, with_replacement=True))
     assert as_set(small) <= {(c, *rest) for c, *rest in as_set(mixture)}
 

@@ -629,9 +629,8 @@ def test_tokens_stand_for_the_bytes_of_the_text(tokenizers, name):
         renderer.id_to_token(i) for i in tokenizers[name](text, add_special_tokens=False).input_ids
     ]
     found = b"".join(token_bytes(token, renderer.is_byte_level, False) for token in tokens)
-    assert (
-        found == b" " * (name == "llama2") + text.encode()
-    )  # Llama reads a text as if a space stood before it
+    # Llama reads a text as if a space stood before it.
+    assert found == b" " * (name == "llama2") + text.encode()
     assert (
         renderer.is_byte_level == (name == "small") and token_bytes("</s>", True, True) == b"</s>"
     )

@@ -87,9 +87,8 @@ def test_fields_name_the_columns(read):
     }
     (record,) = read([row], ("en", "es"), fields=fields)
     assert record.id == "k" and record.texts == {"es": Text("question", "", "answer")}
-    (record,) = read(
-        [row], fields=fields | {"output": "a.b", "language": ""}
-    )  # a column's own name comes first
+    # A column's own name comes first.
+    (record,) = read([row], fields=fields | {"output": "a.b", "language": ""})
     assert record.texts == {"en": Text("question", "", "flat")}
     for nowhere in ("a.b.2.c", "a.x", "q.0", "a.b.c"):
         assert read([row], fields=fields | {"output": nowhere, "language": ""}).dropped == {

@@ -74,9 +74,8 @@ def test_every_record_has_the_released_form(tmp_path, monkeypatch):
         row, mode, code = by_text[example.instruction, example.input, example.output]
         assert mode == example.component
         drawn[mode].append((row, code))
-    assert (
-        Counter(drawn["en2x"]) == Counter(drawn["x2en"]) == Counter(drawn["trans"])
-    )  # the modes share their draws
+    # The modes share their draws.
+    assert Counter(drawn["en2x"]) == Counter(drawn["x2en"]) == Counter(drawn["trans"])
 
 
 @pytest.mark.parametrize(("size", "count"), [("300", 300), ("60", 60), ("all", 240)])

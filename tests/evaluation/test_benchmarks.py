@@ -315,9 +315,8 @@ def test_shots_are_the_same_items_in_every_language(tmp_path):
         for other in drawn.values():
             assert [key for key in one if key in other] == [key for key in other if key in one]
     whole = load_benchmark(str(tmp_path / "f.json"), LANGUAGES)
-    assert draw_shot_items(whole, first, 5, 3) == draw_shot_items(
-        benchmark, first, 5, 3
-    )  # --limit changes no prompt
+    # --limit changes no prompt.
+    assert draw_shot_items(whole, first, 5, 3) == draw_shot_items(benchmark, first, 5, 3)
     with pytest.raises(UserError, match=r"'0'.*only 10 other items"):
         draw_shots(benchmark, first, "en", 11, 3)
 

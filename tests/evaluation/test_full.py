@@ -40,9 +40,8 @@ def test_a_random_llama_on_all_of_cross_mmlu_and_cross_logiqa(shared, tmp_path):
         for version in item.versions.values()
         for text in (version.question, version.context or "", *version.choices)
     ]
-    train_tokenizer(
-        lines, 4000, tmp_path / "tokenizer"
-    )  # few pieces: half of the work would be logits of the rest
+    # Few pieces: half of the work would be logits of the rest.
+    train_tokenizer(lines, 4000, tmp_path / "tokenizer")
     subprocess.run(
         [
             sys.executable,

@@ -115,17 +115,17 @@ def flatten(value):
 
 
 def test_a_real_task_gives_the_numbers_of_the_harness_own_backend(pretrained, tasks):
+    # The longest texts need several windows.
     arguments = {
         "pretrained": str(pretrained / "model"),
         "max_length": 64,
-    }  # the longest texts need several windows
+    }
     results, samples = run("crossin_jax", arguments, tasks)
     expected, expected_samples = run("hf", arguments | {"dtype": "float32"}, tasks)
     for name, count in (("capitals", 46), ("texts", 8), ("answers", 8)):
         ours, theirs = flatten(samples[name]), flatten(expected_samples[name])
-        assert (
-            len(theirs) == count
-        )  # a likelihood and whether it is greedy; a likelihood; an answer
+        # A likelihood and whether it is greedy; a likelihood; an answer.
+        assert len(theirs) == count
         for value, their_value in zip(ours, theirs, strict=True):
             # 1e-4 for what a question's choice has; a text of 300 tokens sums up more rounding
             assert value == (

@@ -128,9 +128,8 @@ def test_stops_by_ids_and_by_text():
         return "".join(words[i] for i in ids)
 
     assert find_stop([1, 2, 3, 1], 1, (), None) is None
-    assert (
-        find_stop([1, 2, 3, 1], 2, ([2, 3],), None) == 1
-    )  # begins in what is old, ends in what is new
+    # Begins in what is old, ends in what is new.
+    assert find_stop([1, 2, 3, 1], 2, ([2, 3],), None) == 1
     assert find_stop([1, 2, 3, 1], 1, ([2, 3],), None) is None  # was looked for before
     # the tokens that hold a stop text are kept whole: it is cut from the decoded text
     assert find_stop([1, 2, 3, 1], 4, ("\n",), text) == 3

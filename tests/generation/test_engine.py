@@ -132,9 +132,8 @@ def test_a_shared_prefix_is_read_once_and_changes_no_answer(model, forward):
     ]
     shared, apart = make_engine(model), make_engine(model, share_prefix=False)
     assert generate(shared, prompts) == generate(apart, prompts)
-    assert (
-        shared.programs.compiled["prefix"] == 2 and apart.programs.compiled["prefix"] == 0
-    )  # 64 and 96 slots
+    # 64 and 96 slots.
+    assert shared.programs.compiled["prefix"] == 2 and apart.programs.compiled["prefix"] == 0
     choices = [[[9, 8, 7], [4], [5, 5]]] * 12
     for scores, prompt in zip(shared.score(prompts, choices, progress=False), prompts, strict=True):
         assert np.abs(scores - reference_scores(forward, prompt, choices[0])).max() < 1e-4
@@ -153,9 +152,8 @@ def test_samples_depend_on_seed_not_on_company(engine, prompts):
     assert generate(engine, prompts, seeds=[s + 1 for s in seeds], **rules) != drawn
     same = generate(engine, [prompts[0]] * 8, seeds=list(range(8)), **rules)
     assert len({tuple(answer) for answer in same}) == 8
-    assert generate(engine, prompts, **rules) == generate(
-        engine, prompts, **rules
-    )  # seeded by the prompts themselves
+    # Seeded by the prompts themselves.
+    assert generate(engine, prompts, **rules) == generate(engine, prompts, **rules)
 
 
 def test_answers_end_at_eos_at_their_length_and_at_stops(model, engine, prompts, greedy):
@@ -252,9 +250,8 @@ def test_scores_are_those_of_the_forward_pass_in_any_company(model, engine, prom
         prompts[3:5], choices[3:5], progress=False
     )
     for found, expected in zip(alone, scores[3:5], strict=True):
-        assert (
-            np.abs(found - expected).max() < 1e-4
-        )  # scoring does not round keys and values to the cache's precision
+        # Scoring does not round keys and values to the cache's precision.
+        assert np.abs(found - expected).max() < 1e-4
     letters = engine.score(prompts, [[[7], [8], [9], [10]]] * len(prompts), progress=False)
     assert np.abs(letters[2] - forward(prompts[2])[-1, [7, 8, 9, 10]]).max() < 1e-4
 

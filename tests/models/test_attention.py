@@ -124,9 +124,8 @@ def test_blocks_cover_every_key_once_whatever_the_length(length):
         for queries, keys in cut(length, window):
             met[queries, keys] += 1
         assert met.max() == 1 and met[(back >= 0) & (back < (window or length))].all()
-        assert (
-            window is not None or length <= SMALLEST_BLOCK or met.mean() < 0.8
-        )  # keys after a block are not met
+        # Keys after a block are not met.
+        assert window is not None or length <= SMALLEST_BLOCK or met.mean() < 0.8
     q, k, v, *_ = make_inputs(2, 1, batch=1)
     q, k, v = (jnp.tile(x, (1, 5, 1, 1))[:, :length] for x in (q, k, v))
     got, expected = (

@@ -26,12 +26,13 @@ B, T = 4, 512
     [
         ("mistralai/Mistral-7B-v0.1", 4, 2, 128),  # every layer has the window
         ("google/gemma-2-9b", 4, 2, 256),  # windows in every other layer, soft cap
+        # Windows in five of six; one key head over two shards of heads.
         (
             "google/gemma-3-1b-pt",
             4,
             1,
             256,
-        ),  # windows in five of six; one key head over two shards of heads
+        ),
         ("Qwen/Qwen2.5-0.5B", 6, 3, 64),  # three key heads do not divide over two shards
         ("google/gemma-2b", 3, 1, 256),  # nor do three query heads
     ],

@@ -96,9 +96,8 @@ def test_positions_stay_apart_and_depend_on_distance_only():
         rotate(jnp.repeat(x[:, 1:2], 4, 1), cos, sin),
     )
     products = np.einsum("TH,TH->T", q[0, [1, 3], 0], k[0, [0, 2], 0])
-    np.testing.assert_allclose(
-        products[0], products[1], atol=2e-2
-    )  # float32 angles near 1e5 are off by 4e-3
+    # float32 angles near 1e5 are off by 4e-3.
+    np.testing.assert_allclose(products[0], products[1], atol=2e-2)
 
 
 def test_norm_is_taken_in_float32_and_gemma_adds_one():

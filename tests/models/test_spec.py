@@ -223,9 +223,8 @@ BASES = {
     "smollm3": {"use_sliding_window": True, "sliding_window": 16, "head_dim": 8},
     "phi3": {"sliding_window": 16, "head_dim": 8},
 }
-SCALABLE = tuple(
-    family for family in BASES if family != "phi3"
-)  # transformers refuses the others there
+# Transformers refuses the others there.
+SCALABLE = tuple(family for family in BASES if family != "phi3")
 DIVISORS = [1.0, 1.5, 2.5, 4.0]
 WITH_SCALAR, WINDOWED = (
     ("gemma2", "gemma3_text"),

@@ -58,9 +58,8 @@ def test_no_token_sees_the_future_nor_beyond_the_windows(spec):
         changed[0, t] = tokens[0, t] % 60 + 1
         moved = np.abs(logits(changed) - expected)[0].max(-1) > 1e-6
         assert not moved[:t].any() and moved[t:].any()
-        if spec.local_layers and all(
-            spec.local_layers
-        ):  # a layer of window w carries a token w - 1 places on
+        # A layer of window w carries a token w - 1 places on.
+        if spec.local_layers and all(spec.local_layers):
             assert not moved[t + spec.num_layers * (spec.window - 1) + 1 :].any()
 
 

@@ -213,9 +213,8 @@ def test_slurm_tells_the_place_and_the_names(monkeypatch, tmp_path):
     assert hosts.detect_process(None, None, None).coordinator == "gpu01:1234"
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "10.0.0.7:99")
     assert hosts.detect_process(None, None, None) == Place("10.0.0.7:99", 4, 3, place.names)
-    assert hosts.detect_process("host:99", 2, 0) == Place(
-        "host:99", 2, 0
-    )  # flags go before the cluster
+    # Flags go before the cluster.
+    assert hosts.detect_process("host:99", 2, 0) == Place("host:99", 2, 0)
     monkeypatch.setenv("PATH", "")  # no scontrol: names are only shown
     assert hosts.detect_process(None, None, None).names == ()
     monkeypatch.setenv("SLURM_NTASKS", "1")
@@ -255,9 +254,8 @@ def test_tpu_pods_tell_the_place_and_the_names(monkeypatch):
         "MEGASCALE_COORDINATOR_ADDRESS": "localhost:1",
     }.items():
         monkeypatch.setenv(name, value)
-    assert (
-        hosts.detect_process(None, None, None) is None
-    )  # JAX_PLATFORMS=cpu: a pod's host computing for itself
+    # JAX_PLATFORMS=cpu: a pod's host computing for itself.
+    assert hosts.detect_process(None, None, None) is None
     monkeypatch.setenv("JAX_PLATFORMS", "")
     names = ("slice 0, worker 0", "slice 0, worker 1", "slice 1, worker 0", "slice 1, worker 1")
     assert hosts.detect_process(None, None, None) == Place("localhost:8482", 4, 3, names)

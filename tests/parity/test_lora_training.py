@@ -56,6 +56,7 @@ def our_losses(base, adapter, batches):
         nnx.merge(graphdef, state), lambda p, v: is_trainable(p, v, file.lora), ...
     )
     optimizer = optax.adamw(RATE, b1=0.9, b2=0.999, eps=1e-8, weight_decay=DECAY)
+    # Ten tiny steps: compiling is what takes time.
     step = jax.jit(
         make_train_step(
             graphdef,
@@ -70,7 +71,7 @@ def our_losses(base, adapter, batches):
             ),
         ),
         compiler_options={"xla_backend_optimization_level": 0},
-    )  # ten tiny steps: compiling is what takes time
+    )
     state, losses = init_state(trainable, frozen, optimizer), []
     for tokens, loss_mask in batches:
         segments = np.ones_like(loss_mask, np.int32)

@@ -194,9 +194,8 @@ def test_collectives_of_a_scan_over_sharded_weights():
     program, _ = compiled(chain, (4 * M, D), (L, D, D), name="v5e:2x2", specs=specs)
     cost = program.cost
     assert cost.flops == L * PRODUCT  # of the M rows on each chip
-    assert (
-        sum(cost.sent.values()) == L * D * D * 2 * 3 / 4
-    )  # three quarters of every weight come from others
+    # Three quarters of every weight come from others.
+    assert sum(cost.sent.values()) == L * D * D * 2 * 3 / 4
 
 
 def test_what_does_not_fit_has_the_peak_that_it_would_need():
@@ -278,9 +277,8 @@ def test_limits_are_the_compilers():
         and 86 < limits["v5p:2x2x1"] < 96
     )
     four = topology("v4:2x2x2")
-    assert (
-        len(four.devices) == 8 and four.num_hosts == 2
-    )  # one device per chip, four chips per host
+    # One device per chip, four chips per host.
+    assert len(four.devices) == 8 and four.num_hosts == 2
 
 
 @pytest.mark.parametrize(

@@ -94,9 +94,8 @@ def test_memory_is_that_of_the_sharded_state(planned):
     _, plan = planned
     train, limit = plan.phases["train"], topology("v5e:2x2").hbm_limit
     norms = (2 * 3 + 1) * 256
-    state = (
-        3 * 4 * ((SPEC.num_parameters - norms) // 4 + norms)
-    )  # weights and two moments in float32; norms are whole
+    # Weights and two moments in float32; norms are whole.
+    state = 3 * 4 * ((SPEC.num_parameters - norms) // 4 + norms)
     batch = 5 * 4 * TOKENS + TOKENS
     assert state + batch <= train.argument_bytes <= state + batch + 64  # the counters of the steps
     assert train.argument_bytes < train.peak_bytes < limit == plan.hbm_limit and plan.fits
@@ -121,9 +120,8 @@ def test_loading_holds_the_weights_and_a_piece(planned):
     )
     codes = make_plan(frozen, "v5e:2x2", ("load",)).phases["load"]
     embeddings = 2 * 2 * 1024 * 256 // 4  # bfloat16, as the norms
-    scales = (
-        3 * 4 * (3 * 256 + 2 * 512 + 2 * 256 // 4)
-    )  # one per output; those of o_proj and down_proj are sharded
+    # One per output; those of o_proj and down_proj are sharded.
+    scales = 3 * 4 * (3 * 256 + 2 * 512 + 2 * 256 // 4)
     expected = 3 * LAYER // 4 + scales + embeddings + 2 * norms + piece
     assert codes.argument_bytes == pytest.approx(expected, abs=64)
     assert codes.argument_bytes <= codes.peak_bytes < load.peak_bytes
@@ -146,9 +144,8 @@ def test_prefill_and_decoding_are_the_engines(planned):
     matrices, head = 3 * LAYER, 1024 * 256
     # one prompt per chip; its one row of logits is made of sums, which are not counted
     assert prefill.flops - prefill.kernel_flops == 2 * T * matrices
-    assert decode.flops == 8 * 2 * (
-        matrices + head
-    )  # eight rows per chip; attention of one query is made of sums too
+    # Eight rows per chip; attention of one query is made of sums too.
+    assert decode.flops == 8 * 2 * (matrices + head)
     slots = T + 32  # room for prompts and for what is drawn
     assert decode.argument_bytes > 8 * 2 * 3 * slots * 256 * 2  # the cache of eight rows per chip
 
@@ -386,9 +383,8 @@ def test_the_smallest_change_that_fits_is_found_by_compiling(planned):
     )
     assert describe_change(better.change) == "--config.model.remat=dots"
     hopeless = dataclasses.replace(slice_, hbm_limit=plan.phases["train"].argument_bytes // 2)
-    assert (
-        find_change(config, hopeless, failed) is None
-    )  # the state alone is too big everywhere: nothing is compiled
+    # The state alone is too big everywhere: nothing is compiled.
+    assert find_change(config, hopeless, failed) is None
 
 
 def test_where_only_the_benchmarks_do_not_fit_they_take_fewer_rows(planned, capsys):
@@ -396,9 +392,8 @@ def test_where_only_the_benchmarks_do_not_fit_they_take_fewer_rows(planned, caps
     slice_ = dataclasses.replace(
         topology("v5e:2x2"), hbm_limit=plan.phases["decode"].peak_bytes - 1
     )
-    train = dataclasses.replace(
-        plan.phases["train"], peak_bytes=1
-    )  # as if the training step were small
+    # As if the training step were small.
+    train = dataclasses.replace(plan.phases["train"], peak_bytes=1)
     failed = dataclasses.replace(plan, phases=plan.phases | {"train": train}, fits=False)
     better = find_change(config, slice_, failed)
     rows = better.change["evaluation.batch_size"]

@@ -31,9 +31,8 @@ def test_the_compilers_cycles_decide(tmp_path, monkeypatch):
     assert (full.change, dots.change) == ({}, {"model.remat": "dots"})
     assert best is min(full, dots, key=lambda trial: trial.cycles)
     assert full.phase.flops > dots.phase.flops and dots.kernels > 0 < dots.links
-    assert (
-        dots.compiler == dots.phase.cycles and full.kernels > dots.kernels
-    )  # the kernel runs forward twice
+    # The kernel runs forward twice.
+    assert dots.compiler == dots.phase.cycles and full.kernels > dots.kernels
     assert len(lines) == 3 and "mesh.fsdp=3" in lines[2] and "4 devices" in lines[2]
     assert "best so far" in lines[0] and all("Mcycles" in line for line in lines[:2])
 

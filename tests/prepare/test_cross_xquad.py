@@ -74,16 +74,14 @@ def test_own_paragraph_comes_first_and_fillers_are_tagged(folder):
         paragraphs = {0 if i < 6 else 1 for i in concepts(row, "en")}
         own = 0 if row["English"]["context"].endswith("0") else 1
         assert ("other_paragraph" in row["tags"]) == (paragraphs != {own})
-        assert (own == 1) == (
-            "other_paragraph" in row["tags"]
-        )  # two questions there: two fillers each
+        # Two questions there: two fillers each.
+        assert (own == 1) == ("other_paragraph" in row["tags"])
 
 
 def test_overlapping_texts_are_the_last_resort(folder):
     rows = {row["id"]: row for row in build_cross_xquad(folder, ["en"])}
-    assert "overlapping" not in rows["q00"]["tags"] and "(in 1961)" not in str(
-        rows["q00"]
-    )  # Rome, Oslo, Rhine suffice
+    # Rome, Oslo, Rhine suffice.
+    assert "overlapping" not in rows["q00"]["tags"] and "(in 1961)" not in str(rows["q00"])
     write(folder, "en", ["1961", "in 1961", "Oslo", "Bern"])
     row = build_cross_xquad(folder, ["en"])[0]
     assert row["tags"] == ["overlapping"]
@@ -146,10 +144,11 @@ def test_all_questions_of_xquad_in_all_its_languages(shared):
     for code in XQUAD_LANGUAGES:
         assert all(len(set(row[LANGUAGES[code]]["choices"])) == 4 for row in rows)
     tags = Counter(tag for row in rows for tag in row["tags"])
+    # Paragraphs with fewer than four distinct answers.
     assert tags == {
         "other_paragraph": 83,
         "overlapping": 26,
-    }  # paragraphs with fewer than four distinct answers
+    }
 
 
 def test_the_benchmark_loader_reads_the_rows(folder, tmp_path):

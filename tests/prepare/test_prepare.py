@@ -79,9 +79,8 @@ def test_build_writes_the_stream_and_its_manifest(config, tmp_path, form, capsys
     config.data.components[1].count = 20
     prepare.build(config, arguments(format=form))
     assert json.loads((folder / "manifest.json").read_text())["examples"] == 70
-    source = Source(
-        name="built", path=str(path), languages=("en",)
-    )  # what was built can be read again
+    # What was built can be read again.
+    source = Source(name="built", path=str(path), languages=("en",))
     assert len(load_corpus(source, ("en",))) > 0
 
 
@@ -237,9 +236,8 @@ def test_a_stopped_build_leaves_nothing_whole(config, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "write_parquet", stopped)
     with pytest.raises(KeyboardInterrupt):
         prepare.build(config, arguments())
-    assert [p.name for p in (tmp_path / "run" / "data").iterdir()] == [
-        "mixture.parquet"
-    ]  # no manifest: not whole
+    # No manifest: not whole.
+    assert [p.name for p in (tmp_path / "run" / "data").iterdir()] == ["mixture.parquet"]
     monkeypatch.undo()
     prepare.build(config, arguments())
     assert len(pyarrow.parquet.read_table(tmp_path / "run" / "data" / "mixture.parquet")) == 70
@@ -466,9 +464,8 @@ def test_translate_with_a_model_of_our_own(tokenizer, tmp_path):
         {"model": replace(model, revision="v2")},
     ):
         engines.append(prepare.open_translator(replace(config, **change), 4)[1])
-    assert (
-        len(set(engines)) == 5 and engines[0] == prepare.open_translator(config, 4)[1]
-    )  # cached under these
+    # Cached under these.
+    assert len(set(engines)) == 5 and engines[0] == prepare.open_translator(config, 4)[1]
 
 
 def test_cross_xquad_writes_a_benchmark_that_loads(config, shared, tmp_path):

@@ -163,7 +163,8 @@ def test_option_scores_are_those_of_lm_eval(real, theirs, tokenizer):
     )
     import crossin_jax.harness  # noqa: F401 - registers the backend
 
-    ours = lm_eval.api.registry.get_model("crossin_jax")(pretrained=str(real), batch_size=2)
+    backend = lm_eval.api.registry.get_model("crossin_jax")
+    ours = backend.create_from_arg_obj({"pretrained": str(real), "dtype": "float32"})
     found = ours.loglikelihood(requests, disable_tqdm=True)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
     np.testing.assert_allclose(
@@ -172,7 +173,7 @@ def test_option_scores_are_those_of_lm_eval(real, theirs, tokenizer):
 
 
 def tuned(real: Path, folder: Path, template: str, **changes) -> Path:
-    """A run of four LoRA steps on six rows, with adapters alone."""
+    """A run of four LoRA steps on three facts, with adapters alone."""
     rows = [
         {
             "en": {"instruction": question, "output": answer},
@@ -200,7 +201,7 @@ def tuned(real: Path, folder: Path, template: str, **changes) -> Path:
                 length=64,
             ),
             optim=Optim(learning_rate=1e-3),
-            train=Train(steps=4, batch_size=2, checkpoint_every=None, tensorboard=False),
+            train=Train(steps=4, batch_size=8, checkpoint_every=None, tensorboard=False),
         )
     )
 

@@ -172,9 +172,8 @@ def test_the_shots_are_on_record():
     )
     benchmark = load_benchmark("cross_world:test", ("en", "es"))
     shots = describe_benchmarks(config, [benchmark])[benchmark.name]["shots"]
-    assert len(shots["usual"]) == 2 and set(shots["others"]) >= set(
-        shots["usual"]
-    )  # nothing is a shot for itself
+    # Nothing is a shot for itself.
+    assert len(shots["usual"]) == 2 and set(shots["others"]) >= set(shots["usual"])
     ids = {item.id for item in benchmark.items}
     assert {shot for drawn in shots["others"].values() for shot in drawn} <= ids
     assert (

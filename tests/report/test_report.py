@@ -297,9 +297,8 @@ def test_explorer_shows_the_items_that_disagree_most_and_their_texts(world, tmp_
         chosen = next(r for r in entry["runs"] if r["arm"] == "x2x")["a"]["vi"]["c"]
         assert chosen == list(answers.answers["vi"].candidates)
     whole = load_benchmark("cross_world:held_out", LANGUAGES)
-    data = explorer(
-        tmp_path, make_runs(whole, method="sum", unclear=0), []
-    )  # finds Cross-World's texts by itself
+    # Finds Cross-World's texts by itself.
+    data = explorer(tmp_path, make_runs(whole, method="sum", unclear=0), [])
     assert len(data["items"]) == 200 < data["total"] == len(whole.items)
     assert "text" in data["items"][0]
     renamed = [

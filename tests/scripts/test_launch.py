@@ -211,9 +211,8 @@ def test_slurm_queues_a_run_again_that_was_told_to_stop(code, again, room, monke
         "srun --kill-on-bad-exit=0 .venv/bin/python -m crossin_jax.train --config configs/mine.py",
         *(["scontrol requeue 7"] if again else []),
     ]
-    assert (
-        "#SBATCH --signal=TERM@120" in script.read_text()
-    )  # srun's processes get it, not this shell
+    # srun's processes get it, not this shell.
+    assert "#SBATCH --signal=TERM@120" in script.read_text()
 
 
 def test_the_image_names_what_there_is():

@@ -267,16 +267,14 @@ def test_one_report_over_several_tables(tmp_path):
     lines = (tmp_path / "results.md").read_text().splitlines()
     rows = [line for line in lines if line.startswith(("| 25 %", "| 100 %"))]
     assert len(rows) == 12 and all(" ± " in row for row in rows)
-    assert all(
-        ("▲" in row) == ("| base |" not in row) for row in rows
-    )  # both gain clearly over base
+    # Both gain clearly over base.
+    assert all(("▲" in row) == ("| base |" not in row) for row in rows)
     page = (tmp_path / "report.html").read_text()
     assert page.count("<svg") == 3 and 'href="tables/25-percent/report.html"' in page
     assert (tmp_path / "tables/25-percent/report.html").exists()
     again = from_json(json.loads((tmp_path / "results.json").read_text()))
-    assert (
-        to_markdown(told, again, "expectation").splitlines() == lines
-    )  # read back, they say the same
+    # Read back, they say the same.
+    assert to_markdown(told, again, "expectation").splitlines() == lines
     before, after = (
         find(several["100 %"], "cross_world:test", "mean").rows[2] for several in (blocks, again)
     )
@@ -345,9 +343,8 @@ def test_the_paper_grid_has_every_cell(capsys, tmp_path, monkeypatch):
     config = str(REPOSITORY / "configs/paper/table2.py")
     study_main(options(config=config))
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 * (1 + 8 * 4) + 1 and all(
-        "no model" in line for line in lines[:-1]
-    )  # no weights are here
+    # No weights are here.
+    assert len(lines) == 4 * (1 + 8 * 4) + 1 and all("no model" in line for line in lines[:-1])
     names = {line.split()[3] for line in lines[:-1]}
     assert (
         len(names) == 132

@@ -71,9 +71,8 @@ def test_disk_holds_the_kept_checkpoints_and_the_one_being_written(changes, chec
     top.
     """
     disk = disk_of(new(**changes))
-    assert disk == pytest.approx(
-        checkpoints * 3 * 4 * WHOLE, abs=checkpoints * 16
-    )  # and a few counters
+    # And a few counters.
+    assert disk == pytest.approx(checkpoints * 3 * 4 * WHOLE, abs=checkpoints * 16)
     assert disk_of(new(**changes), exports=True) == disk + 4 * WHOLE
     disk = disk_of(tuned(**changes), needs=("new",))
     assert disk == pytest.approx(checkpoints * 3 * 4 * ADAPTER, abs=checkpoints * 16)

@@ -135,10 +135,11 @@ def test_a_contrast_shows_every_seed_and_the_mean(blocks, study):
     )
     axes = draw_contrast(contrast, here).axes
     assert [a.get_xlabel() for a in axes] == ["AC3_3, difference", "Other languages, difference"]
+    # From below.
     assert [label.get_text() for label in axes[0].get_yticklabels()] == [
         "25 %",
         "100 %",
-    ]  # from below
+    ]
     for panel, name in zip(axes, ("AC3_3", OTHERS), strict=True):
         expected = {}
         for place, table in enumerate(("25 %", "100 %")):

@@ -139,11 +139,12 @@ def muon(name, grads):
         yield from adamw(name, grads, nesterov=True)
         return
     momentum, shape = 0, grads[0].shape
+    # (L, outputs …, inputs …): where the inputs begin.
     split = {
         "weight": 2 if module == "o_proj" else len(shape) - 1,
         "lora_a": 2,
         "lora_b": len(shape) - 1,
-    }[kind]  # (L, outputs …, inputs …): where the inputs begin
+    }[kind]
     rows, columns = math.prod(shape[1:split]), math.prod(shape[split:])
     for t, g in enumerate(grads, 1):
         momentum = 0.95 * momentum + 0.05 * g

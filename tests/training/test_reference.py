@@ -129,9 +129,10 @@ def compiled(accumulation: int):
 def test_targets_that_are_not_learned_may_be_anything(monkeypatch):
     """Not even a target of probability zero has an influence where it is not learned."""
     unembed = Transformer.unembed
+    # No position gives token 95.
     monkeypatch.setattr(
         Transformer, "unembed", lambda *inputs: unembed(*inputs).at[..., 95].set(-jnp.inf)
-    )  # no position gives token 95
+    )
     graphdef, state, _ = make_state()
     model, batch = nnx.merge(graphdef, state.trainable, state.frozen), make_batch(0)
     targets = np.minimum(batch["targets_BT"], 94)

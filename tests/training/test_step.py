@@ -386,9 +386,8 @@ def test_groups_of_parameters_have_their_own_rate_and_decay(name):
         np.testing.assert_allclose(change, expected, rtol=2e-5, atol=1e-9, err_msg=key)
     on_mesh = shardings(jax.eval_shape(lambda: moments), make_mesh(Mesh(fsdp=8)))
     split = [leaf for leaf in jax.tree.leaves(on_mesh) if any(leaf.spec)]
-    assert (
-        split or name == "adafactor"
-    )  # moments in groups are sharded like their parameters; factored ones are not
+    # Moments in groups are sharded like their parameters; factored ones are not.
+    assert split or name == "adafactor"
 
 
 def test_a_group_that_names_nothing_is_refused():
@@ -452,9 +451,8 @@ def test_decay_and_muon_spare_biases_and_magnitudes(name):
     if name == "muon":
         for path in ("layers/q_proj/bias", "layers/k_proj/magnitude", "embed_tokens/weight"):
             size = np.abs(still[path])
-            np.testing.assert_allclose(
-                size, size.mean(), rtol=0.02
-            )  # Adam's first step is as long everywhere
+            # Adam's first step is as long everywhere.
+            np.testing.assert_allclose(size, size.mean(), rtol=0.02)
         for path, shape in (
             ("q_proj/weight", (32, 32)),
             ("o_proj/weight", (32, 32)),

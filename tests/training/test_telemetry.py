@@ -97,11 +97,12 @@ def test_a_record_holds_all_there_is_to_know(start, tmp_path, monkeypatch):
         monkeypatch.setattr(jax, name, lambda: [device] * 8)
     take_steps(start())
     first, second, third = read_records(tmp_path)
+    # The first step compiles: not timed.
     assert [record["step"] for record in (first, second, third)] == [
         1,
         2,
         4,
-    ]  # the first step compiles: not timed
+    ]
     assert not {"tokens_per_second", "mfu", "seconds_left"} & first.keys()
     host = third.pop("peak_host_memory_gib")
     assert 0.05 < host < 100

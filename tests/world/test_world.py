@@ -63,9 +63,8 @@ def test_known_facts():
     assert told["currency/JP"]["zh"].output == "日元"
     assert told["language/BR"]["es"].output == "portugués"
     assert told["language/FR"]["id"].output == "bahasa Prancis"
-    assert (
-        told["currency/BT"]["en"].output == "Bhutanese Ngultrum"
-    )  # the Indian rupee is tender there too
+    # The Indian rupee is tender there too.
+    assert told["currency/BT"]["en"].output == "Bhutanese Ngultrum"
     assert told["language/SD"]["en"].output == "Arabic"
     assert told["continent/KE"]["vi"].output == "Châu Phi"
     assert "the United States" in told["currency/US"]["en"].instruction
@@ -392,9 +391,8 @@ def test_the_tokenizer_reads_the_slices_and_every_kind_of_prompt(seed):
         for record in records[:9]
     )
     pairs = Counter((asked, answered) for _, asked, answered in found.elements())
-    assert (
-        len(pairs) == 16 and max(pairs.values()) - min(pairs.values()) <= 1
-    )  # all languages, in turn
+    # All languages, in turn.
+    assert len(pairs) == 16 and max(pairs.values()) - min(pairs.values()) <= 1
 
 
 def test_the_tokenizer_s_lines_are_those_of_its_seed_and_languages():
