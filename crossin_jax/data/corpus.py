@@ -23,8 +23,11 @@ from crossin_jax.languages import canonical_list
 from crossin_jax.process import temporary
 
 CACHE_BYTES = 64 << 20  # sources larger than this go to the cache folder
+# Rows of one Arrow batch: the text in row r is row r % BATCH_ROWS of batch r // BATCH_ROWS.
 BATCH_ROWS = 2048
 TEXT_COLUMNS = ("instruction", "input", "output", "messages")
+# The joined index, one entry per record: the hash of its id, the row of each language's text (-1:
+# none), how many earlier records have the same content, and the hash of its group.
 INDEX = ("keys", "rows", "twice", "groups")
 FORMAT = 3  # raised when the cached layout changes, or what is read of a row
 
@@ -255,6 +258,13 @@ class ArrowCorpus(Corpus):
         self._open()
 
 
+# The way of a source from its files to records:
+#
+#     files ─ readers ─► rows ─ TextReader ─► texts ─► Arrow file ─ join by key ─► ArrowCorpus
+#
+# The Arrow file of a small source is in memory. That of a large source or of a Hub data set is
+# CACHE/HASH/texts.arrow, where HASH stands for everything that decides what is read. The joined
+# index is saved beside it.
 def load_corpus(
     source: Source, languages: Sequence[str], *, seed: int = 0, cache: str | None = None
 ) -> Corpus:
@@ -272,8 +282,6 @@ def load_corpus(
             Corpus(source.name, records, place=f"the embedded world ({source.split})"), source
         )
     files = find_files(source, codes)
-    # Small files are read into memory. Large ones, and data sets of the Hub, are read once into a
-    # cache folder that is named after everything that decides what is read.
     size = sum(os.path.getsize(file.path) for file in files if file.layout != "hub")
     if size <= CACHE_BYTES and not any(file.layout == "hub" for file in files):
         import pyarrow as pa
@@ -286,6 +294,7 @@ def load_corpus(
         cache or os.environ.get("CROSSIN_CACHE", "~/.cache/crossin_jax/corpora")
     ).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
+    # A file that changes gets another size or time, and so another cache folder.
     stamp = [
         (
             f,

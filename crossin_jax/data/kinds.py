@@ -50,6 +50,9 @@ class Example:
 # ---- How a pair of languages is drawn
 
 
+# A hash takes the place of a random generator. A generator has a state, so its 1000th number needs
+# the 999 before it. A hash gives the number of any row alone: mix_bits(row, key) is the same on
+# every host, in every worker and after a restart, in whatever order the rows are asked for.
 def mix_bits(words: np.ndarray | int, key: int = 0) -> np.ndarray:
     """SplitMix64 of uint64 words under a key: uniform, and the same on every machine."""
     z = np.atleast_1d(np.asarray(words, np.uint64)) ^ np.uint64(key)
@@ -97,6 +100,7 @@ class Draws:
         # A uniform level in [0, total) falls between two cumulative weights: weights 1, 0, 2 are
         # the bounds 1, 1, 3,
         # so levels below 1 give language 0 and the others language 2.
+        # The level is the upper 53 bits of the hash as a float in [0, 1): float64 holds no more.
         bounds_NC = np.cumsum(weights_NC, axis=1)
         level = (mix_bits(self._words, salt) >> np.uint64(11)) * 2.0**-53 * bounds_NC[:, -1]
         return (level[:, None] >= bounds_NC).sum(axis=1)

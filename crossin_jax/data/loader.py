@@ -99,6 +99,8 @@ class Loader:
                 name: np.concatenate([rows, np.zeros((missing, rows.shape[1]), rows.dtype)])
                 for name, rows in batch.items()
             }
+        # Rows of 512 positions whose longest example has 200: of the widths 128, 256 and 512 the
+        # batch gets 256. There are only three, because the step is compiled for each width.
         width = self._windows.length
         if not self._windows.packing:
             longest = int((batch["segment_ids"] > 0).sum(1).max())

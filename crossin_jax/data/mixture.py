@@ -191,6 +191,11 @@ class Pool:
             ),
         )
 
+    # A component of 3 rows whose order is 2 0 1 in pass 0 and 1 2 0 in pass 1:
+    #
+    #     draws    0 1 2 │ 3 4 5
+    #     visits   0 0 0 │ 1 1 1
+    #     rows     2 0 1 │ 1 2 0
     def locate(self, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(units, rows, visits) of the component's draws; each visit has an order of its own."""
         visits, spots = np.divmod(draws, len(self))
@@ -285,6 +290,8 @@ class Mixture(Sequence):
     def __getitem__(self, i: int) -> Example:
         return self.take(np.array([i]))[0]
 
+    # Two components with sizes 3 and 2 have the entries 0 1 2 │ 3 4 in every epoch (`_starts` is
+    # 0 3 5). Component 1 has two draws per epoch: entry 4 of epoch 1 is its draw 1·2 + 4 − 3 = 3.
     def draw(self, positions: np.ndarray) -> np.ndarray:
         """(N, 4) int64 of component, row, prompt language, answer language at stream positions."""
         positions = np.asarray(positions, np.int64)

@@ -47,6 +47,12 @@ MEMORY_EXAMPLES = 1 << 15
 BUCKETS = (4, 2, 1)
 
 
+# Lengths 3 2 4 1 in rows of 6, the longest first. A length goes where it leaves the least space:
+#
+#     4    new row      4 4 4 4 · ·
+#     3    new row      4 4 4 4 · ·    3 3 3 · · ·
+#     2    first row    4 4 4 4 2 2    3 3 3 · · ·
+#     1    second row   4 4 4 4 2 2    3 3 3 1 · ·
 def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Best-fit decreasing: indices of the examples that share a row, each row in stream order."""
     rows: list[list[int]] = []
@@ -81,6 +87,7 @@ def shorten_input(example: Example, renderer: Renderer, length: int) -> Rendered
         (example.input[: -len(tag)], tag) if example.input.endswith(tag) else (example.input, "")
     )
     rendered = renderer.render(example)
+    # How many tokens a cut saves is known only after rendering: cut by the mean, look, and repeat.
     while (excess := len(rendered.ids) - 1 - length) > 0:
         if not body or example.messages:
             return None
@@ -113,6 +120,11 @@ class PackedBlocks:
         self.shortens, self.batch_size, self.seed = over_long == "shorten_input", batch_size, seed
         self.groups, self._memory = mixture.groups, {}
         self._group = {group: i for i, group in enumerate(self.groups)}
+        # The size of a window in examples. If examples take 100 positions on average, 128 rows of
+        # 512 positions hold 656 examples:
+        #
+        #     mixture of 2,000    3 windows per epoch, of 666 or 667 examples
+        #     mixture of 100      1 window for 7 epochs, packed together: fewer half-empty rows
         mean = self._survey()
         rows = max(WINDOW_ROWS, WINDOW_TOKENS // length)
         size = (
@@ -219,6 +231,8 @@ class PackedBlocks:
             mix_bits(np.arange(count, dtype=np.uint64), mix_bits(g, self.seed)[0]), kind="stable"
         )
 
+    # Lengths 9 2 8 3 7 with batches of 2:   2 3 │ 7 8 │ 9 ·     the whole batches are shuffled, and
+    # the short one stays last. A batch of short rows is cut to a smaller width: see `Loader`.
     def _sort_rows(self, lengths: list[int], g: int) -> list[list[int]]:
         """One example per row; batches of like length, shuffled, the last one filled up."""
         order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))

@@ -53,6 +53,12 @@ class File(NamedTuple):
     layout: str  # jsonl | json | parquet | csv | hub
 
 
+# What a path may be, and the files that it becomes for the languages en and zh:
+#
+#     data/alpaca.jsonl           that file; its rows or its columns say the language
+#     data/alpaca_{lang}.jsonl    data/alpaca_en.jsonl and data/alpaca_zh.jsonl
+#     data/                       data/NAME_en.json and data/NAME_zh.json
+#     org/name, kind "hub"        one data set of the Hub; org/name-{lang} is one for each language
 def find_files(source: Source, codes: Sequence[str]) -> list[File]:
     """Resolves `source.path` to existing inputs, one per language where the path or the folder is
     split by language.
@@ -198,6 +204,7 @@ class Fields:
                 yield name
 
 
+# CSV and Parquet files often hold a list as a text: '["a", "b"]' by JSON, "['a', 'b']" by pandas.
 def parse_list(value: Any) -> Any:
     """The list in a text that JSON or Python's `repr` wrote; other values, and other texts, as they
     are.
@@ -371,6 +378,11 @@ def _stream_json(path: str) -> Iterator[tuple[int, Any]]:
                 yield number, row
 
 
+# An article holds paragraphs, and a paragraph holds questions. A row is one question:
+#
+#     {"paragraphs": [{"context": C, "qas": [{"id": 7, "question": Q, "answers": [{"text": A}]}]}]}
+#
+#     → {"id": "7", "instruction": Q, "input": C, "output": A, "squad.paragraph": "0.0", …}
 def _flatten_squad(articles: list[dict], path: str) -> list[dict]:
     """One row per question, with the numbers of its article and paragraph (the same in parallel
     files).

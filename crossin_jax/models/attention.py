@@ -102,6 +102,12 @@ def choose_kernel(
     raise UserError(f"model.attention={name}: {obstacle}; use auto or reference")
 
 
+# The letters of the two einsums, for 4 query heads over 2 key/value heads (K = 2, G = 2):
+#
+#     query heads          0 1 │ 2 3       N = 4 is split into (K, G)
+#     read keys of head     0  │  1
+#     BTKGH,BSKH->BKGTS    scores: summed over the head width H, for every pair of T and S
+#     BKGTS,BSKH->BTKGH    context: summed over the keys S
 def attend_reference(
     q_BTNH: jax.Array,
     k: jax.Array,

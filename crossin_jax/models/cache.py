@@ -19,6 +19,7 @@ Cache = dict[str, jax.Array]
 _PER_LAYER = ("k", "v", "k_scale", "v_scale")
 
 
+# The slots of one head lie side by side, (…, K, S, H): a decode step reads them as one stretch.
 def init_cache(
     spec: ModelSpec, batch: int, length: int, dtype: Any = "bfloat16", *, stacked: bool = True
 ) -> Cache:

@@ -162,6 +162,13 @@ def _blocks_forward(q, k, v, positions_BT, segments_BT, window, soft_cap):
     return context, (q, k, v, positions_BT, segments_BT, context, jnp.concatenate(norms, axis=-2))
 
 
+# With the scores s of a query and its softmax p = exp(s − norm), the forward pass is context = p v.
+# From d_context follow
+#
+#     d_v = pᵀ d_context        d_p = d_context vᵀ        d_s = p · (d_p − inner)
+#     inner = Σ p · d_p = d_context · context              then through s = q kᵀ to d_q and d_k
+#
+# So one number per query and head (`norms`) is kept, instead of a row of scores.
 def _blocks_backward(window, soft_cap, saved, d_context):
     q, k, v, positions_BT, segments_BT, context, norms = saved
     dtype, einsum = (

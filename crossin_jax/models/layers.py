@@ -104,6 +104,7 @@ def declare(
     return kind(init(rngs.params(), shape, jnp.dtype(dtype)), axes=axes)
 
 
+# A bias (N, H) for y (B, T, N, H) becomes (1, 1, N, H).
 def over_last(vector: jax.Array, y: jax.Array) -> jax.Array:
     """A vector, or an array of heads, in the shape that broadcasts over all dimensions of y before
     its own.
@@ -189,6 +190,8 @@ class Linear(nnx.Module):
         self.down, self.up = f"{inputs},R{contracted}->BTR", f"BTR,{added}R->{outputs}"
         self.factor = lora.alpha / (math.sqrt(lora.rank) if lora.use_rslora else lora.rank)
 
+    # y = W x + factor · B (A x) + bias. With DoRA, each output of the first two terms is multiplied
+    # by magnitude / |its row of W + factor · B A|.
     def __call__(self, x: jax.Array, adapter_input: jax.Array) -> jax.Array:
         """Projects x; the adapter reads `adapter_input`, which is x after dropout."""
         # The update goes through R numbers per token; BA itself is never formed.

@@ -15,6 +15,9 @@ from typing import Any
 # adapter of rank R has A of (R, D) and B of (N, H, R).
 
 
+# How to read "BTNH,DNH->BTD" (o_proj): input BTNH, weight DNH, result BTD. A letter that input and
+# weight share (N, H) is summed over. A letter of the weight alone (D) is an output. B and T pass
+# through: the same product is computed for every token.
 @dataclass(frozen=True, slots=True)
 class Projection:
     """A product with a weight; it may carry a low-rank adapter."""

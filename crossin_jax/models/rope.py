@@ -236,6 +236,9 @@ def rope_to_hf(rope: Rope) -> dict[str, Any] | None:
     return values | {name: getattr(rope, name) for name in names}
 
 
+# Pair i turns by theta^(-2i/H) radians per position. With theta = 10,000 and H = 128, pair 0 turns
+# once in 6 tokens and pair 63 once in 54,000. Scaled ropes slow pairs down, so that positions
+# beyond the original context have angles that the model has seen.
 def rope_frequencies(rope: Rope, head_width: int) -> np.ndarray:
     """Radians per position of each rotated pair, (P,) float32 (Su et al. 2021; llama3: Llama 3.1
     model card).
@@ -291,6 +294,10 @@ def rope_tables(
     return (cos, sin) if factor == 1 else (factor * cos, factor * sin)
 
 
+# A head of H = 8 numbers has the pairs (0 4) (1 5) (2 6) (3 7): `first` is 0 to 3, `second` 4 to 7.
+# Each pair is a point in the plane that is turned by position · frequency:
+#
+#     (a, b)  →  (a cos − b sin, b cos + a sin)
 def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array, scale: float = 1.0) -> jax.Array:
     """Applies rotary positions to the two halves of the rotated part, and a scale: in float32, one
     rounding for both.

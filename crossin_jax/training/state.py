@@ -89,6 +89,11 @@ def build(config: Config, spec: ModelSpec, key: jax.Array, **options: Any) -> Tr
     )
 
 
+# Nothing here has arrays yet. What makes arrays later starts from the same shapes and shardings:
+#
+#     spec ─ eval_shape ─► shapes, axes ─ mesh ─► shardings ─┬─ start_state     draws or reads
+#                                                            ├─ Store.restore   continues a run
+#                                                            └─ plan            only compiles
 def abstract_model(config: Config, spec: ModelSpec, mesh: Mesh) -> AbstractModel:
     """Structure and shardings of the model, split into what trains and what is frozen."""
     options = model_options(mesh.devices.flat[0].platform, mesh.size)
@@ -157,6 +162,12 @@ def load_base(config: Config, *states: Any, progress: bool = True) -> Any:
     return states
 
 
+# Where the arrays of a new run come from:
+#
+#                         no model.path     model.path          model.path and lora.path
+#     base weights        drawn             read                read
+#     adapters            drawn             drawn               read
+#     optimizer moments   zero              zero                zero
 def start_state(
     config: Config,
     model: AbstractModel,

@@ -252,6 +252,9 @@ def loss_sums(
     }
 
 
+# Why the step divides a sum and does not average means: take two micro-batches, one with losses
+# 1 1 1 and one with the loss 5. The loss of the batch is 8 / 4 = 2. The mean of the two means would
+# be (1 + 5) / 2 = 3, and would change with the way the batch is split.
 def make_train_step(
     graphdef: Any, optimizer: optax.GradientTransformation, settings: StepSettings
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
