@@ -288,6 +288,11 @@ def is_adapter(path: str) -> bool:
     return path.rsplit("/", 1)[-1] in ADAPTERS
 
 
+# From a folder to arrays on the mesh; arrays are read only after all names and shapes fit:
+#
+#     config.json ─ read_spec ─► spec ───────────────┐
+#     *.safetensors ─ read_tensors ─► headers ───────┴─ match_tensors ─► the tensors of each leaf
+#     the state: shape, dtype, sharding of each leaf ── fill ─► LoadRequests ─ load_arrays ─► arrays
 def load_weights(folder: str | os.PathLike, state: Any, *, progress: bool = True) -> Any:
     """`state` (one or several, abstract or not) with every weight of the base model read from the
     folder.

@@ -37,6 +37,12 @@ _OTHER_PARTS = (
 )
 
 
+# q_proj of Llama-2-7B, with 32 heads of width 128 and a model width of 4096:
+#
+#     path    layers/q_proj/weight                       shape         (32, 128, 4096)
+#     name    model.layers.{}.self_attn.q_proj.weight    file_shape    (4096, 4096)
+#
+# The leaf in the state is a stack of 32 layers, (32, 32, 128, 4096), from 32 tensors of the file.
 @dataclass(frozen=True, slots=True)
 class Key:
     """One leaf of ours: `path` in the state, `name` in the file ({} stands for the layer), shapes

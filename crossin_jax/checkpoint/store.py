@@ -207,6 +207,12 @@ class Store:
         )
         return state, restored["data"]
 
+    # Each process reads only its own shards, so one process may meet damage that the others do not
+    # see. But all must continue from the same step. So for every step they ask each other twice,
+    # with `any_process`: is the step damaged for anybody, and could anybody not read it?
+    #
+    #     step 900    process 0: read     process 1: cannot read    → all skip it
+    #     step 800    process 0: read     process 1: read           → all continue from 800
     def restore_newest(
         self, abstract: TrainState, config: Config
     ) -> tuple[TrainState, dict[str, Any]] | None:

@@ -62,6 +62,13 @@ class Tensor:
         )
 
 
+# A file is one header and then the bytes of all tensors, without gaps:
+#
+#     8 bytes: n │ n bytes of JSON │ data
+#
+#     {"norm.weight": {"dtype": "BF16", "shape": [4096], "data_offsets": [0, 8192]}, …}
+#
+# Offsets count from the start of the data, so this tensor begins at byte 8 + n of the file.
 def read_header(path: str) -> dict[str, Tensor]:
     """The tensors of a safetensors file by name; `UserError` where the file is cut, padded or not
     safetensors.
@@ -149,6 +156,12 @@ class Reader:
             os.close(descriptor)
         self._files.clear()
 
+    # Two devices hold the left (x) and the right (o) half of a (4, 6) tensor:
+    #
+    #     x x x o o o       Their boxes fill one larger box, the hull. So whole rows are read, which
+    #     x x x o o o       lie side by side in the file, and are split in memory. Box by box, every
+    #     x x x o o o       row would cost two reads of three numbers.
+    #     x x x o o o
     def plan(self, tensor: Tensor, parts: Sequence[Part]) -> Iterator[Callable[[], int]]:
         """Yields independent reads that fill `parts` and together touch each byte once; each
         returns its bytes.
@@ -232,6 +245,9 @@ class Reader:
             done += count
 
 
+# Read as integers, the bits of positive floats are in the order of the numbers: … < largest finite
+# < infinity < NaN. So the largest integer says whether there is a NaN. As signed integers the
+# positive NaNs are the largest, as unsigned ones the negative NaNs, whose first bit is 1.
 def has_nan(array: np.ndarray, code: str) -> bool:
     """Whether a contiguous array of safetensors type `code` holds a NaN; two integer maxima, no
     temporary.

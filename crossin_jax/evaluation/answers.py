@@ -80,6 +80,8 @@ def _sentences(text: str) -> list[str]:
     return _SENTENCE.findall(text) or [_NO_SENTENCE]
 
 
+# "It may be (A). But (B) fits. So (B)!" has three sentences with the votes A B B: B wins. "Both (A)
+# and (B)." is one sentence and has one vote: A, the first of two keys of equal length.
 def align(choices: Sequence[str], text: str) -> Answer:
     """The choices that SeaEval v0.1 would decide between after reading `text`.
 

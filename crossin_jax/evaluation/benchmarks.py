@@ -251,6 +251,11 @@ def load_benchmark(
     return Benchmark(label, tuple(items[:limit]), codes, source, tuple(items))
 
 
+# Rows come in three layouts. The first has an item per row, the others a row per item and language:
+#
+#     SeaEval     {"id": "7", "English": {"question": …, "choices": …, "answer": …}, "Chinese": {…}}
+#     MMLU        {"id": "7", "language": "zh", "question": …, "choices": […], "answer": 1}
+#     Belebele    {"link": …, "question_number": 1, "dialect": "zho_Hans", "mc_answer1": …, …}
 def _load_elsewhere(name: str, codes: Sequence[str]) -> tuple[str, str, list[Item]]:
     """(label, source, items) of a file, of a file per language, or of a Hub data set."""
     path = Path(name).expanduser()

@@ -77,6 +77,8 @@ class Scores(Level):
     coin_sd: dict[str, float] = field(default_factory=dict)
 
 
+# Accuracy .8 and consistency .5 give .615. A model that is always wrong in the same way has
+# consistency 1 and accuracy 0, and AC3 is 0.
 def ac3(accuracy: float, consistency: float) -> float:
     """Harmonic mean of accuracy and consistency, operation by operation as SeaEval computes it."""
     return 2 * consistency * accuracy / (consistency + accuracy + EPSILON)
@@ -160,6 +162,9 @@ def _gold_probabilities(predictions: Predictions, p_ILC: np.ndarray) -> np.ndarr
     return np.take_along_axis(p_ILC, gold_IL[:, :, None], axis=2)[:, :, 0]
 
 
+# English answers A, Vietnamese B, and Chinese A or B. The chances that two agree are en-zh .5,
+# en-vi 0 and zh-vi .5, so consistency_2 of this item is their mean, 1/3: exact, and no coin is
+# tossed.
 def _agreement(
     p_ILC: np.ndarray, languages: Sequence[str]
 ) -> dict[int, dict[tuple[str, ...], float]]:
@@ -180,6 +185,12 @@ def _agreement(
     return counts
 
 
+# One choice with the probabilities 1, 1 and .5 in three languages; sums[s] after each language:
+#
+#     s           0    1      2    3
+#     first       1    1      0    0
+#     second      1    2      1    0
+#     third       1    2.5    2    .5      2 of the 3 pairs and .5 of the triple pick this choice
 def _share_of_sets(p_ILC: np.ndarray) -> dict[int, np.ndarray]:
     """By s, the expected share of sets of s languages that agree on an item, (I,).
 
@@ -285,6 +296,9 @@ def _item_range(
     return even, most, _variance(counts, coins, share)
 
 
+# Choices A B C with the certain counts 0 0 2, and two coins. Coin 1 (A or B) goes to A: 1 0 2. Coin
+# 2 (A or C) finds A with 1 and C with 2. But coin 1 can move from A to B, which has 0. So it moves,
+# and coin 2 takes its place on A: 1 1 2.
 def _level_out(counts: tuple[int, ...], coins: tuple[tuple[int, ...], ...]) -> list[int]:
     """The most even numbers of languages by choice that the coins can make.
 
@@ -313,6 +327,9 @@ def _level_out(counts: tuple[int, ...], coins: tuple[tuple[int, ...], ...]) -> l
     return numbers
 
 
+# The item's share is a sum over choices, Σ X_c, where X_c is the share of the sets that pick c. So
+# its variance is Σ Var(X_c) + 2 Σ Cov(X_c, X_d) over pairs c < d. For that, the joint distribution
+# of two choices' counts is enough: a table of numbers of coins, not of all outcomes.
 def _variance(
     counts: tuple[int, ...], coins: tuple[tuple[int, ...], ...], share: np.ndarray
 ) -> np.ndarray:

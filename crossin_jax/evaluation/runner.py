@@ -65,6 +65,11 @@ def describe_benchmarks(config: Config, benchmarks: Sequence[Benchmark]) -> dict
     }
 
 
+# From items to scores:
+#
+#     Benchmark ─ questions ─► texts ─ Renderer ─► ids ─ Engine ─┬─ score ─► log-likelihoods ─┐
+#                                                                └─ generate ─► text ─ align ─┤
+#     scores ◄─ metrics.evaluate ─ Predictions ◄─ collect ─ Answer ◄──────────────────────────┘
 def run_benchmarks(
     config: Config,
     engine: Engine,
@@ -208,6 +213,11 @@ def split_choices(
     return ScoredChoices(answers[0].ids[:border], options, num_bytes)
 
 
+# The sum favours short choices; per token and per byte correct for it in two ways:
+#
+#                   sum    tokens    per token    bytes    per byte
+#     Rome          −6     2         −3.0         4        −1.5         chosen by the sum
+#     Montevideo    −8     4         −2.0         10       −0.8         chosen by both others
 def choose_likeliest(entry: ScoredChoices, values: np.ndarray | None, method: str) -> Answer:
     """The likeliest choice by a method; `values` are the summed log-likelihoods of all options,
     None: too long.

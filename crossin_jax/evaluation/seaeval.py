@@ -19,6 +19,11 @@ from crossin_jax.languages import find_code, name_of
 Row = dict[str, Any]
 
 
+# A row of a log:
+#
+#     {"id": "7", "English": {"question": "…", "choices": ["(A) Rome", "(B) Lima"],
+#                             "answer": "(B) Lima", "model_prediction": "I think (B)."},
+#      "Chinese": {…}}
 def read_log(path: str | Path, benchmark: str | None = None) -> Predictions:
     """The answers in a log of SeaEval's layout, aligned by its rules; languages are its columns, in
     its order.

@@ -311,6 +311,8 @@ class Engine:
             )
         return set(range(len(tokens))) - set(long)
 
+    # A batch has about batch_size · SCORED_TOKENS tokens. With batch_size 16, a prompt of T = 256
+    # and C = 4 choices of 11 tokens: 16 · 512 // (256 + 4 · 11) = 27 rows, rounded down to 16.
     def _scoring_batches(
         self,
         group: Group,

@@ -105,6 +105,8 @@ def _argmax(scores_BV: jax.Array) -> jax.Array:
     return jnp.where(scores_BV == best, index, scores_BV.shape[-1] - 1).min(axis=-1)
 
 
+# Probabilities .5 .3 .2: for top_p = .7 the weights are the probabilities, and the threshold is .3,
+# since .5 + .3 reaches .7. For top_k = 2 every weight is 1, and the threshold is .3 again.
 def _threshold(p_BV: jax.Array, weight_BV: jax.Array, target: jax.Array) -> jax.Array:
     """The largest t (B, 1) for which the weights of all p >= t sum to `target`.
 

@@ -162,6 +162,10 @@ def prefill(
     return State(cache, token_B, position_B, left_B - 1, seed_B, done_B, finite)
 
 
+# Two admitted prompts take rows 0 and 2 of three. A third place of the program had no prompt, so
+# its index is past the end, and it is dropped:
+#
+#     index_A    0  2  3        state    new  old  new
 def insert(state: State, rows: State, index_A: jax.Array, R: int, axes: Any) -> State:
     """The state with `rows` in place of the rows `index_A`; indices past the end are ignored."""
 
@@ -230,6 +234,14 @@ def _resize(x: jax.Array, axis: int, start: int, size: int, empty: int) -> jax.A
     )
 
 
+# One step reads the token that was drawn last and draws the next one. A row with the prompt "Name a
+# river" (positions 0 to 2), whose prefill drew "The":
+#
+#     step    reads    at position    writes slot    draws
+#     0       The      3              R              Seine
+#     1       Seine    4              R + 1          EOS: the row is done
+#
+# From then on the row's slots are padding. After slot R + W − 1 comes slot R again.
 def decode(
     model: Transformer,
     state: State,
@@ -278,6 +290,12 @@ def decode(
     return state, out
 
 
+# A prompt "x y" and the choice "a b c":
+#
+#     reads    x y      the logits after y score a
+#     reads    a b      the logits after a score b, those after b score c; c is not read
+#
+# The first token of every choice is scored by one reading of the prompt.
 def score(
     model: Transformer,
     cache: Cache,

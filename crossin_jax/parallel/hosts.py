@@ -200,6 +200,12 @@ class Preemption:
     def __exit__(self, *_: Any) -> None:
         self._stack.close()
 
+    # All processes must leave after the same step: a step is computed together, and a process that
+    # went on alone would wait for the others for ever. SIGTERM comes to process 1 (▲):
+    #
+    #     process 0    step 7    step 8    step 9    saves
+    #     process 1    step 7 ▲  step 8    step 9    saves
+    #                         └─ agreed: "after step 9", which no process has passed yet
     def reached(self, step: int) -> bool:
         """Whether all processes should save and leave after this step; every process gets the same
         answer.
@@ -310,6 +316,8 @@ def check_shared(folder: Path) -> None:
         )
 
 
+# What one process alone knows (a full disk, its clock, a damaged file) must not decide alone: those
+# that take the other branch would wait in a collective for ever.
 def any_process(value: bool) -> bool:
     """Whether a thing is true on any process; every process must ask, and gets the same answer."""
     if jax.process_count() == 1:

@@ -14,6 +14,15 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 
 # logical axis: (mesh axis of a parameter, mesh axis of an activation)
+# A dimension has a logical axis, and this table gives the mesh axis over which it is split. The
+# weight of q_proj with 8 heads, on a mesh of fsdp=2 and tensor=2:
+#
+#     letter          N          H        D
+#     logical axis    heads      head     embed
+#     mesh axis       tensor     none     fsdp      each device holds (4, H, D / 2)
+#
+# data and fsdp split the rows of a batch. fsdp also splits what is stored: the compiler gathers a
+# weight before its product. tensor splits the product itself: each device has some of the heads.
 RULES: dict[str, tuple[Any, Any]] = {
     "batch": (None, BATCH),
     "length": (None, None),

@@ -57,6 +57,13 @@ class Link:
     has_ended: bool = False  # the other process has said that it ends by itself
 
 
+# The messages are lines of JSON:
+#
+#     process 3 to 0    {"process": 3, "of": 4, "host": "w3"}     I am here
+#     0 to process 3    {"fault": null}                           all have come, start
+#     all, every beat   {}                                        I am alive
+#     all, at the end   {"code": 0}                               I end, with this exit code
+#     0 to all          {"lost": "process 2 was lost: …"}         leave too
 def call_roll(place: Place, timeout_seconds: float) -> list[Link]:
     """Returns when every process has come, with a link to each other one (process 0) or to process
     0.
