@@ -113,10 +113,10 @@ def main() -> None:
     from lm_eval.models.huggingface import HFLM
 
     from crossin_jax import provenance
-    from crossin_jax.checkpoint.open import load_model
     from crossin_jax.data.pipeline import load_tokenizer
     from crossin_jax.evaluation.harness import EngineLM
     from crossin_jax.generation.engine import Engine
+    from crossin_jax.generation.model import load_model
 
     tokenizer = load_tokenizer(str(arguments.data / "tokenizers/llama2"))
     with tempfile.TemporaryDirectory() as folder:

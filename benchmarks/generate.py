@@ -204,8 +204,8 @@ def main() -> None:
     import torch
 
     from crossin_jax import provenance
-    from crossin_jax.checkpoint.open import load_model
     from crossin_jax.generation.engine import Engine
+    from crossin_jax.generation.model import load_model
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)

@@ -60,7 +60,9 @@ class Model(Settings):
         choices=("float32", "bfloat16", "int8", "nf4"),
     )
     compute_dtype: str = setting(
-        "bfloat16", "precision of matrix products", choices=("float32", "bfloat16")
+        "auto",
+        "precision of matrix products; auto: bfloat16 where the device computes it fast",
+        choices=("auto", "float32", "bfloat16"),
     )
     attention: str = setting(
         "auto",

@@ -40,6 +40,7 @@ from crossin_jax.parallel.mesh import make_mesh
 from crossin_jax.report.results import read_pair, write_results
 from crossin_jax.report.summary import Block, Run
 from crossin_jax.report.text import print_table
+from crossin_jax.training.state import describe_precision
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,8 @@ def evaluate(
     if checkpoint is None and adapter is None:
         config = dataclasses.replace(config, lora=None)
     opened = open_model(checkpoint or config, mesh=make_mesh(config.mesh))
+    if jax.process_index() == 0:
+        print(describe_precision(opened.config, opened.mesh), file=sys.stderr, flush=True)
     if checkpoint is None:
         check_template(config, opened.tokenizer.prompt)
         trained = {"base": config.model.path, "adapter": adapter}
@@ -109,6 +112,7 @@ def evaluate(
     source = provenance.describe(
         settings.to_dict(config),
         model=trained,
+        precision=opened.config.model.compute_dtype,
         template=renderer.hash,
         benchmarks=describe_benchmarks(config, benchmarks),
         compilations=engine.compilations,
@@ -246,6 +250,7 @@ def find_differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]
     places = {
         "another tokenizer": ("model", "tokenizer"),
         "another prompt template or tokenizer": ("template",),
+        "another precision": ("precision",),
         "another version of crossin_jax": ("versions", "crossin_jax"),
         "another commit of crossin_jax": ("commit",),
     }

@@ -4,22 +4,33 @@
   python -m crossin_jax.generate --model models/xquad --temperature 0.7 --seed 3
   python -m crossin_jax.generate --model runs/xquad
 
-Without --prompt it reads prompts from the keyboard. Of a run it takes the newest checkpoint. An
-answer appears as it is made. Several --prompt flags are answered together, one after the other on
-the screen.
+  python -m crossin_jax.generate --model runs/xquad --chat
+  python -m crossin_jax.generate --model runs/xquad --messages conversation.json
+  python -m crossin_jax.generate --model runs/xquad --prompts questions.jsonl --out answers.jsonl
+
+Without --prompt it reads prompts from the keyboard, each by itself; with --chat they are turns of
+one conversation. Of a run it takes the newest checkpoint. An answer appears as it is made. Several
+--prompt flags are answered together, one after the other on the screen. --prompts answers a file of
+rows {"prompt": …} (or "instruction" and "input", or "messages"); the same command continues it.
 """
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from crossin_jax import cli
 from crossin_jax.config import UserError
+from crossin_jax.files import check_output
 from crossin_jax.generation.batching import check_stops
-from crossin_jax.generation.chat import load_chat_model
+from crossin_jax.generation.chat import ChatModel, Prompt, load_chat_model
+from crossin_jax.generation.prompts_file import answer_file, read_messages, read_rows
 from crossin_jax.generation.sampling import make_sampling
+from crossin_jax.ownership import own_output
+
+RESET = "/reset"
 
 
 def read_prompts(is_terminal: bool) -> Iterator[str]:
@@ -54,6 +65,17 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "input", "", "input that goes with the prompt, in templates that have a place for it"
     )
+    flags.DEFINE_bool("chat", False, f"keep the turns of a conversation; {RESET} forgets them")
+    flags.DEFINE_string(
+        "messages",
+        None,
+        "JSON file of turns to answer, e.g. [{'role': 'user', 'content': 'Hello'}]",
+    )
+    flags.DEFINE_string("prompts", None, "JSON Lines file of prompts to answer into --out")
+    flags.DEFINE_string("out", None, "JSON Lines file for the rows of --prompts with their answers")
+    flags.DEFINE_integer(
+        "batch_size", 16, "prompts of --prompts that are decoded at once", lower_bound=1
+    )
     flags.DEFINE_integer("max_new_tokens", 256, "longest answer, tokens", lower_bound=1)
     flags.DEFINE_float("temperature", 0.0, "0 is greedy", lower_bound=0)
     flags.DEFINE_integer("top_k", None, "sample from the k likeliest tokens", lower_bound=1)
@@ -61,7 +83,10 @@ def define_flags() -> None:
     flags.DEFINE_integer("seed", 0, "seed of the draws", lower_bound=0)
     flags.DEFINE_multi_string("stop", [], "text that ends an answer; may be given several times")
     flags.DEFINE_enum(
-        "dtype", None, ["float32", "bfloat16"], "precision; none: float32 on a CPU, else bfloat16"
+        "dtype",
+        "auto",
+        ["auto", "float32", "bfloat16"],
+        "precision; auto: a run's own, else what the device computes fast",
     )
 
 
@@ -74,6 +99,7 @@ def main(arguments: Any) -> None:
     # what can be refused now is not refused after the model is loaded
     make_sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     check_stops(arguments.stop, str)
+    check_ways(arguments)
     model, adapter = arguments.model, arguments.adapter
     if arguments.base:
         if adapter:
@@ -82,6 +108,7 @@ def main(arguments: Any) -> None:
             )
         model, adapter = arguments.base, model
     given = list(arguments.prompt)
+    many = arguments.prompts is not None
     speaker = load_chat_model(
         model,
         adapter=adapter,
@@ -89,13 +116,28 @@ def main(arguments: Any) -> None:
         template=arguments.template,
         system=arguments.system,
         dtype=arguments.dtype,
-        batch_size=min(8, max(1, len(given))),
+        batch_size=arguments.batch_size if many else min(8, max(1, len(given))),
     )
     options = {
         name: getattr(arguments, name)
         for name in ("max_new_tokens", "temperature", "top_k", "top_p", "stop")
     }
-    if len(given) > 1:
+    if many:
+        out = Path(arguments.out).expanduser()
+        with own_output(out):
+            count = answer_file(
+                speaker,
+                Path(arguments.prompts).expanduser(),
+                out,
+                seed=arguments.seed,
+                batch_size=arguments.batch_size,
+                **options,
+            )
+        print(f"{count} answers: {out}")
+    elif arguments.chat or arguments.messages:
+        messages = read_messages(arguments.messages) if arguments.messages else []
+        converse(speaker, messages, arguments, options)
+    elif len(given) > 1:
         answers = speaker.answer(
             [(text, arguments.input) for text in given],
             seeds=[arguments.seed] * len(given),
@@ -103,15 +145,78 @@ def main(arguments: Any) -> None:
         )
         for text, answer in zip(given, answers, strict=True):
             print(f"> {text}\n{answer}\n")
+            say_cut(answer)
+    else:
+        for text in given or read_prompts(sys.stdin.isatty()):
+            tell(speaker, (text, arguments.input), arguments.seed, options)
+
+
+def check_ways(arguments: Any) -> None:
+    """Refuses several ways of asking at once, and one that lacks its other half."""
+    asked = {
+        "--prompt": bool(arguments.prompt),
+        "--prompts": arguments.prompts is not None,
+        "--chat or --messages": bool(arguments.chat or arguments.messages),
+    }
+    if len(ways := [name for name, is_given in asked.items() if is_given]) > 1:
+        raise UserError(f"{' and '.join(ways)} are different ways of asking; choose one")
+    if (arguments.prompts is None) != (arguments.out is None):
+        raise UserError("--prompts FILE.jsonl needs --out FILE.jsonl, and --out needs --prompts")
+    if arguments.input and ways and ways != ["--prompt"]:
+        raise UserError(f"--input goes with --prompt, not with {ways[0]}")
+    if arguments.prompts:
+        read_rows(arguments.prompts)
+        check_output("--out", Path(arguments.out).expanduser())
+    if arguments.messages:
+        read_messages(arguments.messages)
+
+
+def tell(speaker: ChatModel, prompt: Prompt, seed: int, options: dict[str, Any]) -> str:
+    """Prints an answer as it is made, says where it was cut, and returns it."""
+    (answer,) = speaker.answer(
+        [prompt], lambda _, piece: print(piece, end="", flush=True), seeds=[seed], **options
+    )
+    print(flush=True)
+    say_cut(answer)
+    return answer
+
+
+def say_cut(answer: str) -> None:
+    """Marks an answer that was as long as allowed; the mark is not part of the answer."""
+    if getattr(answer, "is_cut", False):
+        print("[cut here; --max_new_tokens allows more]", file=sys.stderr, flush=True)
+
+
+def converse(
+    speaker: ChatModel, messages: list[dict[str, str]], arguments: Any, options: dict[str, Any]
+) -> None:
+    """A conversation that keeps its turns: first the one of --messages, then lines of standard
+    input.
+
+    The oldest exchange is forgotten where the model cannot read all of them.
+    """
+
+    def answer() -> None:
+        while len(messages) > 2 and len(speaker.render(messages)) >= speaker.engine.max_length:
+            first = int(messages[0]["role"] == "system")
+            del messages[first : first + 2]
+            print("[the oldest exchange is forgotten: it is too long]", file=sys.stderr)
+        text = tell(speaker, messages, arguments.seed, options)
+        messages.append({"role": "assistant", "content": str(text)})
+
+    if messages:
+        answer()
+    if not arguments.chat:
         return
-    for text in given or read_prompts(sys.stdin.isatty()):
-        speaker.answer(
-            [(text, arguments.input)],
-            lambda _, piece: print(piece, end="", flush=True),
-            seeds=[arguments.seed],
-            **options,
-        )
-        print(flush=True)
+    if sys.stdin.isatty():
+        print(f"{RESET} forgets the conversation; an empty line ends it", file=sys.stderr)
+    for line in read_prompts(sys.stdin.isatty()):
+        if line.strip() == RESET:
+            messages.clear()
+            print("[the conversation is forgotten]", file=sys.stderr, flush=True)
+            continue
+        messages.append({"role": "user", "content": line})
+        answer()
 
 
 if __name__ == "__main__":

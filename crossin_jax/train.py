@@ -31,7 +31,7 @@ from jax.sharding import Mesh
 
 from crossin_jax import cli, process, provenance
 from crossin_jax.checkpoint.fingerprint import fingerprints
-from crossin_jax.checkpoint.store import Store, read_origin
+from crossin_jax.checkpoint.store import Store, list_steps, read_origin
 from crossin_jax.config import Config, Train, UserError, to_dict
 from crossin_jax.data.loader import Loader, make_loader
 from crossin_jax.data.pipeline import Pipeline, open_eval_renderer, open_pipeline
@@ -45,9 +45,11 @@ from crossin_jax.training.state import (
     abstract_model,
     abstract_state,
     check_base,
+    describe_precision,
     flops_per_token,
     load_base,
     model_spec,
+    resolve_precision,
     start_state,
     to_mesh,
 )
@@ -97,6 +99,7 @@ def train(
     """
     folder = find_folder(config)
     with hosts.own_folder(folder), process.cleanup(partial(forget_refused, folder)):
+        config = settle_precision(config, folder if resume else None)
         hosts.report_saved(partial(describe_saved, folder))
         run = set_up(config, folder)
         with jax.set_mesh(run.mesh), Store(folder, config=config) as store:
@@ -111,6 +114,8 @@ def train(
             if not resume:
                 store.set_aside()
             write_config(folder, config)
+            if jax.process_index() == 0:
+                print(describe_precision(config, run.mesh), file=sys.stderr, flush=True)
 
             # ---- Loop
             telemetry = Telemetry(
@@ -251,6 +256,7 @@ def take_steps(
     source = provenance.describe(
         to_dict(config),
         manifest=run.data.mixture.manifest()["hash"],
+        precision=config.model.compute_dtype,
         template=run.data.renderer.hash,
         tokenizer=provenance.identify_tokenizer(run.data.tokenizer),
         base=config.model.path,
@@ -385,6 +391,18 @@ def find_folder(config: Config) -> Path:
             "see docs/tpu.md"
         )
     return Path(config.output_dir).expanduser()
+
+
+def settle_precision(config: Config, folder: Path | None) -> Config:
+    """The configuration with a precision in place of "auto": that of the run in `folder`, else the
+    device's.
+    """
+    if config.model.compute_dtype == "auto" and folder and list_steps(folder / "checkpoints"):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            dtype = json.loads((folder / "config.json").read_text())["model"]["compute_dtype"]
+            model = dataclasses.replace(config.model, compute_dtype=dtype)
+            config = dataclasses.replace(config, model=model)
+    return resolve_precision(config)
 
 
 def forget_refused(folder: Path) -> None:

@@ -20,9 +20,9 @@ from crossin_jax.config import UserError, to_dict
 from crossin_jax.data.kinds import add_tag
 from crossin_jax.data.pipeline import open_renderer
 from crossin_jax.evaluate import evaluate, split_pair, write_run
-from crossin_jax.evaluation import runner
 from crossin_jax.evaluation.benchmarks import load_benchmark
 from crossin_jax.evaluation.seaeval import predictions_of, read_log
+from crossin_jax.generation import batching
 from crossin_jax.generation.engine import Engine
 from crossin_jax.report.results import read_pair, read_results
 from crossin_jax.report.summary import Run
@@ -204,8 +204,8 @@ def test_compare_takes_two_folders():
 
 def test_the_border_between_prompt_and_choices_is_shared():
     rows = [np.array([1, 2, 3]), np.array([1, 2]), np.array([1, 2, 4, 5])]
-    assert runner.common_prefix(rows) == 2
-    assert runner.common_prefix([np.array([1, 2]), np.array([3, 2])]) == 0
+    assert batching.common_prefix(rows) == 2
+    assert batching.common_prefix([np.array([1, 2]), np.array([3, 2])]) == 0
 
 
 @pytest.mark.slow

@@ -21,9 +21,10 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from crossin_jax.checkpoint.hf import read_tensors, state_leaves
-from crossin_jax.checkpoint.open import load_model, open_model
+from crossin_jax.checkpoint.open import open_model
 from crossin_jax.config import Lora, UserError
 from crossin_jax.export import export
+from crossin_jax.generation.model import load_model
 from crossin_jax.report.summary import Block, Estimate, Row
 from tests.checkpoint.runs import (
     NEW,

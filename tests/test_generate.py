@@ -18,7 +18,7 @@ from crossin_jax.data.pipeline import load_tokenizer
 from crossin_jax.data.prompts import Renderer
 from crossin_jax.export import export
 from crossin_jax.generate import read_prompts
-from crossin_jax.generation.chat import ChatModel, load_chat_model
+from crossin_jax.generation.chat import ChatModel, Text, load_chat_model
 from tests.conftest import REPOSITORY
 from tests.helpers import as_earlier_version
 from tests.test_train import copy_run
@@ -254,7 +254,12 @@ FLAGS = {
     "top_p": None,
     "seed": 0,
     "stop": [],
-    "dtype": None,
+    "dtype": "auto",
+    "chat": False,
+    "messages": None,
+    "prompts": None,
+    "out": None,
+    "batch_size": 4,
 }
 
 
@@ -396,6 +401,91 @@ def test_prompts_come_from_pipe_and_keyboard(monkeypatch, capsys):
     assert list(read_prompts(True)) == ["one"] and capsys.readouterr().out == "> > "
 
 
+# ---- Conversations, files, and answers that were cut
+
+
+class Chat(Listener):
+    """Answers with the number of turns that it was given, and reads at most six of them."""
+
+    engine = types.SimpleNamespace(max_length=7)
+
+    def render(self, messages):
+        return messages
+
+    def answer(self, prompts, write=None, **options):
+        turns = [turn["content"] for turn in prompts[0]]
+        self.asked = [*getattr(self, "asked", ()), turns]
+        text = Text(f"{len(turns)} turns")
+        text.is_cut = "long" in turns[-1]
+        write(0, text)
+        return [text]
+
+
+def test_a_conversation_keeps_its_turns_until_it_is_reset(say, capsys):
+    chat = Chat()
+    written = say(chat, "one\ntwo\n/reset\nthree\n", chat=True)
+    assert chat.asked == [["one"], ["one", "1 turns", "two"], ["three"]]
+    assert written == "1 turns\n3 turns\n1 turns\n"
+
+
+def test_a_conversation_that_is_too_long_forgets_its_oldest_exchange(say):
+    chat = Chat()
+    say(chat, "".join(f"q{i}\n" for i in range(5)), chat=True)
+    assert [len(turns) for turns in chat.asked] == [1, 3, 5, 5, 5]
+    assert chat.asked[-1][0] == "q2"
+
+
+def test_messages_of_a_file_are_answered_and_may_go_on(say, tmp_path):
+    turns = [
+        {"role": role, "content": text}
+        for role, text in [("system", "Be brief."), ("user", "Hello")]
+    ]
+    (tmp_path / "chat.json").write_text(json.dumps(turns))
+    chat = Chat()
+    assert say(chat, messages=str(tmp_path / "chat.json")) == "2 turns\n"
+    say(chat, "and?\n", messages=str(tmp_path / "chat.json"), chat=True)
+    assert chat.asked[-1] == ["Be brief.", "Hello", "2 turns", "and?"]
+
+
+def test_an_answer_that_was_cut_is_marked_beside_it(monkeypatch, capsys):
+    monkeypatch.setattr(program, "load_chat_model", lambda *_, **__: Chat())
+    monkeypatch.setattr("sys.stdin", io.StringIO("short\nlong\n"))
+    program.main(types.SimpleNamespace(**FLAGS | {"chat": True}))
+    out, err = capsys.readouterr()
+    assert out == "1 turns\n3 turns\n" and err.count("[cut here; --max_new_tokens") == 1
+
+
+def test_a_cut_answer_has_no_half_character(speaker):
+    """Cut after any number of tokens: the text is the beginning of the whole one."""
+    text = "東京 ¿Qué? 胡志明市"
+    ids = speaker.tokenizer(text, add_special_tokens=False).input_ids
+    for limit in range(1, len(ids)):
+        (found,) = ChatModel(Teller([ids[:limit]], max_length=400), speaker.renderer, None).answer(
+            QUESTIONS[:1], max_new_tokens=limit
+        )
+        assert text.startswith(found) and "\ufffd" not in found and found.is_cut
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"prompt": ["a"], "chat": True}, "--prompt and --chat or --messages"),
+        ({"prompts": "p.jsonl"}, "needs --out"),
+        ({"out": "o.jsonl"}, "needs --prompts"),
+        ({"prompts": "p.jsonl", "out": "o.jsonl", "chat": True}, "different ways"),
+        ({"chat": True, "input": "a"}, "--input goes with --prompt"),
+        ({"prompts": "absent.jsonl", "out": "o.jsonl"}, "absent.jsonl"),
+        ({"messages": "absent.json"}, "absent.json"),
+    ],
+    ids=str,
+)
+def test_ways_of_asking_that_do_not_go_together_are_refused_before_the_model_is_loaded(
+    given, words, say
+):
+    with pytest.raises(UserError, match=words):
+        say(None, **given)
+
+
 def run(*arguments, text=None):
     return subprocess.run(
         [sys.executable, "-m", "crossin_jax.generate", *map(str, arguments)],
@@ -406,11 +496,17 @@ def run(*arguments, text=None):
     )
 
 
-def test_the_program_answers_and_says_what_is_wrong(pretrained, speaker):
+def test_the_program_answers_and_says_what_is_wrong(pretrained, speaker, tmp_path):
     base = ["--model", pretrained / "model", "--template", "plain", "--max_new_tokens", 8]
     found = run(*base, text=f"{QUESTIONS[0][0]}\n")
     assert found.returncode == 0, found.stderr
     assert found.stdout.strip() == speaker.answer(QUESTIONS[:1], max_new_tokens=8)[0].strip()
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    rows.write_text(json.dumps({"prompt": QUESTIONS[0][0], "id": 7}) + "\n")
+    many = run(*base, "--prompts", rows, "--out", out)
+    assert many.stdout == f"1 answers: {out}\n", many.stderr
+    row = json.loads(out.read_text())
+    assert row["id"] == 7 and row["generated"].strip() == found.stdout.strip()
     for arguments, words in [
         ((), "--model is missing"),
         ((*base, "--top_k", 5, "-p", "a"), "temperature above 0"),

@@ -37,7 +37,7 @@ from crossin_jax.checkpoint.store import (
 from crossin_jax.config import Config, UserError
 from crossin_jax.data.pipeline import open_tokenizer
 from crossin_jax.models.spec import ModelSpec
-from crossin_jax.parallel.mesh import make_mesh
+from crossin_jax.parallel.mesh import fast_dtype, make_mesh
 from crossin_jax.provenance import identify_tokenizer
 from crossin_jax.training.state import (
     AbstractModel,
@@ -45,6 +45,7 @@ from crossin_jax.training.state import (
     check_base,
     load_base,
     model_spec,
+    resolve_precision,
 )
 
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
@@ -97,24 +98,6 @@ class LoadedModel:
             return self._logits(self.state, tokens_BT, positions_BT, segment_ids_BT)
 
 
-def load_model(
-    path: str | os.PathLike,
-    *,
-    dtype: str = "float32",
-    mesh: Mesh | None = None,
-    revision: str | None = None,
-    progress: bool = True,
-) -> LoadedModel:
-    """A run, a Hugging Face folder, a Hub id or a PEFT adapter (on the base it names), computed in
-    `dtype`.
-
-    `mesh` None is one device. Raises `UserError` for what cannot be loaded.
-    Example: `load_model("Qwen/Qwen2.5-0.5B")([[1, 2, 3]]).shape`.
-    """
-    mesh = mesh or make_mesh(settings.Mesh(), jax.local_devices()[:1])
-    return open_model(path, dtype=dtype, mesh=mesh, revision=revision, progress=progress)
-
-
 def open_model(
     source: str | os.PathLike | Config,
     *,
@@ -128,13 +111,14 @@ def open_model(
     """The model of a run (its newest step), of one `checkpoints/STEP`, of a folder, Hub id, adapter
     or configuration.
 
-    `dtype` is the precision of products, and for weights that belong to no run their own too.
-    `mesh` None takes the configuration's where it fits this machine, else one that shards
-    parameters over all devices. Other keywords override settings of `config.model`, e.g.
-    `frozen_dtype="float32"`. Raises `UserError` for what cannot be opened.
+    `dtype` is the precision of products, and for weights that belong to no run their own too;
+    "auto" is a run's own precision, else what the device computes fast. `mesh` None takes the
+    configuration's where it fits this machine, else one that shards parameters over all devices.
+    Other keywords override settings of `config.model`, e.g. `frozen_dtype="float32"`. Raises
+    `UserError` for what cannot be opened.
     """
-    if dtype not in (None, "float32", "bfloat16"):
-        raise UserError(f"dtype={dtype!r}: models compute in float32 or bfloat16")
+    if dtype not in (None, "auto", "float32", "bfloat16"):
+        raise UserError(f"dtype={dtype!r}: models compute in auto, float32 or bfloat16")
     run, step, origin, tokenizer = None, None, {}, None
     if isinstance(source, Config):
         config = source
@@ -149,9 +133,11 @@ def open_model(
         config = dataclasses.replace(config, output_dir=str(run))
     else:
         config = describe_weights(source, adapter, revision)
+        if dtype == "auto":
+            dtype = fast_dtype(jax.devices()[0] if mesh is None else mesh.devices.flat[0])
         if dtype:
             model = {"param_dtype": dtype, "frozen_dtype": dtype} | model
-    if dtype:
+    if dtype and dtype != "auto":  # "auto": a run computes as it did in training
         model = {"compute_dtype": dtype} | model
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
     if run is not None:
@@ -161,6 +147,7 @@ def open_model(
         if "tokenizer" not in model:  # else somebody asks for another one on purpose
             check_same_tokenizer(config, tokenizer, origin, folder)
     mesh = mesh or fit_mesh(config.mesh)
+    config = resolve_precision(config, mesh.devices.flat[0])
     base, local = None, config
     if config.model.path:
         # A Hub id is looked up once. The configuration keeps the name for those who record it.

@@ -287,7 +287,10 @@ class Mixture(Sequence):
             ),
         )
 
-    def __getitem__(self, i: int) -> Example:
+    def __getitem__(self, i: int | slice) -> Any:
+        """The example at a position, or the list of a slice; positions go on into later epochs."""
+        if isinstance(i, slice):
+            return self.take(np.arange(*i.indices(len(self))))
         return self.take(np.array([i]))[0]
 
     # Two components with sizes 3 and 2 have the entries 0 1 2 │ 3 4 in every epoch (`_starts` is

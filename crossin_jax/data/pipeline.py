@@ -50,6 +50,15 @@ def open_pipeline(config: Config) -> Pipeline:
     return Pipeline(tokenizer, open_renderer(config, tokenizer), mixture, reserved)
 
 
+def open_mixture(config: Config) -> Mixture:
+    """The mixture of a configuration, a sequence of examples: its texts need neither model nor
+    tokenizer.
+
+    Raises `UserError` where a source cannot be read. Example: `crossin_jax.Mixture(config)[0:10]`.
+    """
+    return Mixture(config.data, load_corpora(config.data, config.seed), config.seed)
+
+
 def open_renderer(config: Config, tokenizer: Any) -> Renderer:
     """The one renderer of an experiment, for training and evaluation alike."""
     make = partial(

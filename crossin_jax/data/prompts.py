@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +24,7 @@ from crossin_jax.data.templates import (
     load_template,
     open_chat_template,
 )
+from crossin_jax.data.tokens import find_hidden, token_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,42 +45,9 @@ class RowFault(UserError):
         self.reason, self.example_id = reason, example_id
 
 
-@cache
-def _byte_alphabet() -> dict[str, int]:
-    """The printable character that byte-level tokenizers write for each byte."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {
-        chr(256 + i): byte for i, byte in enumerate(others)
-    }
-
-
-def token_bytes(token: str, is_byte_level: bool, is_special: bool) -> bytes:
-    """The bytes of text that a token stands for."""
-    if is_byte_level and not is_special:
-        alphabet = _byte_alphabet()
-        if all(char in alphabet for char in token):
-            return bytes(alphabet[char] for char in token)
-    elif re.fullmatch("<0x[0-9A-F]{2}>", token):
-        return bytes([int(token[3:5], 16)])
-    return token.replace("▁", " ").encode("utf-8", "surrogatepass")
-
-
 def hash_parts(*parts: Any) -> str:
     """A short name of everything that decides which tokens a prompt becomes."""
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def find_hidden(added_tokens: dict[int, Any], shown: Sequence[str] = ()) -> set[int]:
-    """Special tokens that a decoded text leaves out: all but those in a text of `shown`.
-
-    A stop text such as "<end_of_turn>" can then be found in the text.
-    """
-    return {
-        i
-        for i, token in added_tokens.items()
-        if token.special and not any(token.content in text for text in shown)
-    }
 
 
 class Piece(NamedTuple):
@@ -225,12 +192,34 @@ class Renderer:
     def render_prompt(self, instruction: str, input: str = "") -> np.ndarray:
         """Ids (T,) int32 up to where the answer begins."""
         if self.template is None:
-            messages = self._to_messages(instruction, input)
-            return self._open(
-                self._encode(self.chat_template.render(messages, True).rstrip(" ")).ids
-            )
+            return self.render_chat(self._to_messages(instruction, input))
+        return self._open(self._encode(self._ask(instruction, input)).ids)
+
+    def render_chat(self, messages: Sequence[tuple[str, str]]) -> np.ndarray:
+        """Ids (T,) int32 of (role, text) turns, up to where the next answer begins.
+
+        A template without turns of its own repeats itself for every question, as in training.
+        """
+        if self.template is None:
+            if self.system and messages[0][0] != "system":
+                messages = (("system", self.system), *messages)
+            text = self.chat_template.render(messages, True).rstrip(" ")
+            return self._open(self._encode(text).ids)
+        last = 1 + max(
+            (i for i, (role, _) in enumerate(messages) if role == "assistant"), default=-1
+        )
+        ids: list[int] = []
+        if last:
+            for piece in self._plan(Example(*[""] * 7, messages=tuple(messages[:last]))):
+                # Under tokenization "apart" a question is a piece by itself, which nothing ends.
+                ids += self._encode(piece.text).ids + [piece.end] * (piece.end is not None)
+        question = self._ask("\n\n".join(text for _, text in messages[last:]))
+        return self._open([*ids, *self._encode(question).ids])
+
+    def _ask(self, instruction: str, input: str = "") -> str:
+        """The text of a template up to where the answer begins."""
         text = self.template.fill(instruction, input, self.system)
-        return self._open(self._encode(text if self.apart else text.rstrip(" ")).ids)
+        return text if self.apart else text.rstrip(" ")
 
     def decode(self, ids: Sequence[int], shown: Sequence[str] = ()) -> str:
         """The text of an answer, without special tokens but those in a text of `shown`."""

@@ -16,8 +16,8 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 
 from crossin_jax.config import UserError
-from crossin_jax.data.prompts import find_hidden
 from crossin_jax.data.templates import ChatTemplate, open_chat_template
+from crossin_jax.data.tokens import find_hidden
 from crossin_jax.generation.batching import cut_at_stop
 from crossin_jax.generation.chat import load_chat_model
 from crossin_jax.generation.engine import Engine
@@ -103,7 +103,7 @@ class EngineLM(TemplateLM):
             adapter=settings.get("adapter"),
             template="plain",
             tokenizer=settings.get("tokenizer"),
-            dtype=settings.get("dtype"),
+            dtype=settings.get("dtype") or "auto",
             batch_size=ROWS if str(rows).startswith("auto") or int(rows) == 1 else int(rows),
         )
         limits = {

@@ -32,6 +32,7 @@ from crossin_jax.evaluation.benchmarks import (
 )
 from crossin_jax.evaluation.predictions import Answer, ItemAnswers, Predictions, decode, encode
 from crossin_jax.files import content_hash, write_whole
+from crossin_jax.generation.chat import find_border
 from crossin_jax.generation.engine import Engine
 from crossin_jax.guests import open_guest
 from crossin_jax.languages import name_of
@@ -197,16 +198,10 @@ def split_choices(
     """Splits the rendered answers where the prompt ends; each choice is scored after the same
     prompt ids.
     """
-    # Tokens may reach over the end of the prompt: "Answer:" + " (A) Paris" can begin with the token
-    # ": (". The border is the first token in which any answer differs from the prompt:
-    #
-    #     prompt   | Answer | : |                 border: after "Answer"
-    #     answer A | Answer | : ( | A | ) Paris
-    #     answer B | Answer | : ( | B | ) Lima
     texts = choices if number else [LETTER.sub("", text) for text in choices]
     answers = [renderer.render_answer(instruction, input, text) for text in texts]
     letters = [renderer.render_answer(instruction, input, text[:3]) for text in texts if number]
-    border = common_prefix([a.ids[: int(np.argmax(a.loss_mask))] for a in (*answers, *letters)])
+    border = find_border([*answers, *letters])
     options = [a.ids[border:] for a in answers]
     options += [a.ids[border:-1] for a in letters]  # without EOS
     num_bytes = tuple(len(text.encode()) for text in texts)
@@ -361,13 +356,6 @@ def collect(item: Item, answers: dict[str, Answer]) -> ItemAnswers:
     return ItemAnswers(
         item.id, gold, len(next(iter(versions.values())).choices), answers, item.tags
     )
-
-
-def common_prefix(sequences: Sequence[np.ndarray]) -> int:
-    """How many leading ids all sequences share."""
-    shortest = min(map(len, sequences))
-    differ = (np.stack([s[:shortest] for s in sequences]) != sequences[0][:shortest]).any(0)
-    return int(np.argmax(differ)) if differ.any() else shortest
 
 
 def save(parts: list[Predictions], file: Path) -> None:

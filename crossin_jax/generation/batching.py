@@ -141,6 +141,13 @@ def common_length(a: np.ndarray, b: np.ndarray) -> int:
     return int(differ[0]) if len(differ) else size
 
 
+def common_prefix(sequences: Sequence[np.ndarray]) -> int:
+    """How many leading ids all sequences share."""
+    shortest = min(map(len, sequences))
+    differ = (np.stack([s[:shortest] for s in sequences]) != sequences[0][:shortest]).any(0)
+    return int(np.argmax(differ)) if differ.any() else shortest
+
+
 def drop_prefix_choices(choices: Sequence[np.ndarray]) -> tuple[list[int], list[int]]:
     """The choices that do not begin another choice, and for every choice its index among those from
     which it is read.

@@ -1,19 +1,36 @@
 """Texts in, texts out: an engine with its tokenizer and template, for whatever model."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 
 from crossin_jax import config as settings
-from crossin_jax.checkpoint.open import open_model
+from crossin_jax.checkpoint.open import LoadedModel, open_model
+from crossin_jax.config import UserError
+from crossin_jax.data.kinds import Example
 from crossin_jax.data.pipeline import read_answer_ends, read_prompt
-from crossin_jax.data.prompts import Renderer
-from crossin_jax.generation.batching import cut_at_stop
+from crossin_jax.data.prompts import Rendered, Renderer
+from crossin_jax.data.records import MASKED
+from crossin_jax.generation.batching import common_prefix, cut_at_stop
 from crossin_jax.generation.engine import Engine
 from crossin_jax.parallel.mesh import make_mesh
+from crossin_jax.training.state import describe_precision
+
+ROLES = ("system", "user", "assistant")
+
+# A question, (instruction, input), or the turns of a conversation: {"role": …, "content": …} each.
+Prompt = str | tuple[str, str] | Sequence[Mapping[str, str]]
+
+
+class Text(str):
+    """An answer; `is_cut` says that it was as long as allowed and not at its end."""
+
+    is_cut: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,19 +43,44 @@ class ChatModel:
     renderer: Renderer
     tokenizer: Any
 
+    def render(self, prompt: Prompt) -> np.ndarray:
+        """Ids (T,) int32 up to where the answer begins; `UserError` for what is no prompt."""
+        if isinstance(prompt, str):
+            return self.renderer.render_prompt(prompt)
+        if isinstance(prompt, tuple) and [type(part) for part in prompt] == [str, str]:
+            return self.renderer.render_prompt(*prompt)
+        return self.renderer.render_chat(read_turns(prompt))
+
+    def render_answer(self, prompt: Prompt, text: str) -> Rendered:
+        """Prompt, answer and its end as training would see them; earlier answers of a chat are not
+        learned.
+        """
+        if isinstance(prompt, str):
+            prompt = (prompt, "")
+        if isinstance(prompt, tuple) and [type(part) for part in prompt] == [str, str]:
+            return self.renderer.render_answer(*prompt, text)
+        turns = [
+            (MASKED if role == "assistant" else role, said) for role, said in read_turns(prompt)
+        ]
+        return self.renderer.render(
+            Example(*[""] * 6, text, messages=(*turns, ("assistant", text)))
+        )
+
     def answer(
         self,
-        prompts: list[tuple[str, str]],
+        prompts: Sequence[Prompt],
         write: Callable[[int, str], None] | None = None,
         *,
         max_new_tokens: int,
         stop: Sequence[str] = (),
         **options: Any,
-    ) -> list[str]:
-        """The answers to (instruction, input) pairs; `write(i, text)` is given each answer piece by
-        piece.
+    ) -> list[Text | None]:
+        """The answer to each prompt; `write(i, text)` is given each answer piece by piece.
+
+        `options` go to `Engine.generate`. With over_long="skip" a prompt that the model cannot read
+        has the answer None.
         """
-        ids = [self.renderer.render_prompt(*prompt) for prompt in prompts]
+        ids = [self.render(prompt) for prompt in prompts]
         room = [max(1, min(max_new_tokens, self.engine.max_length - len(prompt))) for prompt in ids]
         heard: list[list[int]] = [[] for _ in prompts]
         written = [0] * len(prompts)
@@ -61,14 +103,62 @@ class ChatModel:
             stop=stop,
             detokenize=partial(self.renderer.decode, shown=stop),
             stream=stream if write else None,
-            progress=write is None,
-            **options,
+            **{"progress": write is None} | options,
         )
-        texts = [cut_at_stop(self.renderer.decode(answer, shown=stop), stop) for answer in answers]
+        texts = [
+            None if answer is None else self._finish(answer, limit, stop)
+            for answer, limit in zip(answers, room, strict=True)
+        ]
         if write:
             for i, text in enumerate(texts):
-                write(i, text[written[i] :])
+                write(i, (text or "")[written[i] :])
         return texts
+
+    def _finish(self, answer: list[int], limit: int, stop: Sequence[str]) -> Text:
+        """The text of an answer; one that was cut loses the bytes of an unfinished character."""
+        whole = self.renderer.decode(answer, shown=stop)
+        text = cut_at_stop(whole, stop)
+        is_cut = len(answer) >= limit and text == whole
+        found = Text(text.rstrip("\ufffd") if is_cut else text)
+        found.is_cut = is_cut
+        return found
+
+
+def find_border(answers: Sequence[Rendered]) -> int:
+    """How many ids all answers to one prompt share and none of them learns: what is read once for
+    all.
+    """
+    # Tokens may reach over the end of the prompt: "Answer:" + " (A) Paris" can begin with the token
+    # ": (". The border is the first token in which any answer differs from the prompt:
+    #
+    #     prompt   | Answer | : |                 border: after "Answer"
+    #     answer A | Answer | : ( | A | ) Paris
+    #     answer B | Answer | : ( | B | ) Lima
+    return common_prefix([a.ids[: int(np.argmax(a.loss_mask))] for a in answers])
+
+
+def read_turns(messages: Any) -> tuple[tuple[str, str], ...]:
+    """(role, text) of each turn of a conversation whose answer is asked for; `UserError` for
+    anything else.
+    """
+    is_chat = isinstance(messages, Sequence) and not isinstance(messages, str) and messages
+    if not is_chat or not all(isinstance(turn, Mapping) for turn in messages):
+        raise UserError(
+            f"{str(messages)[:80]!r} is no prompt; give a text, or a list of turns such as "
+            '[{"role": "user", "content": "Hello"}]'
+        )
+    turns = tuple((turn.get("role"), turn.get("content")) for turn in messages)
+    for i, (role, text) in enumerate(turns):
+        if role not in ROLES or not isinstance(text, str):
+            raise UserError(
+                f"turn {i + 1} has role={role!r} and content={str(text)[:40]!r}; a role is one of "
+                f"{', '.join(ROLES)}, and the content is a text"
+            )
+    if turns[-1][0] != "user":
+        raise UserError(
+            f"the last turn is of role {turns[-1][0]!r}; only a turn of the user can be answered"
+        )
+    return turns
 
 
 def load_chat_model(
@@ -78,24 +168,43 @@ def load_chat_model(
     tokenizer: str | None = None,
     template: str | None = None,
     system: str | None = None,
-    dtype: str | None = None,
+    dtype: str = "auto",
     batch_size: int = 1,
 ) -> ChatModel:
-    """A model folder, Hub id, adapter or run, ready to answer.
+    """A model folder, Hub id, adapter or run, ready to answer; it computes on all devices.
 
     `template` None is the run's or that of an exported model, else the tokenizer's chat template,
     else alpaca.
     """
-    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     mesh = make_mesh(settings.Mesh(fsdp=jax.device_count()))
     chosen = {"tokenizer": tokenizer} if tokenizer else {}
     loaded = open_model(model, adapter=adapter, dtype=dtype, mesh=mesh, **chosen)
+    print(describe_precision(loaded.config, mesh), file=sys.stderr, flush=True)
+    asked = read_prompt(adapter) if adapter else None
+    name = tokenizer or model
+    return make_chat_model(
+        loaded, name, asked, template=template, system=system, batch_size=batch_size
+    )
+
+
+def make_chat_model(
+    loaded: LoadedModel,
+    name: str,
+    asked: dict[str, Any] | None = None,
+    *,
+    template: str | None = None,
+    system: str | None = None,
+    batch_size: int = 1,
+) -> ChatModel:
+    """An opened model, ready to answer; `asked` is how it was trained to be asked, where the model
+    does not say so.
+    """
     tokens = loaded.tokenizer
     # How the model was trained: a run says so itself, an exported model in its prompt.json.
     if loaded.run:
         asked = dataclasses.asdict(loaded.config.data)
-    else:
-        asked = read_prompt(adapter) if adapter else tokens.prompt
+    elif asked is None:
+        asked = tokens.prompt
     template = template or asked.get("template") or ("chat" if tokens.chat_template else "alpaca")
     renderer = Renderer(
         tokens,
@@ -103,19 +212,16 @@ def load_chat_model(
         system=system or asked.get("system"),
         tokenization=asked.get("tokenization") or "joint",
     )
-    renderer.fit_model(loaded.spec.vocab_size, tokenizer or model)
+    renderer.fit_model(loaded.spec.vocab_size, name)
     # The renderer knows the files of the tokenizer. The model's own may stand in another folder.
     ends = (*renderer.eos_ids, *(read_answer_ends(loaded.base) if loaded.base else ()))
-    return ChatModel(
-        Engine(
-            loaded.graphdef,
-            loaded.state,
-            loaded.spec,
-            eos_ids=ends,
-            pad_id=renderer.pad_id,
-            mesh=loaded.mesh,
-            batch_size=batch_size,
-        ),
-        renderer,
-        tokens,
+    engine = Engine(
+        loaded.graphdef,
+        loaded.state,
+        loaded.spec,
+        eos_ids=ends,
+        pad_id=renderer.pad_id,
+        mesh=loaded.mesh,
+        batch_size=batch_size,
     )
+    return ChatModel(engine, renderer, tokens)

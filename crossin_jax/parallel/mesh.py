@@ -61,6 +61,19 @@ def make_mesh(mesh: settings.Mesh, devices: list[Any] | None = None) -> Mesh:
     )
 
 
+def fast_dtype(device: Any) -> str:
+    """The precision in which a device multiplies matrices fast: the meaning of "auto".
+
+    TPUs, and NVIDIA GPUs from compute capability 8.0 on, have units for bfloat16. CPUs and earlier
+    GPUs emulate it, at half the speed of float32 or less.
+    """
+    if device.platform == "cpu":
+        return "float32"
+    capability = str(getattr(device, "compute_capability", None) or "8.0")
+    is_number = capability.replace(".", "", 1).isdigit()
+    return "float32" if is_number and float(capability) < 8 else "bfloat16"
+
+
 def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
     """Refuses a batch that does not divide over the mesh, and names the nearest sizes that do."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]

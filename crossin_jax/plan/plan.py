@@ -32,7 +32,13 @@ from crossin_jax.plan.topology import (
     uncached,
 )
 from crossin_jax.training.optim import make_optimizer
-from crossin_jax.training.state import AbstractModel, abstract_model, abstract_state, model_spec
+from crossin_jax.training.state import (
+    AbstractModel,
+    abstract_model,
+    abstract_state,
+    model_spec,
+    resolve_precision,
+)
 from crossin_jax.training.step import COMPILER_OPTIONS, StepSettings, make_train_step
 from crossin_jax.training.telemetry import peak_flops
 
@@ -97,6 +103,7 @@ def make_plan(
     if isinstance(topology, str):
         topology = open_topology(topology)
     mesh, spec = make_mesh(config.mesh, list(topology.devices)), model_spec(config)
+    config = resolve_precision(config, topology.devices[0])
     check_batch(config.train.batch_size, config.train.accumulation, mesh)
     model = abstract_model(config, spec, mesh)
     optimizer = make_optimizer(config.optim, config.train.steps or 1000)

@@ -16,7 +16,7 @@ from crossin_jax.models.attention import choose_kernel, tile
 from crossin_jax.plan.plan import PROGRAMS, Phase, Plan, describe_change, make_plan
 from crossin_jax.plan.proposal import replace_settings, write_proposal
 from crossin_jax.plan.topology import Topology
-from crossin_jax.training.state import model_spec
+from crossin_jax.training.state import model_spec, resolve_precision
 from crossin_jax.training.telemetry import peak_flops
 
 # This share of the HBM stays free, for batches of the loader, evaluations and errors of the
@@ -110,7 +110,7 @@ def tune(
             config.model.attention,
             search.spec,
             config.data.length,
-            config.model.compute_dtype,
+            search.config.model.compute_dtype,
             "tpu",
         ).name
         == "splash"
@@ -158,7 +158,8 @@ def meshes(topology: Topology) -> Iterator[dict[str, Any]]:
 
 class _Search:
     def __init__(self, config: Config, topology: Topology, report: Callable[[str], None]):
-        self.config, self.topology, self.report = config, topology, report
+        self.config = resolve_precision(config, topology.devices[0])
+        self.topology, self.report = topology, report
         self.spec = model_spec(config)
         self.trials: list[Trial] = []
         self.best: Trial | None = None

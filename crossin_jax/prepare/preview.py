@@ -11,7 +11,8 @@ import numpy as np
 from crossin_jax.data.kinds import Example
 from crossin_jax.data.mixture import Mixture
 from crossin_jax.data.packing import PackedBlocks
-from crossin_jax.data.prompts import Rendered, Renderer, RowFault, token_bytes
+from crossin_jax.data.prompts import Rendered, Renderer, RowFault
+from crossin_jax.data.tokens import token_bytes
 from crossin_jax.report.page import render
 
 HERE = Path(__file__).parent

@@ -24,7 +24,7 @@ from crossin_jax.models.layers import Adapter
 from crossin_jax.models.lora import is_trainable, resolve, start_magnitudes
 from crossin_jax.models.spec import ModelSpec, spec_from_architecture
 from crossin_jax.models.transformer import Transformer
-from crossin_jax.parallel.mesh import batch_sharding, leaf_name, shardings
+from crossin_jax.parallel.mesh import batch_sharding, fast_dtype, leaf_name, shardings
 from crossin_jax.training.step import Batch, TrainState
 
 
@@ -78,6 +78,7 @@ def build(config: Config, spec: ModelSpec, key: jax.Array, **options: Any) -> Tr
     """The model object of a configuration; under `jax.eval_shape` or `jax.jit` nothing is
     allocated.
     """
+    config = resolve_precision(config)
     return Transformer(
         spec,
         lora=config.lora,
@@ -89,6 +90,24 @@ def build(config: Config, spec: ModelSpec, key: jax.Array, **options: Any) -> Tr
     )
 
 
+def resolve_precision(config: Config, device: Any = None) -> Config:
+    """The configuration with a precision of products in place of "auto"; `device` None is the first
+    one.
+    """
+    if config.model.compute_dtype != "auto":
+        return config
+    dtype = fast_dtype(jax.devices()[0] if device is None else device)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype=dtype))
+
+
+def describe_precision(config: Config, mesh: Mesh) -> str:
+    """Devices and precision in one line, for the log."""
+    first = mesh.devices.flat[0]
+    model = config.model
+    frozen = f", frozen weights in {model.frozen_dtype}" if config.lora else ""
+    return f"{mesh.size} x {first.device_kind}: products in {model.compute_dtype}{frozen}"
+
+
 # Nothing here has arrays yet. What makes arrays later starts from the same shapes and shardings:
 #
 #     spec ─ eval_shape ─► shapes, axes ─ mesh ─► shardings ─┬─ start_state     draws or reads
@@ -96,6 +115,7 @@ def build(config: Config, spec: ModelSpec, key: jax.Array, **options: Any) -> Tr
 #                                                            └─ plan            only compiles
 def abstract_model(config: Config, spec: ModelSpec, mesh: Mesh) -> AbstractModel:
     """Structure and shardings of the model, split into what trains and what is frozen."""
+    config = resolve_precision(config, mesh.devices.flat[0])
     options = model_options(mesh.devices.flat[0].platform, mesh.size)
     model = nnx.eval_shape(partial(build, config, spec, **options), jax.random.key(0))
     lora = resolve(config.lora, spec)

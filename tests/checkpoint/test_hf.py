@@ -27,9 +27,9 @@ from crossin_jax.checkpoint.hf import (
     state_leaves,
 )
 from crossin_jax.checkpoint.hf_map import summarize, weight_keys
-from crossin_jax.checkpoint.open import load_model
 from crossin_jax.checkpoint.tensors import read_header
 from crossin_jax.config import Lora, Mesh, UserError
+from crossin_jax.generation.model import load_model
 from crossin_jax.parallel.mesh import make_mesh
 from tests.checkpoint.abstract import abstract_transformer
 from tests.checkpoint.checkpoints import LLAMA, write_checkpoint

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from crossin_jax.checkpoint.hf import is_adapter, load_weights, read_spec, state_leaves
-from crossin_jax.checkpoint.open import load_model, open_model
+from crossin_jax.checkpoint.open import open_model
 from crossin_jax.config import Lora, Mesh, UserError
 from crossin_jax.export import export
+from crossin_jax.generation.model import load_model
 from crossin_jax.parallel.mesh import make_mesh
 from crossin_jax.training.state import abstract_model, load_base
 from tests.checkpoint.abstract import abstract_transformer

@@ -19,8 +19,9 @@ from crossin_jax.config import Component, Config, Data, Model, Source, UserError
 from crossin_jax.data.kinds import Example
 from crossin_jax.data.mixture import Mixture, load_corpora
 from crossin_jax.data.pipeline import load_tokenizer, open_eval_renderer, open_renderer
-from crossin_jax.data.prompts import Renderer, RowFault, _find_tokens, token_bytes
+from crossin_jax.data.prompts import Renderer, RowFault, _find_tokens
 from crossin_jax.data.templates import TEMPLATES, load_template
+from crossin_jax.data.tokens import token_bytes
 from tests.golden.make_templates import render
 
 CHATML = (

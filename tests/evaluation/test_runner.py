@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from crossin_jax.checkpoint.open import load_model
 from crossin_jax.config import Config, Data, Evaluation, Model
 from crossin_jax.data.kinds import request_language
 from crossin_jax.data.pipeline import load_tokenizer, open_eval_renderer, train_tokenizer
@@ -18,6 +17,7 @@ from crossin_jax.evaluation.answers import align, read_choice
 from crossin_jax.evaluation.benchmarks import load_benchmark, make_prompt
 from crossin_jax.evaluation.runner import describe_benchmarks, load_benchmarks, run_benchmarks
 from crossin_jax.generation.engine import Engine
+from crossin_jax.generation.model import load_model
 
 LANGUAGES = ("en", "zh", "es")
 WORDS = {

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from crossin_jax.checkpoint.open import load_model, open_model
+from crossin_jax.checkpoint.open import open_model
 from crossin_jax.checkpoint.store import Store, list_steps
 from crossin_jax.config import Lora, UserError
 from crossin_jax.evaluate import find_differences
 from crossin_jax.export import export
+from crossin_jax.generation.model import load_model
 from crossin_jax.train import train
 from crossin_jax.training.step import TrainState
 from tests.checkpoint.runs import make_run, write_tokenizer

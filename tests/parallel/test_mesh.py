@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import types
 
 import jax
 import jax.extend.core
@@ -21,6 +22,7 @@ from crossin_jax.parallel.mesh import (
     check_batch,
     constrain,
     constrain_parameter,
+    fast_dtype,
     leaf_name,
     make_mesh,
     parameter_spec,
@@ -379,3 +381,21 @@ def test_activations_of_a_step_and_the_heads_gradient_are_pinned_to_the_mesh():
         (8, 4, 64): {(rows, None, T)},
         (64, 24): {(T, F)},
     }
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "dtype"),
+    [
+        ("cpu", None, "float32"),
+        ("tpu", None, "bfloat16"),
+        ("gpu", "9.0", "bfloat16"),
+        ("gpu", "8.0", "bfloat16"),
+        ("gpu", "7.5", "float32"),
+        ("gpu", "7.0", "float32"),
+        ("gpu", "12.0", "bfloat16"),
+        ("gpu", "gfx90a", "bfloat16"),
+    ],
+)
+def test_the_fast_precision_is_that_of_the_device(platform, capability, dtype):
+    device = types.SimpleNamespace(platform=platform, compute_capability=capability)
+    assert fast_dtype(device) == dtype

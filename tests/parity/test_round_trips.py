@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from crossin_jax.checkpoint.hf import load_weights, read_spec, read_tensors, same_bytes, save_model
-from crossin_jax.checkpoint.open import load_model
+from crossin_jax.generation.model import load_model
 from tests.checkpoint.abstract import abstract_transformer
 from tests.parity.families import FAMILIES, tiny_config, torch_model
 

@@ -6,15 +6,17 @@ import jax
 import numpy as np
 import pytest
 
-from crossin_jax.config import Config, Lora, Mesh
+from crossin_jax.checkpoint.open import open_model
+from crossin_jax.config import Config, Lora, Mesh, Model, UserError
 from crossin_jax.export import export
 from crossin_jax.models.lora import TARGETS
 from crossin_jax.parallel.mesh import leaf_name, make_mesh
-from crossin_jax.train import set_up
+from crossin_jax.train import set_up, settle_precision
 from crossin_jax.training.optim import make_optimizer
 from crossin_jax.training.state import (
     abstract_model,
     abstract_state,
+    describe_precision,
     model_spec,
     start_state,
     to_mesh,
@@ -141,3 +143,35 @@ def test_rows_longer_than_the_context_are_announced_before_the_run(tmp_path, cap
         assert set_up(longer, tmp_path).num_steps > 0
         said = "data.length=65 is longer than the context of the model, 64 tokens"
         assert (said in caplog.text) == is_said
+
+
+# ---- The precision "auto"
+
+
+@pytest.mark.parametrize("has_steps", [True, False])
+def test_auto_is_the_precision_of_the_run_that_goes_on_else_the_devices(has_steps, tmp_path):
+    """A run that moves to another machine computes as it began; what one names is left alone."""
+    if has_steps:
+        (tmp_path / "checkpoints/3/state").mkdir(parents=True)
+    (tmp_path / "config.json").write_text('{"model": {"compute_dtype": "bfloat16"}}')
+    auto, named = Config(), Config(model=Model(compute_dtype="float32"))
+    settled = settle_precision(auto, tmp_path)
+    assert settled.model.compute_dtype == ("bfloat16" if has_steps else "float32")
+    assert settle_precision(auto, None).model.compute_dtype == "float32"
+    assert settle_precision(named, tmp_path) == named
+    (tmp_path / "config.json").write_text('{"model": ')
+    assert settle_precision(auto, tmp_path).model.compute_dtype == "float32"
+
+
+def test_every_program_computes_in_the_same_precision_and_says_so(adapted):
+    """Of a run its own, of a folder the device's; the log and the records name it."""
+    run = open_model(adapted, dtype="auto")
+    assert run.config.model.compute_dtype == "float32"
+    folder = open_model(run.config.model.path, dtype="auto")
+    assert folder.config.model.compute_dtype == folder.config.model.param_dtype == "float32"
+    assert open_model(adapted, dtype="bfloat16").config.model.compute_dtype == "bfloat16"
+    said = describe_precision(run.config, run.mesh)
+    assert "cpu: products in float32, frozen weights in float32" in said
+    assert run.provenance["precision"] == "float32"
+    with pytest.raises(UserError, match="auto, float32 or bfloat16"):
+        open_model(adapted, dtype="float16")
