@@ -29,7 +29,7 @@ from crossin_jax.checks import check
 from crossin_jax.config import Config, UserError
 from crossin_jax.data.pipeline import open_eval_renderer, open_renderer
 from crossin_jax.data.templates import load_template
-from crossin_jax.evaluation.benchmarks import Benchmark
+from crossin_jax.evaluation.items import Benchmark
 from crossin_jax.evaluation.predictions import Predictions
 from crossin_jax.evaluation.runner import describe_benchmarks, load_benchmarks, run_benchmarks
 from crossin_jax.evaluation.seaeval import write_log

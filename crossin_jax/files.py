@@ -63,7 +63,7 @@ def read_bytes(path: str | Path, *, remedy: str = "") -> bytes:
     Raises `UserError` with the path, the reason and `remedy` where it cannot be read.
     """
     content = io.BytesIO()
-    with _explain_faults(path, remedy), open_unpacked(path) as file:
+    with explain_faults(path, remedy), open_unpacked(path) as file:
         # A small file may unpack to any size; and one large read would reserve all of it
         # beforehand.
         while content.tell() <= MAX_BYTES and (block := file.read(BLOCK_BYTES)):
@@ -85,7 +85,7 @@ def open_unpacked(path: str | Path) -> BinaryIO:
 
 
 @contextlib.contextmanager
-def _explain_faults(path: str | Path, remedy: str) -> Iterator[None]:
+def explain_faults(path: str | Path, remedy: str = "") -> Iterator[None]:
     """Faults while a user's file is read become a `UserError` with path, reason and remedy."""
     hint = f"; {remedy}" if remedy else ""
     try:
@@ -129,7 +129,7 @@ def read_lines(path: str | Path, *, remedy: str = "") -> Iterator[tuple[int, str
 
     Lines end at "\\n" only: U+2028, U+2029 and U+0085 are characters of a text, not ends of lines.
     """
-    with _explain_faults(path, remedy), open_unpacked(path) as file:
+    with explain_faults(path, remedy), open_unpacked(path) as file:
         for number, line in enumerate(file, 1):
             yield number, decode_text(line, f"{path}, row {number}", has_mark=number == 1)
 

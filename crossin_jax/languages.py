@@ -11,7 +11,7 @@ import functools
 import glob
 import re
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,6 +47,8 @@ _SPELLINGS = {
     spelling: row.code for row in ENTRIES.values() for spelling in (row.code, *row.spellings)
 }
 _SPELLINGS |= {name.lower(): code for code, name in LANGUAGES.items()}
+# as published data sets spell them: X-CSQA, P-MMEval, INCLUDE
+_SPELLINGS |= {"jap": "ja", "vi-vt": "vi", "north macedonian": "mk"}
 
 # Codes that ISO 639 has and that name no language
 _NO_LANGUAGE = re.compile("und|mul|mis|zxx|q[a-t][a-z]")
@@ -325,13 +327,14 @@ def script_of(code: str) -> str:
 
 
 def find_files(
-    pattern: str, codes: Sequence[str], endings: Sequence[str] = ()
+    pattern: str, codes: Sequence[str], endings: Sequence[str] = (), with_varieties: bool = False
 ) -> dict[str, list[Path]]:
     """For each code the files that a path with {lang}, or a folder, has for it, whatever the
     spelling of the language.
 
     In a folder these are the files with one of the endings whose names end with the language:
-    mmlu_ZH-CN.json. A file that has the code itself in its name goes before others.
+    mmlu_ZH-CN.json. A file that has the code itself in its name goes before others;
+    `with_varieties` as in `match_spellings`.
     """
     whole = str(Path(pattern).expanduser())
     if "{lang}" not in pattern:
@@ -340,20 +343,39 @@ def find_files(
             for path in sorted(Path(whole).iterdir())
             if (ending := next((e for e in endings if path.name.endswith(e)), None))
         ]
-        spellings = [(read_ending(stem), stem, path) for stem, path in named]
+        languages = {stem: read_ending(stem) for stem, _ in named}
     else:
         parts = [re.escape(part) for part in whole.split("{lang}")]
         # each place has the same spelling: {lang}/train.{lang}.jsonl
         form = re.compile(parts[0] + "(?P<lang>[^/]+)" + "(?P=lang)".join(parts[1:]))
         paths = sorted(glob.glob("*".join(map(glob.escape, whole.split("{lang}")))))
-        stems = [(match["lang"], path) for path in paths if (match := form.fullmatch(path))]
-        spellings = [(find_code(stem), stem, Path(path)) for stem, path in stems]
-    found: dict[str, list[Path]] = {}
+        named = [(match["lang"], Path(path)) for path in paths if (match := form.fullmatch(path))]
+        languages = {stem: find_code(stem) for stem, _ in named}
+    return {
+        code: [path for stem, path in named if stem in stems]
+        for code, stems in match_spellings(languages, codes, with_varieties).items()
+    }
+
+
+def match_spellings(
+    languages: Mapping[str, str | None], codes: Sequence[str], with_varieties: bool = False
+) -> dict[str, list[str]]:
+    """For each code the names of that language, of names with their languages.
+
+    A name that has the code itself goes before others. With varieties, one of them serves a
+    language that has no name itself: "mmlu_ES-LA" serves "es".
+    """
+    found: dict[str, list[str]] = {}
     for code in codes:
-        mine = [(stem, path) for each, stem, path in spellings if each == code]
+        mine = [name for name, language in languages.items() if language == code]
         # "train_zh" has the code itself, "train_Chinese" has not
-        exact = [path for stem, path in mine if re.search(rf"(^|[-_. ]){code}$", stem)]
-        found[code] = exact or [path for _, path in mine]
+        exact = [name for name in mine if re.search(rf"(^|[-_. ]){code}$", name)]
+        varieties = [
+            name
+            for name, language in languages.items()
+            if with_varieties and not mine and language and match(language, [code])
+        ]
+        found[code] = exact or mine or varieties
     return found
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from crossin_jax.checks import check
 from crossin_jax.config import Config, Data, Model, Source, UserError
-from crossin_jax.evaluation.benchmarks import Benchmark, Item, Version
+from crossin_jax.evaluation.items import Benchmark, Item, Version
 from crossin_jax.evaluation.predictions import Answer, ItemAnswers, Predictions
 from crossin_jax.report.results import write_results
 from crossin_jax.report.summary import Run

@@ -6,12 +6,20 @@ import ast
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from crossin_jax.config import Source, UserError, hint
-from crossin_jax.files import open_unpacked, read_json, read_json_lines, read_lines, refuse_utf16
+from crossin_jax.files import (
+    explain_faults,
+    open_unpacked,
+    read_json,
+    read_json_lines,
+    read_lines,
+    refuse_utf16,
+)
 from crossin_jax.languages import find_files as find_language_files
 
 ENDINGS = {
@@ -301,7 +309,7 @@ def _holds_lines(file: File) -> bool:
     """Whether each line is an object by itself; where the first lines do not say it, the layout
     decides.
     """
-    with open_unpacked(file.path) as opened:
+    with explain_faults(file.path), open_unpacked(file.path) as opened:
         # A list may be one line of gigabytes, so a line is read up to a limit only.
         lines = iter(lambda: opened.readline(BLOCK), b"")
         texts = (line.decode("utf-8-sig", "replace").strip(SPACES) for line in lines)
@@ -414,6 +422,7 @@ def _read_csv(file: File) -> Iterator[tuple[int, Any]]:
     lines = (line for _, line in read_lines(path))
     reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
     try:
+        reader.fieldnames = _mend_header(reader.fieldnames)
         for number, row in enumerate(reader, 1):
             if None in row or None in row.values():
                 more = "more" if None in row else "fewer"
@@ -426,6 +435,11 @@ def _read_csv(file: File) -> Iterator[tuple[int, Any]]:
         raise UserError(
             f"{path}, line {reader.line_num}: {error}; quote cells that hold {delimiter!r}"
         ) from None
+
+
+def _mend_header(names: Sequence[str] | None) -> list[str]:
+    """BMLAMA-17's Chinese file has a tab within the name of its column "Candidate Ans"."""
+    return re.sub("(?<=\tCandidate)\t(?=Ans\t)", " ", "\t".join(names or ())).split("\t")
 
 
 def _read_parquet(source: File) -> Iterator[tuple[int, Any]]:

@@ -21,16 +21,11 @@ from crossin_jax.config import Config, UserError
 from crossin_jax.data.kinds import add_tag
 from crossin_jax.data.prompts import Renderer
 from crossin_jax.evaluation.answers import align, read_choice
-from crossin_jax.evaluation.benchmarks import (
-    Benchmark,
-    Item,
-    draw_shots,
-    list_shots,
-    load_benchmark,
-    make_prompt,
-    with_items,
-)
+from crossin_jax.evaluation.benchmarks import load_benchmark
+from crossin_jax.evaluation.frames import make_prompt
+from crossin_jax.evaluation.items import Benchmark, Item, with_items
 from crossin_jax.evaluation.predictions import Answer, ItemAnswers, Predictions, decode, encode
+from crossin_jax.evaluation.shots import draw_shots, list_shots
 from crossin_jax.files import content_hash, write_whole
 from crossin_jax.generation.chat import find_border
 from crossin_jax.generation.engine import Engine

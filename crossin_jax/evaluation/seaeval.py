@@ -11,7 +11,7 @@ from typing import Any
 
 from crossin_jax.config import UserError
 from crossin_jax.evaluation.answers import LETTERS, align
-from crossin_jax.evaluation.benchmarks import Item
+from crossin_jax.evaluation.items import Item
 from crossin_jax.evaluation.predictions import Answer, ItemAnswers, Predictions
 from crossin_jax.files import read_json, write_whole
 from crossin_jax.languages import find_code, name_of

@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from crossin_jax.evaluation.benchmarks import Benchmark
+from crossin_jax.evaluation.items import Benchmark
 from crossin_jax.evaluation.metrics import Mode
 from crossin_jax.evaluation.predictions import Answer, ItemAnswers, Predictions
 from crossin_jax.report import figures, wording

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from crossin_jax.config import UserError
-from crossin_jax.evaluation.benchmarks import Benchmark, load_benchmark
+from crossin_jax.evaluation.benchmarks import load_benchmark
+from crossin_jax.evaluation.items import Benchmark
 from crossin_jax.evaluation.metrics import Mode
 from crossin_jax.evaluation.predictions import Predictions, decode, encode
 from crossin_jax.evaluation.stats import LEVEL, NUM_RESAMPLES

@@ -5,7 +5,7 @@ languages.
 import random
 from collections.abc import Sequence
 
-from crossin_jax.evaluation.benchmarks import Benchmark
+from crossin_jax.evaluation.items import Benchmark
 from crossin_jax.evaluation.predictions import Answer, ItemAnswers, Predictions
 
 UNREADABLE = (

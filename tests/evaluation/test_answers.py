@@ -9,7 +9,7 @@ import unicodedata
 import pytest
 
 from crossin_jax.evaluation.answers import LETTERS, align, compare_readers, read_choice
-from crossin_jax.evaluation.benchmarks import _find_gold
+from crossin_jax.evaluation.layouts import find_gold
 from crossin_jax.languages import canonical
 
 CITIES = ["(A) Paris", "(B) Rome", "(C) Oslo", "(D) Rome by night"]
@@ -97,7 +97,7 @@ def test_texts_that_look_the_same_are_the_same(word, forms):
         assert align(choices, text).text == text
     assert read_choice(choices, answer).candidates == (0,)
     row = {"question": "q", "choices": choices, "answer": answer}
-    assert _find_gold(row["answer"], tuple(row["choices"]), "place") == 0
+    assert find_gold(row["answer"], tuple(row["choices"]), "place") == 0
 
 
 def test_reasons():

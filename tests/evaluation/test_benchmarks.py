@@ -7,14 +7,10 @@ from pathlib import Path
 import pytest
 
 from crossin_jax.config import UserError
-from crossin_jax.evaluation.benchmarks import (
-    Version,
-    draw_shot_items,
-    draw_shots,
-    list_shots,
-    load_benchmark,
-    make_prompt,
-)
+from crossin_jax.evaluation.benchmarks import load_benchmark
+from crossin_jax.evaluation.frames import make_prompt
+from crossin_jax.evaluation.items import Version
+from crossin_jax.evaluation.shots import draw_shot_items, draw_shots, list_shots
 
 LANGUAGES = ("en", "zh")
 CITY = Version("Which city?", ("(A) Rome", "(B) Oslo"), 1)
@@ -176,7 +172,7 @@ def test_belebele_rows(tmp_path):
         ),
         ([row("a"), row("a")], ["two items have the id 'a'"]),
         ([], ["no items"]),
-        ([3], ["a list of objects"]),
+        ([3], ["row 1", "rows are objects"]),
     ],
 )
 def test_faults_name_file_item_and_language(tmp_path, rows, words):

@@ -14,7 +14,8 @@ from crossin_jax.data.kinds import request_language
 from crossin_jax.data.pipeline import load_tokenizer, open_eval_renderer, train_tokenizer
 from crossin_jax.evaluate import evaluate
 from crossin_jax.evaluation.answers import align, read_choice
-from crossin_jax.evaluation.benchmarks import load_benchmark, make_prompt
+from crossin_jax.evaluation.benchmarks import load_benchmark
+from crossin_jax.evaluation.frames import make_prompt
 from crossin_jax.evaluation.runner import describe_benchmarks, load_benchmarks, run_benchmarks
 from crossin_jax.generation.engine import Engine
 from crossin_jax.generation.model import load_model

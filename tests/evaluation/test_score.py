@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from crossin_jax.config import UserError
-from crossin_jax.evaluation.benchmarks import Item, Version
+from crossin_jax.evaluation.items import Item, Version
 from crossin_jax.evaluation.predictions import Answer, ItemAnswers, Predictions
 from crossin_jax.evaluation.seaeval import read_log, write_json, write_log
 from crossin_jax.score import main

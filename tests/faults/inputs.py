@@ -40,7 +40,8 @@ from crossin_jax.data.corpus import load_corpus
 from crossin_jax.data.pipeline import load_tokenizer
 from crossin_jax.data.prompts import Renderer
 from crossin_jax.data.templates import load_template
-from crossin_jax.evaluation.benchmarks import load_benchmark, make_prompt
+from crossin_jax.evaluation.benchmarks import load_benchmark
+from crossin_jax.evaluation.frames import make_prompt
 from crossin_jax.evaluation.metrics import evaluate
 from crossin_jax.evaluation.predictions import encode
 from crossin_jax.evaluation.seaeval import read_log

@@ -16,7 +16,8 @@ from crossin_jax.config import Component, Data, Source
 from crossin_jax.data.mixture import Mixture, load_corpora
 from crossin_jax.data.packing import pack_rows
 from crossin_jax.data.prompts import Renderer
-from crossin_jax.evaluation.benchmarks import Benchmark, Item, Version, load_benchmark
+from crossin_jax.evaluation.benchmarks import load_benchmark
+from crossin_jax.evaluation.items import Benchmark, Item, Version
 from crossin_jax.prepare.audit import audit, measure_fertility
 from crossin_jax.prepare.audit_report import draw, to_markdown, to_text
 from crossin_jax.prepare.leakage import NEAR, LeakIndex, Passage, hash_grams, sign, split_units

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import pytest
 
 from crossin_jax.config import Contrast, Study
-from crossin_jax.evaluation.benchmarks import Benchmark, Item, Version
+from crossin_jax.evaluation.items import Benchmark, Item, Version
 from crossin_jax.evaluation.predictions import Answer, ItemAnswers, Predictions
 from crossin_jax.report.results import write_results
 from crossin_jax.report.summary import Run, summarise

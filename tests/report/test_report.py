@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from crossin_jax.config import UserError
-from crossin_jax.evaluation.benchmarks import Benchmark, Item, Version, load_benchmark
+from crossin_jax.evaluation.benchmarks import load_benchmark
+from crossin_jax.evaluation.items import Benchmark, Item, Version
 from crossin_jax.evaluation.metrics import evaluate
 from crossin_jax.evaluation.stats import bootstrap, restrict
 from crossin_jax.report import figures, wording
