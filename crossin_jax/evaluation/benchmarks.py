@@ -80,6 +80,12 @@ def _limit(benchmark: Benchmark, limit: int | None) -> tuple[Item, ...]:
     return tuple({item.id: item for items in first for item in items}.values())
 
 
+# An item is a row, whose languages are columns, or it is a row in every language:
+#
+#     SeaEval     {"id": "7", "English": {"question": …, "choices": …, "answer": …}, "Chinese": {…}}
+#     MMLU        {"id": "7", "language": "zh", "question": …, "choices": […], "answer": 1}
+#     BMLAMA      zh.tsv, row 7: Prompt, Ans, Candidate Ans
+#
 # ── rows ──────────────────────────────────────────────────────────────────────────────────────────
 
 

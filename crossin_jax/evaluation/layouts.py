@@ -45,6 +45,7 @@ LABELS = {
     "Subject": "subject",
     "cultural_sensitivity_label": "culture",
     "regional_feature": "region",
+    "difficulty": "difficulty",
 }
 OPEN_LABELS = {"task": "task", "source": "source"}
 WORDS = {"culture": {"CS": "sensitive", "CA": "agnostic", "-": None}}
@@ -170,7 +171,7 @@ def _choices(row: Row) -> tuple[list[Any], Sequence[str] | None] | None:
             choices = [row[name] for name in columns]
             while choices and _is_missing(choices[-1]):
                 choices.pop()
-            return choices, LETTERS
+            return choices, LETTERS[: len(choices)]
     for name in ("choices", "options"):
         value = _parse_list(row.get(name))
         if isinstance(value, dict) and {"label", "text"} <= value.keys():

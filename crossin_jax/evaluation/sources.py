@@ -43,6 +43,8 @@ def read_path(name: str, codes: Sequence[str], split: str) -> Rows | None:
     there is one, or in folders of tasks and sources (monolingual/aya/zh.csv). A folder that was
     cloned from the Hub is read as the Hub is. None where nothing has that name.
     """
+    if "{lang}" in name.partition(":")[2]:
+        return read_hub(name, codes, split)
     path = Path(name.replace("{split}", split)).expanduser()
     if "{lang}" in name:
         label = path.stem.replace("{lang}", "").rstrip("_-. ") or path.parent.name
