@@ -303,6 +303,12 @@ class Evaluation(Settings):
         "ties, empty and unreadable answers",
         choices=("expectation", "seaeval", "strict"),
     )
+    rankc: str = setting(
+        "softmax",
+        "weights of RankC: those of its paper, or linear (norm1) or squared (norm2) in the rank",
+        choices=("softmax", "norm1", "norm2"),
+        is_later=True,
+    )
     template: str | None = setting(None, "prompt template; None takes `data.template`")
     max_new_tokens: int = setting(128, "longest answer, tokens", at_least=1)
     batch_size: int = setting(16, "prompts decoded at once", at_least=1)

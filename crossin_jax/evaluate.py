@@ -37,7 +37,7 @@ from crossin_jax.files import content_hash
 from crossin_jax.generation.engine import Engine
 from crossin_jax.parallel import hosts
 from crossin_jax.parallel.mesh import make_mesh
-from crossin_jax.report.results import read_pair, write_results
+from crossin_jax.report.results import read_pair, read_rules, write_results
 from crossin_jax.report.summary import Block, Run
 from crossin_jax.report.text import print_table
 from crossin_jax.training.state import describe_precision
@@ -179,8 +179,8 @@ def write_run(
     report says.
     """
     benchmarks = load_benchmarks(config) if benchmarks is None else benchmarks
-    mode = config.evaluation.mode
-    blocks = write_results(out, [run], mode=mode, title=run.name, benchmarks=benchmarks)
+    how = {"mode": config.evaluation.mode, "rankc": config.evaluation.rankc}
+    blocks = write_results(out, [run], title=run.name, benchmarks=benchmarks, **how)
     items = {benchmark.name: benchmark.items for benchmark in benchmarks}
     (out / "logs").mkdir(exist_ok=True)
     for predictions in run.predictions:
@@ -233,7 +233,8 @@ def compare(arguments: Any) -> None:
     for difference in find_differences(runs[0].provenance, runs[-1].provenance):
         log.warning("%s and %s: %s", arguments.compare, arguments.after, difference)
     out = Path(arguments.out or arguments.after).expanduser() / "comparison"
-    print(print_table(write_results(out, runs, title=f"{runs[0].name} and {runs[-1].name}")))
+    title = f"{runs[0].name} and {runs[-1].name}"
+    print(print_table(write_results(out, runs, title=title, **read_rules(arguments.compare))))
     print(f"report: {out / 'report.html'}")
 
 

@@ -49,6 +49,9 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "mode", "expectation", "coins: expectation (exact), seaeval (tossed) or strict (no answer)"
     )
+    flags.DEFINE_string(
+        "rankc", "softmax", "weights of RankC: softmax, norm1 (linear in the rank) or norm2 (squared)"
+    )
     flags.DEFINE_string("out", None, "file for the scores, JSON")
     flags.DEFINE_string("alignments", None, "file for the chosen choices, JSON")
     flags.DEFINE_enum(
@@ -77,6 +80,7 @@ def main(options: Any) -> int:
         raise UserError(
             f"--mode={options.mode}: not one of {', '.join(MODES)}{hint(options.mode, MODES)}"
         )
+    rank_weights(1, options.rankc, "--rankc")
     log, out, alignments = (
         Path(path).expanduser() if path else None
         for path in (options.log, options.out, options.alignments)
@@ -88,6 +92,14 @@ def main(options: Any) -> int:
     predictions = predictions_of(rows, str(log))
     scores = evaluate(predictions, options.mode, seed=options.seed)
     intervals = bootstrap(predictions, options.mode, seed=options.seed)
+    counting = {"seed": options.seed, "weights": options.rankc}
+    measures = measure_pairs(predictions, options.mode, **counting)
+    intervals |= bootstrap(
+        predictions,
+        options.mode,
+        seed=options.seed,
+        scores=partial(pair_scores, weights=options.rankc),
+    )
     if alignments:
         write_json(alignments, list_alignments(rows, predictions))
     if out:

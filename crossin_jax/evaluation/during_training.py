@@ -12,6 +12,7 @@ from crossin_jax.config import Config
 from crossin_jax.data.prompts import Renderer
 from crossin_jax.evaluation.confusion import measure_confusion, measure_off_target
 from crossin_jax.evaluation.metrics import evaluate
+from crossin_jax.evaluation.pairs import measure_pairs
 from crossin_jax.evaluation.predictions import Predictions
 from crossin_jax.evaluation.runner import load_benchmarks, run_benchmarks
 from crossin_jax.generation.engine import Engine
@@ -19,7 +20,9 @@ from crossin_jax.training.state import AbstractModel
 
 
 class Benchmarks:
-    """Accuracy, consistency and AC3 of a training state on the benchmarks of the configuration."""
+    """Accuracy, consistency, AC3, RankC and transfer of a training state on the benchmarks of the
+    configuration.
+    """
 
     def __init__(self, config: Config, renderer: Renderer, model: AbstractModel, mesh: Mesh):
         self._config, self._renderer, self._model, self._mesh = config, renderer, model, mesh
@@ -50,6 +53,9 @@ class Benchmarks:
         ):
             name = f"{predictions.benchmark}/{predictions.method}/p{predictions.prompt}"
             values = evaluate(predictions, settings.mode).flatten()
+            pairs = measure_pairs(predictions, settings.mode, weights=settings.rankc)
+            # of what exists for every language, the mean is enough
+            values |= {key: value for key, value in pairs.items() if "/" not in key}
             scores |= {f"{name}/{key}": value for key, value in values.items()}
             scores |= {f"{name}/{key}": value for key, value in _measure_texts(predictions)}
         return scores

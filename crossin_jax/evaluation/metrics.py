@@ -95,7 +95,7 @@ def evaluate(predictions: Predictions, mode: Mode = "expectation", *, seed: int 
     """
     p_ILC = choice_probabilities(predictions, mode, seed)
     languages, num_items = predictions.languages, len(p_ILC)
-    correct_IL = _gold_probabilities(predictions, p_ILC)
+    correct_IL = gold_probabilities(predictions, p_ILC)[1]
     combinations: dict[int, dict[tuple[str, ...], float]] = {}
     if len(languages) <= MAX_LISTED:
         combinations = {
@@ -155,11 +155,14 @@ def _coin(seed: int, item: str, language: str, sides: int) -> int:
     return int.from_bytes(digest, "big") * sides >> 64
 
 
-def _gold_probabilities(predictions: Predictions, p_ILC: np.ndarray) -> np.ndarray:
+def gold_probabilities(
+    predictions: Predictions, p_ILC: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The gold choice of every item and language, (I, L) int, and its probability, (I, L)."""
     gold_IL = np.array(
         [[item.gold[language] for language in predictions.languages] for item in predictions.items]
     )
-    return np.take_along_axis(p_ILC, gold_IL[:, :, None], axis=2)[:, :, 0]
+    return gold_IL, np.take_along_axis(p_ILC, gold_IL[:, :, None], axis=2)[:, :, 0]
 
 
 # English answers A, Vietnamese B, and Chinese A or B. The chances that two agree are en-zh .5,
@@ -429,7 +432,7 @@ def item_scores(
     Their means over items are the scores of `evaluate`, except for rounding.
     """
     p_ILC = choice_probabilities(predictions, mode, seed)
-    correct_IL = _gold_probabilities(predictions, p_ILC)
+    correct_IL = gold_probabilities(predictions, p_ILC)[1]
     scores = {"accuracy": correct_IL.mean(1)}
     scores |= {
         f"accuracy/{language}": correct_IL[:, l] for l, language in enumerate(predictions.languages)

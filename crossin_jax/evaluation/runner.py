@@ -94,6 +94,7 @@ def run_benchmarks(
                     "prompts": number,
                     "method": method,
                 }
+                del asked["rankc"]  # it decides how answers are counted, not what they are
                 if settings.shots:  # they may be items beyond the limit
                     asked["pool"] = with_items(benchmark, benchmark.pool).fingerprint
                 key = content_hash(

@@ -13,7 +13,7 @@ replacement; the score of a resample is the weighted mean of the items' scores:
 All languages of an item are drawn together, because their answers depend on each other.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -21,10 +21,13 @@ import numpy as np
 
 from crossin_jax.config import UserError
 from crossin_jax.evaluation.metrics import Mode, ac3, item_scores
+from crossin_jax.evaluation.pairs import Weighable
 from crossin_jax.evaluation.predictions import Predictions
 
 NUM_RESAMPLES = 2000
 LEVEL = 0.95
+# By name, the scores of the items (I,), whose mean is the score, or what weighs items itself
+ItemScores = Mapping[str, np.ndarray | Weighable]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +53,16 @@ def bootstrap(
     level: float = LEVEL,
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
+    scores: Callable[..., ItemScores] = item_scores,
 ) -> dict[str, tuple[float, float]]:
-    """Percentile intervals of every score over resampled items.
+    """Percentile intervals of every score over resampled items; `scores` gives those of the items.
 
     They say how the (expected) scores would vary with other items. Coins are not tossed again for
     each resample; mode "seaeval" tosses them once, with this seed.
     """
     drawn = resample(
         [predictions],
-        lambda predictions: item_scores(predictions, mode, seed=seed),
+        lambda predictions: scores(predictions, mode, seed=seed),
         seed=seed,
         num_resamples=num_resamples,
     )
@@ -67,7 +71,7 @@ def bootstrap(
 
 def resample(
     several: Sequence[Predictions],
-    score_items: Callable[[Predictions], dict[str, np.ndarray]],
+    score_items: Callable[[Predictions], ItemScores],
     *,
     seed: int,
     num_resamples: int = NUM_RESAMPLES,
@@ -75,23 +79,37 @@ def resample(
     """By score (1 + R,): the value, then the value of each resample; medians over several prompts.
 
     The drawn items depend on their number and the seed alone, so that arms are compared on the same
-    ones. `score_items` gives the scores (I,) of the items.
+    ones. `score_items` gives the scores of the items.
     """
-    weights_1RI = _weights(len(several[0].items), seed, num_resamples)
+    weights_1RI = weigh_items(len(several[0].items), seed, num_resamples)
     weighed = [weigh_scores(score_items(predictions), weights_1RI) for predictions in several]
     return {name: np.median([scores[name] for scores in weighed], axis=0) for name in weighed[0]}
 
 
 @lru_cache(maxsize=16)
-def _weights(num_items: int, seed: int, num_resamples: int) -> np.ndarray:
+def weigh_items(num_items: int, seed: int, num_resamples: int = NUM_RESAMPLES) -> np.ndarray:
+    """The weights (1 + R, I) of items: all alike, then those of every resample."""
     even_1I = np.full((1, num_items), 1 / num_items)
     return np.concatenate([even_1I, resample_weights(num_items, num_resamples, seed)])
 
 
 def interval(values_R: np.ndarray, level: float = LEVEL) -> tuple[float, float]:
     """The middle part of resampled values that holds a share `level` of them."""
-    low, high = np.quantile(values_R, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    low, high = intervals(values_R[:, None], level)
+    return float(low[0]), float(high[0])
+
+
+def intervals(values_RK: np.ndarray, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
+    """Low and high end (K,) of the interval of each column."""
+    # numpy.quantile, four times as fast: columns are made contiguous and sorted.
+    sorted_KR = np.sort(np.ascontiguousarray(values_RK.T), axis=1)
+    ends = []
+    for share in ((1 - level) / 2, (1 + level) / 2):
+        place = share * (sorted_KR.shape[1] - 1)
+        below = min(int(place), max(0, sorted_KR.shape[1] - 2))
+        left_K, right_K = sorted_KR[:, below], sorted_KR[:, min(below + 1, sorted_KR.shape[1] - 1)]
+        ends.append(left_K + (right_K - left_K) * (place - below))
+    return ends[0], ends[1]
 
 
 def paired_change(
@@ -99,23 +117,39 @@ def paired_change(
 ) -> Change | None:
     """The difference of an arm from the base, by their values (1 + R,) for each seed.
 
-    None without a common seed. A paired bootstrap over items, averaged over seeds. p is twice the
-    smaller share of resamples on either side of zero. Resamples at zero count on both sides, and
-    one is added to each count, so that p is never 0.
+    None without a common seed.
+    """
+    one, other = ({seed: v[:, None] for seed, v in side.items()} for side in (samples, base))
+    changes = paired_changes(one, other, level)
+    if changes is None:
+        return None
+    difference, low, high, p, is_clear = (array[0].item() for array in changes)
+    return Change(difference, low, high, p, is_clear)
+
+
+def paired_changes(
+    samples: dict[int, np.ndarray], base: dict[int, np.ndarray], level: float = LEVEL
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
+    """The fields of a `Change`, each (K,), by values (1 + R, K) for each seed.
+
+    A paired bootstrap over items, averaged over seeds. p is twice the smaller share of resamples on
+    either side of zero. Resamples at zero count on both sides, and one is added to each count, so
+    that p is never 0.
     """
     common = [seed for seed in samples if seed in base]
     if not common:
         return None
-    delta_S1R = np.array([samples[seed] - base[seed] for seed in common])
-    mean_1R = delta_S1R.mean(0)
+    delta_S1RK = np.array([samples[seed] - base[seed] for seed in common])
+    mean_1RK = delta_S1RK.mean(0)
     # A rounding error is not a difference. The mean is treated again: two seeds may cancel.
-    for deltas in (delta_S1R, mean_1R):
+    for deltas in (delta_S1RK, mean_1RK):
         deltas[np.abs(deltas) < 1e-12] = 0
-    observed, delta_R = float(mean_1R[0]), mean_1R[1:]
-    side = 1 + min(int((delta_R <= 0).sum()), int((delta_R >= 0).sum()))
-    p = min(1.0, 2 * side / (len(delta_R) + 1))
-    same_sign = bool((delta_S1R[:, 0] > 0).all() or (delta_S1R[:, 0] < 0).all())
-    return Change(observed, *interval(delta_R, level), p, p < 1 - level and same_sign)
+    observed_K, delta_RK = mean_1RK[0], mean_1RK[1:]
+    side_K = 1 + np.minimum((delta_RK <= 0).sum(0), (delta_RK >= 0).sum(0))
+    p_K = np.minimum(1.0, 2 * side_K / (len(delta_RK) + 1))
+    first_SK = delta_S1RK[:, 0]
+    have_same_sign_K = (first_SK > 0).all(0) | (first_SK < 0).all(0)
+    return (observed_K, *intervals(delta_RK, level), p_K, (p_K < 1 - level) & have_same_sign_K)
 
 
 def resample_weights(num_items: int, num_resamples: int, seed: int) -> np.ndarray:
@@ -127,14 +161,18 @@ def resample_weights(num_items: int, num_resamples: int, seed: int) -> np.ndarra
     )
 
 
-def weigh_scores(scores: dict[str, np.ndarray], weights_RI: np.ndarray) -> dict[str, np.ndarray]:
+def weigh_scores(scores: ItemScores, weights_RI: np.ndarray) -> dict[str, np.ndarray]:
     """Weighted means of item scores, and AC3 of these; each (R,)."""
-    means = dict(zip(scores, (weights_RI @ np.stack(list(scores.values()), 1)).T, strict=True))
-    return means | {
+    items = {name: score for name, score in scores.items() if isinstance(score, np.ndarray)}
+    means = {}
+    if items:
+        means = dict(zip(items, (weights_RI @ np.stack(list(items.values()), 1)).T, strict=True))
+    more = {
         f"AC3_{name.removeprefix('consistency_')}": ac3(means["accuracy"], value)
         for name, value in means.items()
         if name.startswith("consistency_")
     }
+    return means | more | {n: s.weigh(weights_RI) for n, s in scores.items() if n not in items}
 
 
 def in_order_of(first: Predictions, second: Predictions) -> Predictions:

@@ -143,7 +143,7 @@ def draw_languages(blocks: dict[str, Block]) -> Any:
 
 @styled
 def draw_curves(title: str, blocks: dict[float, Block]) -> Any:
-    """AC3 and accuracy outside English over x, with the standard deviation over seeds."""
+    """AC3, accuracy outside English and RankC over x, with the standard deviation over seeds."""
     # An arm with a single point has no curve.
     blocks = dict(sorted(blocks.items()))
     count = Counter(row.arm for block in blocks.values() for row in models_of(block))
@@ -223,8 +223,11 @@ def _figure(width: float, height: float) -> Any:
 def _panels(
     block: Block, fill: Callable[[Any, str], None], *, height: float, **options: Any
 ) -> Any:
-    """One panel for AC3 and one for accuracy outside English, with one legend."""
-    names = [block.headline[-1], *([OTHERS] if OTHERS in block.headline else [])]
+    """Panels for AC3, accuracy outside English and RankC, with one legend."""
+    names = [
+        block.main_score,
+        *(name for name in (OTHERS, "rankc") if name in block.headline),
+    ]
     figure = _figure(4.6 * len(names) + 1.0, height)
     panels = figure.subplots(1, len(names), squeeze=False, **options)[0]
     for axes, name in zip(panels, names, strict=True):

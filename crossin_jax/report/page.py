@@ -118,8 +118,7 @@ def count_facts(blocks: Sequence[Block], runs: Sequence[Run]) -> str:
 
 def draw_block(block: Block, arms: list[str]) -> list[tuple[str, Markup]]:
     """(heading, figure) of one block."""
-    # The headline ends with AC3, or with accuracy if there is one language.
-    last, several = block.headline[-1], len(block.languages) > 1
+    last, several = block.main_score, len(block.languages) > 1
     consistency = [f"consistency_{block.size}"] if several else []
     drawn = {"Scores": figures.draw_scores(block, unique(last, "accuracy", *consistency), arms)}
     if several:

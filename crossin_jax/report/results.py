@@ -1,6 +1,6 @@
 """Results on disk: results.json, results.md, report.html and answers.json.gz.
 
-results.json: {"format", "title", "mode", "level", "resamples", "provenance",
+results.json: {"format", "title", "mode", "rankc", "level", "resamples", "provenance",
 "runs": [{"name", "seed", "provenance"}], "blocks": [summary.Block as an object]}.
 docs/evaluation.md explains every score in it.
 """
@@ -16,6 +16,7 @@ from crossin_jax.config import UserError
 from crossin_jax.evaluation.benchmarks import load_benchmark
 from crossin_jax.evaluation.items import Benchmark
 from crossin_jax.evaluation.metrics import Mode
+from crossin_jax.evaluation.pairs import Weights
 from crossin_jax.evaluation.predictions import Predictions, decode, encode
 from crossin_jax.evaluation.stats import LEVEL, NUM_RESAMPLES
 from crossin_jax.files import read_json, write_whole
@@ -35,21 +36,23 @@ def write_results(
     *,
     baselines: dict[str, list[Predictions]] | None = None,
     mode: Mode = "expectation",
+    rankc: Weights = "softmax",
     title: str | None = None,
     benchmarks: Sequence[Benchmark] = (),
 ) -> list[Block]:
     """Writes the results of several runs into a folder, each file whole or not at all.
 
     Other arms are compared with that of the first run. `baselines` are answers by rules without a
-    model. `benchmarks` give the page its questions; without them it has only those of Cross-World.
+    model. `rankc`: the weights of RankC. `benchmarks` give the page its questions; without them it has only those of Cross-World.
     Raises UserError if the folder cannot be written.
     """
     folder, title = Path(folder), title or "Cross-lingual evaluation"
-    blocks = summarise(runs, baselines, mode)
+    blocks = summarise(runs, baselines, mode, rankc=rankc)
     results = {
         "format": FORMAT,
         "title": title,
         "mode": mode,
+        "rankc": rankc,
         "level": LEVEL,
         "resamples": NUM_RESAMPLES,
         "provenance": provenance or {},
@@ -110,6 +113,16 @@ def read_results(folder: str | Path) -> list[Run]:
         raise UserError(
             f"{file}: damaged ({type(error).__name__}: {error}); evaluate again"
         ) from None
+
+
+def read_rules(folder: str | Path) -> dict[str, Any]:
+    """How a folder's answers were counted: `mode` and `rankc` for `write_results`."""
+    usual = {"mode": "expectation", "rankc": "softmax"}
+    try:
+        stored = json.loads((Path(folder) / "results.json").read_bytes())
+        return {name: stored.get(name, value) for name, value in usual.items()}
+    except (OSError, ValueError, AttributeError):
+        return usual
 
 
 def read_pair(first: str | Path, second: str | Path) -> list[Run]:

@@ -11,7 +11,7 @@ Over the prompts of a run, a score is the median, as SeaEval reports it; over se
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -27,9 +27,12 @@ from crossin_jax.evaluation.metrics import (
     item_scores,
     pair_agreement,
 )
+from crossin_jax.evaluation.pair_tables import PairTable, tabulate_pairs
+from crossin_jax.evaluation.pairs import PIVOTS, Weights, measure_pairs, pair_scores
 from crossin_jax.evaluation.predictions import Predictions
 from crossin_jax.evaluation.stats import (
     Change,
+    ItemScores,
     in_order_of,
     interval,
     paired_change,
@@ -38,11 +41,12 @@ from crossin_jax.evaluation.stats import (
 )
 from crossin_jax.report.readings import Reading, read_answers
 
-PIVOTS = ("en", "English")
 # mean accuracy over the languages other than English
 OTHERS = "accuracy/others"
 # the method of baselines that use no model
 RULE = "rule"
+# By seed, scores by name for each prompt
+Flat = dict[int, list[dict[str, float]]]
 # predictions, one per prompt, by arm and by seed
 Arms = dict[str, dict[int, list[Predictions]]]
 
@@ -85,7 +89,8 @@ class Row:
     """One arm in a block: scores by name, by seed and by prompt.
 
     `agreement`: of language pairs, in the block's order. By language: `coin_share`, the share of
-    answers without one clear choice by reason, and `readings` of free answers.
+    answers without one clear choice by reason, and `readings` of free answers. `pairs`: the
+    measures of language pairs by name, for a whole benchmark.
     """
 
     arm: str
@@ -98,6 +103,7 @@ class Row:
     coin_share: dict[str, dict[str, float]]
     readings: dict[str, Reading]
     is_baseline: bool = False
+    pairs: dict[str, PairTable] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +133,13 @@ class Block:
         if len(self.languages) == 1:
             return ("accuracy",)
         split = (*pivot, OTHERS) if pivot else ()
-        return ("accuracy", *split, f"consistency_{self.size}", f"AC3_{self.size}")
+        ranked = ("rankc",) if any("rankc" in row.scores for row in self.rows) else ()
+        return ("accuracy", *split, f"consistency_{self.size}", self.main_score, *ranked)
+
+    @property
+    def main_score(self) -> str:
+        """AC3_s, or accuracy with one language."""
+        return "accuracy" if len(self.languages) == 1 else f"AC3_{self.size}"
 
 
 # ---- From runs to blocks
@@ -137,10 +149,12 @@ def summarise(
     runs: Sequence[Run],
     baselines: dict[str, list[Predictions]] | None = None,
     mode: Mode = "expectation",
+    *,
+    rankc: Weights = "softmax",
 ) -> list[Block]:
     """Blocks in the order of the runs' predictions, each whole benchmark before its tags.
 
-    Baselines are in every block. Raises UserError where arms of one seed saw different items, or
+    Baselines are in every block. `rankc`: the weights of RankC. Raises UserError where arms of one seed saw different items, or
     one run's answers are given twice.
     """
     if mode not in MODES:
@@ -162,10 +176,10 @@ def summarise(
             for p in answers
             if p.benchmark == benchmark and method != RULE
         }
-        blocks.append(_block(benchmark, method, None, arms, rules, mode))
+        blocks.append(_block(benchmark, method, None, arms, rules, mode, rankc))
         for tag in _find_tags(arms):
             only = (_restrict(some, tag) for some in (arms, rules))
-            blocks.append(_block(benchmark, method, tag, *only, mode))
+            blocks.append(_block(benchmark, method, tag, *only, mode, rankc))
     return blocks
 
 
@@ -200,19 +214,29 @@ def _restrict(arms: Arms, tag: str) -> Arms:
 
 
 def _block(
-    benchmark: str, method: str, tag: str | None, arms: Arms, rules: Arms, mode: Mode
+    benchmark: str,
+    method: str,
+    tag: str | None,
+    arms: Arms,
+    rules: Arms,
+    mode: Mode,
+    rankc: Weights,
 ) -> Block:
     first_arm, base = next(iter(arms.items()))
     first = next(iter(base.values()))[0]
-    base_samples, rows = _sample(base, mode), []
+    base_samples, rows = _sample(base, mode, rankc), []
     for name, given in (*arms.items(), *rules.items()):
         # A paired comparison needs the items of both arms in the same order.
         seeds = {
             seed: [in_order_of(base[seed][0] if seed in base else several[0], p) for p in several]
             for seed, several in given.items()
         }
-        compared = base_samples if name in arms and name != first_arm else {}
-        rows.append(_row(name, seeds, compared, mode, name in rules))
+        is_compared = name in arms and name != first_arm
+        row = _row(name, seeds, base_samples if is_compared else {}, mode, rankc, name in rules)
+        if tag is None:
+            tables = tabulate_pairs(seeds, base if is_compared else None, mode, weights=rankc)
+            row = replace(row, pairs=tables)
+        rows.append(row)
     chance = float(np.mean([1 / item.num_choices for item in first.items]))
     return Block(benchmark, method, tag, first.languages, len(first.items), chance, tuple(rows))
 
@@ -222,11 +246,19 @@ def _row(
     seeds: dict[int, list[Predictions]],
     base: dict[int, dict[str, np.ndarray]],
     mode: Mode,
+    rankc: Weights,
     is_baseline: bool,
 ) -> Row:
-    samples = _sample(seeds, mode)
+    samples = _sample(seeds, mode, rankc)
     scored = {
         seed: [evaluate(p, mode, seed=seed) for p in several] for seed, several in seeds.items()
+    }
+    flat = {
+        seed: [
+            _flatten(scores) | measure_pairs(p, mode, seed=seed, weights=rankc)
+            for scores, p in zip(scored[seed], several, strict=True)
+        ]
+        for seed, several in seeds.items()
     }
     agreement = [
         pair_agreement(p, mode, seed=seed) for seed, several in seeds.items() for p in several
@@ -235,12 +267,12 @@ def _row(
         arm=arm,
         seeds=tuple(seeds),
         num_items=len(next(iter(seeds.values()))[0].items),
-        scores=_estimate(samples, base, scored),
+        scores=_estimate(samples, base, flat, scored),
         seed_scores={
             seed: {name: float(values_1R[0]) for name, values_1R in sample.items()}
             for seed, sample in samples.items()
         },
-        prompts=_by_prompt(seeds, scored),
+        prompts=_by_prompt(seeds, flat),
         agreement=np.mean(agreement, axis=0).tolist(),
         coin_share=_mean_shares([s.coin_share for several in scored.values() for s in several]),
         readings=read_answers([p for several in seeds.values() for p in several]),
@@ -251,12 +283,14 @@ def _row(
 def _estimate(
     samples: dict[int, dict[str, np.ndarray]],
     base: dict[int, dict[str, np.ndarray]],
+    flat: Flat,
     scored: dict[int, list[Scores]],
 ) -> dict[str, Estimate]:
     """Every score of an arm, from its resampled scores and those of the first arm."""
-    values = _medians(scored, lambda scores: scores)
-    least = _medians(scored, lambda scores: scores.least)
-    most = _medians(scored, lambda scores: scores.most)
+    values = _medians(flat)
+    least, most = (
+        _medians(_bounds(scored, side)) for side in (lambda s: s.least, lambda s: s.most)
+    )
     estimates = {}
     for name in next(iter(samples.values())):
         value_S = np.array(values[name])
@@ -279,53 +313,56 @@ def _estimate(
     return estimates
 
 
-def _medians(
-    scored: dict[int, list[Scores]], part: Callable[[Scores], Level | None]
-) -> dict[str, list[float]]:
-    """By score the median over prompts, for each seed; empty where the mode has no such part."""
-    seeds = [[part(scores) for scores in several] for several in scored.values()]
-    if seeds[0][0] is None:
-        return {}
-    flat = [[_flatten(level) for level in several] for several in seeds]
+def _medians(flat: Flat) -> dict[str, list[float]]:
+    """By score the median over prompts, for each seed."""
+    first = next(iter(flat.values()), [{}])[0]
     return {
-        name: [_over_prompts(scores[name] for scores in several) for several in flat]
-        for name in flat[0][0]
+        name: [_over_prompts(scores[name] for scores in several) for several in flat.values()]
+        for name in first
     }
 
 
-def _by_prompt(
-    seeds: dict[int, list[Predictions]], scored: dict[int, list[Scores]]
-) -> dict[int, dict[str, float]]:
+def _bounds(scored: dict[int, list[Scores]], side: Callable[[Scores], Level | None]) -> Flat:
+    """The least or the most that coins can make of the scores; empty where the mode has none."""
+    return {
+        seed: [_flatten(level) for scores in several if (level := side(scores))]
+        for seed, several in scored.items()
+        if all(side(scores) for scores in several)
+    }
+
+
+def _by_prompt(seeds: dict[int, list[Predictions]], flat: Flat) -> dict[int, dict[str, float]]:
     """By prompt the scores, as means over seeds; empty where seeds were asked by other prompts."""
     asked = [[p.prompt for p in several] for several in seeds.values()]
     if any(prompts != asked[0] for prompts in asked):
         return {}
     by_prompt = {}
     for i, prompt in enumerate(asked[0]):
-        flat = [_flatten(several[i]) for several in scored.values()]
-        by_prompt[prompt] = {name: float(np.mean([f[name] for f in flat])) for name in flat[0]}
+        scores = [several[i] for several in flat.values()]
+        by_prompt[prompt] = {name: float(np.mean([f[name] for f in scores])) for name in scores[0]}
     return by_prompt
 
 
 # ---- Scores
 
 
-def _sample(seeds: dict[int, list[Predictions]], mode: Mode) -> dict[int, dict[str, np.ndarray]]:
+def _sample(
+    seeds: dict[int, list[Predictions]], mode: Mode, rankc: Weights
+) -> dict[int, dict[str, np.ndarray]]:
     """By seed and score (1 + R,): the value, then the values on R resamples of the items."""
     return {
-        seed: resample(several, partial(_score_items, mode=mode, seed=seed), seed=seed)
+        seed: resample(several, partial(_score_items, mode=mode, rankc=rankc, seed=seed), seed=seed)
         for seed, several in seeds.items()
     }
 
 
-def _score_items(predictions: Predictions, mode: Mode, seed: int) -> dict[str, np.ndarray]:
+def _score_items(predictions: Predictions, mode: Mode, rankc: Weights, seed: int) -> ItemScores:
     """The scores of items, with the mean over the languages other than English."""
     scores = item_scores(predictions, mode, seed=seed)
     others = [f"accuracy/{code}" for code in predictions.languages if code not in PIVOTS]
-    if not others:
-        return scores
-    mean = {OTHERS: np.mean([scores[name] for name in others], axis=0)}
-    return {"accuracy": scores["accuracy"]} | mean | scores
+    mean = {OTHERS: np.mean([scores[name] for name in others], axis=0)} if others else {}
+    first = {"accuracy": scores["accuracy"]} | mean
+    return first | scores | pair_scores(predictions, mode, seed=seed, weights=rankc)
 
 
 def _over_prompts(values: Iterable[float]) -> float:

@@ -42,7 +42,7 @@ def print_table(blocks: Sequence[Block]) -> str:
         if f"{block.benchmark}/{block.tag}" in benchmarks:
             continue
         # Only AC3 and accuracy have their range, so that a row fits on a terminal.
-        wide = ("accuracy", block.headline[-1])
+        wide = ("accuracy", block.main_score)
         table = [["", *map(describe_score, block.headline)]]
         table += [[label(row), *format_scores(block, row, wide)] for row in block.rows]
         lines += [describe_block(block), *format_table(table), ""]

@@ -12,6 +12,14 @@ METHODS = {
     "letter": "choice by log-likelihood of its letter",
     "rule": "rules without a model",
 }
+SCORES = {
+    "accuracy/others": "Other languages",
+    "rankc": "RankC",
+    "agreement": "Agreement",
+    "agreement_right": "Agreement where one is right",
+    "transfer": "Transfer from English",
+    "conductivity": "Conductivity from English",
+}
 MODES_IN_WORDS = {
     "expectation": "Answers that fit several choices count in proportion (the exact expectation "
     "over SeaEval's random draws).",
@@ -71,11 +79,15 @@ def shorten(text: str, width: int) -> str:
 
 
 def describe_score(name: str) -> str:
-    """The heading of a score: "accuracy/en" is English, "AC3_3" stays."""
-    if name == "accuracy/others":
-        return "Other languages"
-    _, _, language = name.partition("/")
-    return language_name(language) if language else name[0].upper() + name[1:]
+    """The heading of a score: "accuracy/en" is English, "transfer/es" is Transfer to Spanish."""
+    measure, _, language = name.partition("/")
+    if name in SCORES:
+        return SCORES[name]
+    if not language:
+        return name[0].upper() + name[1:]
+    if measure == "accuracy":
+        return language_name(language)
+    return f"{measure[0].upper()}{measure[1:]} to {language_name(language)}"
 
 
 def mark(estimate: Estimate) -> str:

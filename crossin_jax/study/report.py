@@ -15,6 +15,7 @@ from typing import Any
 
 from crossin_jax.config import Study, UserError
 from crossin_jax.evaluation.metrics import Mode
+from crossin_jax.evaluation.pairs import Weights
 from crossin_jax.evaluation.predictions import Predictions
 from crossin_jax.evaluation.stats import Change
 from crossin_jax.files import write_whole
@@ -40,7 +41,11 @@ class Table:
 
 
 def write_study(
-    folder: Path, study: Study, tables: Sequence[Table], mode: Mode
+    folder: Path,
+    study: Study,
+    tables: Sequence[Table],
+    mode: Mode,
+    rankc: Weights = "softmax",
 ) -> dict[str, list[Block]]:
     """Writes the study's report and each table's own; returns the blocks by table."""
     folders = folders_of([table.name for table in tables])
@@ -50,6 +55,7 @@ def write_study(
             table.runs,
             baselines=table.baselines,
             mode=mode,
+            rankc=rankc,
             title=f"{study.name}: {table.name}",
         )
         for table in tables

@@ -313,7 +313,7 @@ def write_report(study: Study) -> Path | None:
     done = evaluated(study, keys)
     if not done:
         return None
-    mode = done[0].config.evaluation.mode
+    how = done[0].config.evaluation
     tables = []
     for name in dict.fromkeys(name for cell in done for name in cell.tables or ("",)):
         cells = [cell for cell in done if name in (cell.tables or ("",))]
@@ -323,11 +323,16 @@ def write_report(study: Study) -> Path | None:
         (table,) = tables
         blocks = {
             "": write_results(
-                out, table.runs, baselines=table.baselines, mode=mode, title=study.name
+                out,
+                table.runs,
+                baselines=table.baselines,
+                mode=how.mode,
+                rankc=how.rankc,
+                title=study.name,
             )
         }
     else:
-        blocks = write_study(out, study, tables, mode)
+        blocks = write_study(out, study, tables, how.mode, how.rankc)
     for name, found in blocks.items():
         print("\n".join([f"== {name}", ""] if name else []) + print_table(found))
     return out / "report.html"
