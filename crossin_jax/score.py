@@ -1,12 +1,13 @@
 """Score a SeaEval log, or tell whether free answers are in their language.
 
-Of a log: accuracy by language, consistency and AC3.
+Of a log: accuracy by language, consistency, AC3, what is right in English and then in another
+language, and RankC where it has log-likelihoods of the choices.
 
     python -m crossin_jax.score --log zero_shot_p1.json.gz --out score.json --alignments aligned.json
     python -m crossin_jax.score --answers answers.jsonl --out rates.json
 
 The log is a list of parallel items: {"id": …, "English": {"question", "choices", "answer",
-"model_prediction"}, …}. A five-shot answer counts up to its first line break, as in SeaEval; the
+"model_prediction" and maybe "log_likelihoods", one for each choice}, …}. A five-shot answer counts up to its first line break, as in SeaEval; the
 log's name says what it is (five_shot_p1.json). --out gets SeaEval's own keys, and ours under
 "crossin_jax"; above 12 languages detailed_consistency_score is empty, since the sets of languages
 are too many to list. --alignments the choice of every answer, or those among which SeaEval would
@@ -14,8 +15,10 @@ toss a coin. --answers takes rows with a language and a text, as JSON Lines, JSO
 Parquet; see docs/evaluation.md.
 """  # noqa: E501
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, astuple
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,8 @@ from crossin_jax.data import readers
 from crossin_jax.evaluation.answers import compare_readers
 from crossin_jax.evaluation.confusion import measure_groups
 from crossin_jax.evaluation.metrics import MODES, Scores, evaluate, pair_agreement
+from crossin_jax.evaluation.pair_tables import tabulate_pairs
+from crossin_jax.evaluation.pairs import WEIGHTS, measure_pairs, pair_scores
 from crossin_jax.evaluation.predictions import Predictions
 from crossin_jax.evaluation.seaeval import Row, answers_in, predictions_of, read_rows, write_json
 from crossin_jax.evaluation.stats import bootstrap
@@ -38,6 +43,8 @@ from crossin_jax.tables import format_table as format_columns
 
 # What a row of --answers may have: who wrote it, and the text
 GROUP_COLUMNS = ("model", "task", "source")
+# Sizes of sets of languages in the printed table
+MAX_PRINTED = 12
 TEXT_COLUMNS = ("completion", "model_prediction", "response", "output", "answer", "text")
 
 
@@ -50,7 +57,9 @@ def define_flags() -> None:
         "mode", "expectation", "coins: expectation (exact), seaeval (tossed) or strict (no answer)"
     )
     flags.DEFINE_string(
-        "rankc", "softmax", "weights of RankC: softmax, norm1 (linear in the rank) or norm2 (squared)"
+        "rankc",
+        "softmax",
+        "weights of RankC: softmax, norm1 (linear in the rank) or norm2 (squared)",
     )
     flags.DEFINE_string("out", None, "file for the scores, JSON")
     flags.DEFINE_string("alignments", None, "file for the chosen choices, JSON")
@@ -76,11 +85,9 @@ def main(options: Any) -> int:
         raise UserError(
             "--log is missing; name the log to score, FILE.json or FILE.json.gz, or --answers"
         )
-    if options.mode not in MODES:
-        raise UserError(
-            f"--mode={options.mode}: not one of {', '.join(MODES)}{hint(options.mode, MODES)}"
-        )
-    rank_weights(1, options.rankc, "--rankc")
+    for flag, value, known in (("mode", options.mode, MODES), ("rankc", options.rankc, WEIGHTS)):
+        if value not in known:
+            raise UserError(f"--{flag}={value}: not one of {', '.join(known)}{hint(value, known)}")
     log, out, alignments = (
         Path(path).expanduser() if path else None
         for path in (options.log, options.out, options.alignments)
@@ -90,47 +97,42 @@ def main(options: Any) -> int:
 
     rows = read_rows(log, few_shot={"auto": None, "yes": True, "no": False}[options.few_shot])
     predictions = predictions_of(rows, str(log))
-    scores = evaluate(predictions, options.mode, seed=options.seed)
-    intervals = bootstrap(predictions, options.mode, seed=options.seed)
-    counting = {"seed": options.seed, "weights": options.rankc}
-    measures = measure_pairs(predictions, options.mode, **counting)
-    intervals |= bootstrap(
-        predictions,
-        options.mode,
-        seed=options.seed,
-        scores=partial(pair_scores, weights=options.rankc),
-    )
+    mode, seed, rankc = options.mode, options.seed, options.rankc
+    scores = evaluate(predictions, mode, seed=seed)
+    measures = measure_pairs(predictions, mode, seed=seed, weights=rankc)
+    intervals = bootstrap(predictions, mode, seed=seed)
+    intervals |= bootstrap(predictions, mode, seed=seed, scores=partial(pair_scores, weights=rankc))
     if alignments:
         write_json(alignments, list_alignments(rows, predictions))
     if out:
-        write_json(
-            out,
-            seaeval_scores(scores)
-            | {
-                "crossin_jax": {
-                    "version": __version__,
-                    "commit": commit(),
-                    "log": log.name,
-                    "mode": scores.mode,
-                    "seed": options.seed,
-                    "num_items": scores.num_items,
-                    "languages": list(predictions.languages),
-                    "intervals_95": intervals,
-                    "least": scores.least.flatten() if scores.least else None,
-                    "most": scores.most.flatten() if scores.most else None,
-                    "coin_sd": scores.coin_sd,
-                    "coin_share": scores.coin_share,
-                    "pair_agreement": pair_agreement(
-                        predictions, options.mode, seed=options.seed
-                    ).tolist(),
-                    "readers": {
-                        language: asdict(compare_readers(answers_in(rows, language)))
-                        for language in predictions.languages
-                    },
-                }
+        pairs = tabulate_pairs({seed: [predictions]}, mode=mode, weights=rankc)
+        ours = {
+            "version": __version__,
+            "commit": commit(),
+            "log": log.name,
+            "mode": scores.mode,
+            "seed": seed,
+            "num_items": scores.num_items,
+            "languages": list(predictions.languages),
+            "intervals_95": intervals,
+            "least": scores.least.flatten() if scores.least else None,
+            "most": scores.most.flatten() if scores.most else None,
+            "coin_sd": scores.coin_sd,
+            "coin_share": scores.coin_share,
+            "pair_agreement": pair_agreement(predictions, mode, seed=seed).tolist(),
+            "measures": measures,
+            "rankc": rankc,
+            "pairs": {
+                name: {"value": table.value, "low": table.low, "high": table.high}
+                for name, table in pairs.items()
             },
-        )
-    print(format_table(scores, intervals, str(log)))
+            "readers": {
+                language: asdict(compare_readers(answers_in(rows, language)))
+                for language in predictions.languages
+            },
+        }
+        write_json(out, seaeval_scores(scores) | {"crossin_jax": ours})
+    print(format_table(scores, measures, intervals, str(log)))
     for path in filter(None, (out, alignments)):
         print(f"wrote {path}")
     return 0
@@ -244,11 +246,21 @@ def seaeval_scores(scores: Scores) -> Row:
     )
 
 
-def format_table(scores: Scores, intervals: dict[str, tuple[float, float]], title: str) -> str:
+def format_table(
+    scores: Scores,
+    measures: dict[str, float],
+    intervals: dict[str, tuple[float, float]],
+    title: str,
+) -> str:
     """The scores as text: value, 95 % interval over items, least and most over the coins, share of
-    coins.
+    coins. Consistency of more than MAX_PRINTED languages is left to --out.
     """
-    flat = scores.flatten()
+    flat = {
+        name: value
+        for name, value in (scores.flatten() | measures).items()
+        if not (size := re.fullmatch(r"(?:consistency|AC3)_(\d+)", name))
+        or int(size[1]) <= MAX_PRINTED
+    }
     least, most = (level.flatten() if level else None for level in (scores.least, scores.most))
     width = max(18, *(len(name) for name in flat))
     lines = [
@@ -269,7 +281,7 @@ def format_table(scores: Scores, intervals: dict[str, tuple[float, float]], titl
     for name, value in flat.items():
         low, high = intervals[name]
         line = f"{name:{width}}   {value:.3f}   {low:.3f} to {high:.3f}"
-        if least and most:
+        if least and most and name in least:
             line += f"   {least[name]:.3f} to {most[name]:.3f}"
         if name.startswith("accuracy"):
             share = scores.coin_share.get(name.removeprefix("accuracy/"), overall)

@@ -8,6 +8,7 @@ import dataclasses
 import gzip
 import json
 import platform
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -89,13 +90,19 @@ def test_a_run_continues(run, golden):
             assert distance <= 1e-3 * np.linalg.norm(array.astype(np.float64)), name
 
 
+# Measures that came later: results of earlier versions lack them.
+LATER = re.compile(
+    "rankc|agreement_right|(transfer|conductivity)(/.+)?|pairs|measures|line_pass|word_pass"
+)
+
+
 def assert_same(before, after, place="blocks"):
-    """Equal JSON values: numbers up to the order of their sum, and no value for a measure that came
-    later.
+    """Equal JSON values: numbers up to the order of their sum, and nothing else but measures that
+    came later.
     """
     if isinstance(before, dict):
-        later = {name: after[name] for name in after.keys() - before.keys()}
-        assert before.keys() <= after.keys() and set(later.values()) <= {None}, (place, later)
+        later = after.keys() - before.keys()
+        assert before.keys() <= after.keys() and all(map(LATER.fullmatch, later)), (place, later)
         for name in before:
             assert_same(before[name], after[name], f"{place}.{name}")
     elif isinstance(before, list):
@@ -201,6 +208,7 @@ def test_a_log_is_scored_alike(golden):
         "out": "again.json",
         "alignments": "aligned.json",
         "mode": "expectation",
+        "rankc": "softmax",
         "few_shot": "auto",
         "seed": 0,
     }
@@ -209,4 +217,5 @@ def test_a_log_is_scored_alike(golden):
     for record in (before, after):
         for name in ("commit", "version"):
             record["crossin_jax"].pop(name, None)
-    assert before == after and read_json("alignments.json") == read_json("aligned.json")
+    assert_same(before, after, "score")
+    assert read_json("alignments.json") == read_json("aligned.json")

@@ -124,7 +124,9 @@ class Engine:
 
     def score(self, prompts, continuations, **_):
         self.asked.append([ids.tolist() for ids in prompts])
-        return [np.zeros(len(entry)) for entry in continuations]
+        # any ranking that differs between languages
+        rng = np.random.default_rng(0)
+        return [rng.normal(size=len(entry)) for entry in continuations]
 
     def generate(self, prompts, detokenize, **options):
         self.asked.append(([ids.tolist() for ids in prompts], options))
@@ -450,6 +452,7 @@ TABLE = {
             "limit": 3,
         }.items()
     },
+    "Evaluation.rankc": ("CHOICES", "evaluation.rankc", "norm1", benchmark),
     "Evaluation.over_long": ("LONG", "evaluation.over_long", "skip", benchmark),
     "Config.name": ("TRAINS", "name", "other", run),
     "Config.seed": ("DATA", "seed", 7, batches),
@@ -502,6 +505,9 @@ def base_of(name: str, bases: dict) -> Config:
     elif name == "LONG":
         config = copy.deepcopy(bases["ASKS"])
         config.evaluation.max_new_tokens = 1000
+    elif name == "CHOICES":
+        config = copy.deepcopy(bases["ASKS"])
+        config.evaluation.method = "choices"
     elif name == "EPOCHS":
         config = copy.deepcopy(bases["TRAINS"])
         config.train.steps = None

@@ -5,8 +5,8 @@
   the mean of these shares over j, with weights w_j that fall with j.
 - Top-1 agreement: the share of items on which both choose the same letter. Its mean over pairs is
   consistency_2.
-- Agreement where one is right: the same among the items that at least one of the two has right. A
-  model that always answers "(A)" wins plain agreement, but not this.
+- Agreement where one is right: the same among the items that at least one of the two has right, so
+  that wrong answers in common do not count.
 - Transfer: among the items that are right in English, the share that is right in another language.
   Conductivity (Gao et al. 2024, arXiv 2404.04659): transfer against blind guessing, so that 0 is
   no better than chance, and 1 is everything.
@@ -122,7 +122,7 @@ class LanguagePairs:
         self.gold_IL, self.correct_IL = gold_probabilities(predictions, self.p_ILC)
         self.values_ILC, self.asked_IL = rank_choices(predictions, weights)
         sizes_I = [item.num_choices for item in predictions.items]
-        # A language that was not asked ranks the choices at random: of the first j, j / n are shared
+        # A language that was not asked ranks at random: of the first j choices, j / n are shared.
         self.random_I = np.array(
             [0.0 if mode == "strict" else _random_rankc(size, weights) for size in sizes_I]
         )

@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +90,7 @@ def predictions_of(rows: Sequence[Row], place: str, benchmark: str | None = None
                 "parallel"
             )
         answers = {
-            language: align(
-                row[language]["choices"], _read_answer(row[language], f"{item}, {language}")
-            )
-            for language in languages
+            language: _read_answer(row[language], f"{item}, {language}") for language in languages
         }
         tags = row.get("tags")
         items.append(
@@ -125,7 +123,30 @@ def _read_gold(version: Row, place: str) -> int:
     return choices.index(answer)
 
 
-def _read_answer(version: Row, place: str) -> str:
+def _read_answer(version: Row, place: str) -> Answer:
+    """The answer by its text, else by the likeliest choice; with the log-likelihoods, if any."""
+    scores = _read_scores(version, place)
+    if scores and "model_prediction" not in version:
+        return Answer((scores.index(max(scores)),), scores=scores)
+    return replace(align(version["choices"], _read_text(version, place)), scores=scores)
+
+
+def _read_scores(version: Row, place: str) -> tuple[float, ...] | None:
+    scores = version.get("log_likelihoods")
+    if scores is None:
+        return None
+    count = len(version["choices"])
+    is_number = isinstance(scores, list) and all(
+        isinstance(score, int | float) and score == score for score in scores
+    )
+    if not is_number or len(scores) != count:
+        raise UserError(
+            f"{place}: log_likelihoods={scores!r:.60}; give {count} numbers, one for each choice"
+        )
+    return tuple(map(float, scores))
+
+
+def _read_text(version: Row, place: str) -> str:
     if "model_prediction" not in version:
         raise UserError(
             f"{place}: no model_prediction; a benchmark file becomes a log when every language "
@@ -144,7 +165,7 @@ def answers_in(rows: Sequence[Row], language: str) -> list[tuple[list[str], str,
     return [
         (
             row[language]["choices"],
-            row[language]["model_prediction"],
+            row[language].get("model_prediction", ""),
             find_code(language) or language,
         )
         for row in rows
@@ -168,7 +189,8 @@ def write_log(path: str | Path, items: Sequence[Item], predictions: Predictions)
     """Writes a benchmark's items with their answers as a log of SeaEval's layout, columns by
     English name.
 
-    An answer that was scored rather than written stands as its label, "(B)".
+    An answer that was scored rather than written stands as its label, "(B)", beside the
+    log-likelihoods of the choices.
     """
     answers = {item.id: item.answers for item in predictions.items}
     rows = []
@@ -184,9 +206,14 @@ def write_log(path: str | Path, items: Sequence[Item], predictions: Predictions)
                 "choices": list(version.choices),
                 "answer": version.choices[version.answer],
                 "model_prediction": _written(answers[item.id][language]),
+                **_likelihoods(answers[item.id][language]),
             }
         rows.append(row)
     write_json(path, rows)
+
+
+def _likelihoods(answer: Answer) -> Row:
+    return {} if answer.scores is None else {"log_likelihoods": list(answer.scores)}
 
 
 def _written(answer: Answer) -> str:

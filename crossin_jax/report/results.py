@@ -43,8 +43,8 @@ def write_results(
     """Writes the results of several runs into a folder, each file whole or not at all.
 
     Other arms are compared with that of the first run. `baselines` are answers by rules without a
-    model. `rankc`: the weights of RankC. `benchmarks` give the page its questions; without them it has only those of Cross-World.
-    Raises UserError if the folder cannot be written.
+    model. `rankc`: the weights of RankC. `benchmarks` give the page its questions; without them it
+    has only those of Cross-World. Raises UserError if the folder cannot be written.
     """
     folder, title = Path(folder), title or "Cross-lingual evaluation"
     blocks = summarise(runs, baselines, mode, rankc=rankc)

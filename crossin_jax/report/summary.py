@@ -154,8 +154,8 @@ def summarise(
 ) -> list[Block]:
     """Blocks in the order of the runs' predictions, each whole benchmark before its tags.
 
-    Baselines are in every block. `rankc`: the weights of RankC. Raises UserError where arms of one seed saw different items, or
-    one run's answers are given twice.
+    Baselines are in every block. `rankc`: the weights of RankC. Raises UserError where arms of one
+    seed saw different items, or one run's answers are given twice.
     """
     if mode not in MODES:
         raise UserError(f"mode={mode!r} is not one of {', '.join(MODES)}")

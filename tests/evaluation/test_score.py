@@ -44,6 +44,7 @@ def score(log, **options):
                 "log": str(log),
                 "answers": None,
                 "mode": "expectation",
+                "rankc": "softmax",
                 "out": None,
                 "alignments": None,
                 "seed": 0,

@@ -16,6 +16,7 @@ from crossin_jax.evaluation.predictions import Answer, ItemAnswers, Predictions
 from crossin_jax.evaluation.stats import resample_weights
 from crossin_jax.report.results import write_results
 from crossin_jax.report.summary import OTHERS, Run, summarise
+from tests.report.pair_reference import matrix, parts_of_pairs, parts_of_scores, weigh
 
 LANGUAGES = ("en", "zh", "es")
 TEXTS = (
@@ -127,22 +128,66 @@ def bounds(predictions):
     return sides
 
 
+def score_all(predictions, mode, seed, weights):
+    """Every score on weighted items, for each row of weights."""
+    items = scores_of_items(predictions, mode, seed)
+    more = parts_of_scores(predictions, chances(predictions, mode, seed))
+    return with_ac3({name: weights @ values for name, values in items.items()}) | {
+        name: weigh(parts, weights) for name, parts in more.items()
+    }
+
+
+def resampled(count, seed):
+    """Even weights, then those of every resample."""
+    return np.vstack([np.full(count, 1 / count), resample_weights(count, 2000, seed)])
+
+
 def draw(seeds, mode):
     """{seed: {score: (1 + R,)}}: the value, then that of each resample; the median over prompts."""
     drawn = {}
     for seed, several in seeds.items():
-        count = len(several[0].items)
-        weights = np.vstack([np.full(count, 1 / count), resample_weights(count, 2000, seed)])
-        prompts = [
-            with_ac3(
-                {name: weights @ values for name, values in scores_of_items(p, mode, seed).items()}
-            )
-            for p in several
-        ]
+        weights = resampled(len(several[0].items), seed)
+        prompts = [score_all(p, mode, seed, weights) for p in several]
         drawn[seed] = {
             name: np.median([told[name] for told in prompts], axis=0) for name in prompts[0]
         }
     return drawn
+
+
+def draw_pairs(seeds, mode):
+    """{measure: {(k, l): {seed: (1 + R,)}}}."""
+    drawn = {}
+    for seed, several in seeds.items():
+        weights = resampled(len(several[0].items), seed)
+        prompts = [parts_of_pairs(p, chances(p, mode, seed)) for p in several]
+        for name, pairs in prompts[0].items():
+            for pair in pairs:
+                values = [weigh([parts[name][pair]], weights) for parts in prompts]
+                by_pair = drawn.setdefault(name, {}).setdefault(pair, {})
+                by_pair[seed] = np.median(values, axis=0)
+    return drawn
+
+
+def tables_of(seeds, base, mode):
+    """The measures of language pairs with intervals and the change from the base."""
+    tables, others = {}, draw_pairs(base, mode)
+    for name, pairs in draw_pairs(seeds, mode).items():
+        found = {}
+        for pair, drawn in pairs.items():
+            values = np.mean(list(drawn.values()), axis=0)
+            other = {seed: {name: v} for seed, v in others.get(name, {}).get(pair, {}).items()}
+            change = change_of(name, {seed: {name: v} for seed, v in drawn.items()}, other) or {}
+            found[pair] = {"value": values[0], **interval(values[1:])}
+            found[pair] |= {"difference": change.get("difference"), "p": change.get("p")}
+        tables[name] = {
+            field: None
+            if any(values[field] is None for values in found.values())
+            else matrix({pair: values[field] for pair, values in found.items()}, diagonal, range(3))
+            for field, diagonal in zip(
+                ("value", "low", "high", "difference", "p"), (1.0, 1.0, 1.0, 0.0, 1.0), strict=True
+            )
+        }
+    return tables
 
 
 def interval(values):
@@ -196,7 +241,11 @@ def row_of(arm, seeds, base, mode, is_baseline=False):
     for name in next(iter(drawn.values())):
         values = [told[name][0] for told in drawn.values()]
         least, most = (
-            float(np.mean([median(found[side][name] for found in several) for several in coins]))
+            float(
+                np.mean(
+                    [median(found[side].get(name, 0) for found in several) for several in coins]
+                )
+            )
             for side in (0, 1)
         )
         is_open = mode == "expectation" and most - least > 1e-9
@@ -211,9 +260,10 @@ def row_of(arm, seeds, base, mode, is_baseline=False):
     numbers = [tuple(p.prompt for p in several) for several in seeds.values()]
     means = {
         seed: [
-            with_ac3(
-                {name: values.mean() for name, values in scores_of_items(p, mode, seed).items()}
-            )
+            {
+                name: values[0]
+                for name, values in score_all(p, mode, seed, resampled(len(p.items), seed)).items()
+            }
             for p in several
         ]
         for seed, several in seeds.items()
@@ -276,6 +326,7 @@ def row_of(arm, seeds, base, mode, is_baseline=False):
         if runs[0].method == "generate"
         else {},
         "is_baseline": is_baseline,
+        "pairs": {},
     }
 
 
@@ -294,8 +345,13 @@ def make(seed, method, prompt, skill, count=14):
             known, every = rng.random() < skill[code], tuple(range(num_choices))
             picked = (gold[code],) if known else (rng.randrange(num_choices),)
             text = rng.choice(TEXTS) if method == "generate" else None
+            ranks = random.Random(f"{seed}/{prompt}/{skill}/{i}/{code}")
+            scores = [float(c in picked) - ranks.random() for c in every]
             answer = Answer(
-                picked, text=text, own=rng.choice((picked, every)) if text is not None else None
+                picked,
+                text=text,
+                scores=tuple(scores) if method == "sum" else None,
+                own=rng.choice((picked, every)) if text is not None else None,
             )
             if method == "generate" and rng.random() < 0.4:
                 answer = rng.choice(
@@ -345,6 +401,10 @@ def expect_block(method, tag, mode):
     base = draw(arms["base"], mode)
     rows = [row_of(arm, seeds, {} if arm == "base" else base, mode) for arm, seeds in arms.items()]
     rule = narrow(make(0, "rule", 0, SKILLS["base"]))
+    rows.append(row_of("strings", {1: [rule]}, {}, mode, is_baseline=True))
+    if tag is None:  # pairs are for whole benchmarks
+        for row, (arm, seeds) in zip(rows, (*arms.items(), ("", {1: [rule]})), strict=True):
+            row["pairs"] = tables_of(seeds, arms["base"] if arm in list(arms)[1:] else {}, mode)
     items = arms["base"][1][0].items
     return {
         "benchmark": "made",
@@ -353,7 +413,7 @@ def expect_block(method, tag, mode):
         "languages": list(LANGUAGES),
         "num_items": len(items),
         "chance": np.mean([1 / i.num_choices for i in items]),
-        "rows": [*rows, row_of("strings", {1: [rule]}, {}, mode, is_baseline=True)],
+        "rows": rows,
     }
 
 
@@ -400,6 +460,7 @@ def test_every_field_of_results_json_follows_from_its_definition(mode, tmp_path)
             "format": 1,
             "title": "A title",
             "mode": mode,
+            "rankc": "softmax",
             "level": 0.95,
             "resamples": 2000,
             "provenance": {"commit": "abc"},
