@@ -3,6 +3,8 @@ the CrossIn paper.
 
 `KINDS` has one entry per kind. Configurations, the mixture and the audit read the entry and know no
 kind by its name, so a new kind is a new entry (see CONTRIBUTING.md).
+
+Shape letters: N examples that are drawn together · C languages of data.languages.
 """
 
 from collections.abc import Callable
@@ -16,7 +18,7 @@ from crossin_jax.config import TAGS, Component
 from crossin_jax.data.records import ANSWERING, MASKED, Record, Text
 from crossin_jax.languages import name_of, request_language, request_translation
 
-Indices = np.ndarray  # (n,) int64: positions in `data.languages`
+Indices = np.ndarray  # (N,) int64: positions in `data.languages`
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ class Draws:
         self.weights_NC, self._pivot = weights_NC, pivot
 
     @cached_property
-    def _words(self) -> np.ndarray:  # (n,) uint64, one per unit; kinds that draw nothing never ask
+    def _words(self) -> np.ndarray:  # (N,) uint64, one per unit; kinds that draw nothing never ask
         return self._make_words()
 
     @property

@@ -7,7 +7,7 @@ hosts or workers:
     window 0          rows 0 … 127   ┐ batch of 8 rows ┬ host 0: rows 0 to 3
     window 1          rows 0 … 131   ┘                 └ host 1: rows 4 to 7
 
-Shape letters: B rows of a batch (of this host), T positions.
+Shape letters: B rows of a batch (of this host) · T positions.
 """
 
 import logging

@@ -12,7 +12,7 @@ An epoch is a shuffled list of entries: first all of component 0, then all of co
 on. A visit is one pass over the rows of a component. Its language pairs are drawn anew at each
 visit, except for components with a `count`.
 
-Shape letters: N examples that are drawn together, C languages of data.languages.
+Shape letters: N examples that are drawn together · C languages of data.languages.
 """
 
 import dataclasses

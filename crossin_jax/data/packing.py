@@ -8,12 +8,14 @@ replaying:
     window 0  row 0 │ e4 e4 e4 e1 e1 ·│               · is padding
               row 1 │ e0 e0 e6 e6 e6 e6│               rows are then shuffled
 
-An example of n token ids takes n - 1 places of a row: the last id is only a target.
+An example of n token ids takes n - 1 positions of a row: the last id is only a target.
 
     ids        <s>  Q   A   </s>       loss mask of ids  0 0 1 1
     tokens     <s>  Q   A              what the model reads
     targets    Q    A   </s>           what it should predict
     loss_mask  0    1   1              which targets count
+
+Shape letters: R rows of a window · T positions of a row.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Examples become token ids and a mask of what is learned: the one source of every prompt.
 
 Training, scoring and generation call the same `Renderer`, so a model never meets a prompt that it
-was not trained on.
+was not trained on. Shape letter: T tokens of an example or a prompt.
 """
 
 import hashlib

@@ -11,7 +11,7 @@ mode says what happens:
 
 Example: English answers A, Chinese A or B. In expectation they agree with probability 1/2.
 
-Axes in names: I items, L languages, C choices, S sizes of language sets (2 to L), O outcomes.
+Shape letters: I items · L languages · C choices · S sizes of language sets (2 to L).
 """
 
 import hashlib

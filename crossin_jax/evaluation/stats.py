@@ -1,6 +1,6 @@
 """How far scores can be trusted: intervals over items, and paired tests.
 
-Shape letters: I items, R resamples, S seeds. An axis "1R" has the score itself and then that of
+Shape letters: I items · R resamples · S seeds. An axis "1R" has the score itself and then that of
 every resample.
 
 Every interval comes from one bootstrap. A resample draws as many items as there are, with

@@ -1,4 +1,7 @@
-"""What the host decides: which prompts share a program and a prefix, and where an answer stops."""
+"""What the host decides: which prompts share a program and a prefix, and where an answer stops.
+
+Shape letters: B rows of a batch · P tokens of a shared prefix.
+"""
 
 from bisect import bisect_left
 from collections import Counter

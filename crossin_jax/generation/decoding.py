@@ -1,6 +1,8 @@
-"""Continuous batching: a waiting prompt takes the row of one that is done."""
+"""Continuous batching: a waiting prompt takes the row of one that is done.
 
-# B rows of the batch · T length of admitted prompts · R slots for a prompt · W slots for an answer
+Shape letters: B rows of the batch · T length of admitted prompts · R slots for prompts · W slots of
+the ring, for answers.
+"""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence

@@ -5,7 +5,8 @@ all prompts. The parts: `batching` decides which prompts share a program and a p
 admits prompts into the rows that decode and collects their answers, `programs` compiles and calls
 the pure functions of `steps`.
 
-Shape letters: B prompts of a batch, T positions of a prompt, C choices, K tokens of a choice.
+Shape letters: B prompts of a batch · T positions of a prompt · P of a shared prefix · C choices ·
+K tokens of a choice.
 """
 
 import logging

@@ -1,4 +1,8 @@
-"""The compiled programs of the engine: built at the first call with a shape, and counted."""
+"""The compiled programs of the engine: built at the first call with a shape, and counted.
+
+Shape letters: B rows that decode together · A rows that are admitted · T positions of a prompt · P
+of a shared prefix · R slots for prompts · W slots of the ring · C choices · K tokens of a choice.
+"""
 
 import contextlib
 import logging

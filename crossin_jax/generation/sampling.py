@@ -1,4 +1,7 @@
-"""How the next token is drawn from its logits: greedy, temperature, top-k, top-p."""
+"""How the next token is drawn from its logits: greedy, temperature, top-k, top-p.
+
+Shape letters: B rows · V vocabulary.
+"""
 
 import math
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """The compiled programs of the engine as pure functions: prefill, insert, resize, decode, score.
 
-Shape letters: B rows that decode together, A rows that are admitted, T positions of a prompt, P of
-a shared prefix, S slots of the cache, R of them for prompts and W for the ring, C choices, K tokens
-of a choice, V vocabulary.
+Shape letters: B rows that decode together · A rows that are admitted · T positions of a prompt · P
+of a shared prefix · S slots of the cache, R of them for prompts and W for the ring · C choices · K
+tokens of a choice · D model width · V vocabulary.
 """
 
 import dataclasses

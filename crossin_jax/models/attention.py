@@ -15,8 +15,8 @@ window (x: visible, rows are queries):
 The fused kernels compare places in the row instead of positions, so positions must increase within
 each segment.
 
-B batch rows · T query positions · S key positions · N query heads · K key/value heads · G = N/K ·
-H head width
+Shape letters: B batch rows · T query positions · S key positions · N query heads · K key/value
+heads · G = N/K · H head width.
 """
 
 import functools

@@ -1,6 +1,6 @@
 """The key/value cache: a dictionary of arrays, written in place, masked by stored positions.
 
-Shape letters: L layers, B rows, T new tokens, S slots, K key/value heads, H head width.
+Shape letters: L layers · B rows · T new tokens · S slots · K key/value heads · H head width.
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
 """All that is done for the speed of CPUs alone: flat products, attention in blocks, unrolled
 layers.
 
-B batch rows · T query positions · S key positions · N query heads · K key/value heads · G = N/K · H
-head width M = B·T · X inputs and Y outputs of a projection, heads joined
+Shape letters: B batch rows · T query positions · S key positions · N query heads · K key/value
+heads · G = N/K · H head width · M = B·T · X inputs and Y outputs of a projection, heads joined.
 """
 
 import functools

@@ -4,8 +4,8 @@ Weights keep the orientation of the safetensors file with heads split out, so th
 reshape. A stacked layer has a leading L on every parameter; the transformer's scan gives each step
 one slice.
 
-B batch rows · T query positions · S key positions · D model width · N query heads · K key/value
-heads · H head width · V vocabulary · L layers · R LoRA rank
+Shape letters: B batch rows · T query positions · S key positions · D model width · N query heads ·
+K key/value heads · H head width · V vocabulary · L layers · R LoRA rank.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """The modules of a decoder, each described once: what it computes, its name in files, and which
 models have it.
 
-V vocabulary · D model width · F feed-forward width · N query heads · K key/value heads · H head
-width B batch rows · T positions
+Shape letters: B batch rows · T positions · V vocabulary · D model width · F feed-forward width ·
+N query heads · K key/value heads · H head width · R LoRA rank.
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,7 @@
 """Rotary position embeddings: read from config.json, written to it, and applied.
 
-B batch rows · T query positions · N query heads · H head width · P rotated pairs, at most H/2
+Shape letters: B batch rows · T query positions · N query heads · H head width · P rotated pairs, at
+most H/2.
 """
 
 import functools

@@ -1,5 +1,7 @@
 """The differences between model families that a listed checkpoint needs, read from and written to
 config.json.
+
+Shape letters: N query heads · K key/value heads · H head width · L layers · D model width.
 """
 
 import math

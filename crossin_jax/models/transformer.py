@@ -7,8 +7,8 @@ one slice of the parameters, so that the compiled program does not grow with the
                                 └─ scan: carry (x, cache), slices {parameters, key, is_local}
     hidden_BTD ─ unembed ─► logits_BTV      (training computes these chunk by chunk: training/step)
 
-B batch rows · T query positions · D model width · F feed-forward width · N query heads · K
-key/value heads · H head width · V vocabulary · L layers
+Shape letters: B batch rows · T query positions · D model width · F feed-forward width · N query
+heads · K key/value heads · H head width · V vocabulary · L layers.
 """
 
 import dataclasses

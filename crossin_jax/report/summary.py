@@ -8,6 +8,8 @@ tag. In a block each arm is one row:
       x2x  (seeds 0, 1, 2)        .520     .471 ▲           .566 ▲         .527 ▲
 
 Over the prompts of a run, a score is the median, as SeaEval reports it; over seeds it is the mean.
+
+Shape letters: R resamples · S seeds; "1R" is the score itself, then that of every resample.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -1,6 +1,6 @@
 """After a loss that is not finite: which rows of the batch it came from.
 
-B batch rows, T positions.
+Shape letters: B batch rows · T positions.
 """
 
 import json

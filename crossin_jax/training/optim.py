@@ -1,4 +1,7 @@
-"""The optimizer as an optax chain, from settings and parameter names."""
+"""The optimizer as an optax chain, from settings and parameter names.
+
+Shape letters: L layers · D model width · N query heads · H head width · R LoRA rank.
+"""
 
 import dataclasses
 import fnmatch

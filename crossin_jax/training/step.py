@@ -5,8 +5,8 @@ group_BT (int32) and loss_mask_BT (bool). The loss is the sum over supervised ta
 their number in the whole global batch. So it does not depend on how the batch is split over
 micro-batches, devices or hosts.
 
-Shape letters: B rows, T positions of a row, c positions of a chunk, D model width, V vocabulary,
-G groups of examples whose loss is reported.
+Shape letters: B rows · T positions of a row · c positions of a chunk · D model width · V vocabulary
+· G groups of examples whose loss is reported.
 """
 
 import dataclasses
