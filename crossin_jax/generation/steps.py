@@ -29,7 +29,7 @@ class State:
         slots   0 … R-1             R … R+W-1
         row 0   Paris is the ·      capital of France ·     started first
         row 1   Name a river ·      ·       ·  Seine  ·     admitted two steps later
-                                                      ▲ cache["length"]: the next slot of all rows
+                                                      ▲ cache["next_slot"], for all rows
 
     One slot for all rows is a cheap write: dynamic_update_slice instead of a scatter. The price is
     that rows which start later waste the slots before their start. After the last slot, writing
@@ -85,7 +85,7 @@ def cache_axes(model: Transformer, dtype: Any) -> Any:
 def empty_state(model: Transformer, B: int, R: int, W: int, dtype: Any) -> State:
     """B rows with nothing to do."""
     zero = jnp.zeros((B,), jnp.int32)
-    cache = model.init_cache(B, R + W, dtype) | {"length": jnp.int32(R)}
+    cache = model.init_cache(B, R + W, dtype) | {"next_slot": jnp.int32(R)}
     return State(
         cache, zero, zero, zero, zero.astype(jnp.uint32), jnp.ones((B,), bool), jnp.ones((), bool)
     )
@@ -116,7 +116,7 @@ def read_prefix(model: Transformer, tokens_1P: jax.Array, length: jax.Array, dty
     P = tokens_1P.shape[1]
     real = (jnp.arange(P)[None] < length).astype(jnp.int32)
     _, cache = model.hidden(tokens_1P, None, real, cache=model.init_cache(1, P, dtype))
-    return cache | {"length": length}
+    return cache | {"next_slot": length}
 
 
 def read_prompts(
@@ -125,16 +125,16 @@ def read_prompts(
     tokens_BT: jax.Array,
     lengths_B: jax.Array,
     attention: str,
-    fresh: bool,
+    cache_is_empty: bool,
 ) -> tuple[jax.Array, Cache]:
     """Logits (B, V) after the last token of each right-padded prompt, and the cache with them.
 
-    `fresh`: the caller guarantees that the cache is empty.
+    `cache_is_empty`: see `Transformer.hidden`.
     """
     T = tokens_BT.shape[1]
     real = (jnp.arange(T)[None] < lengths_B[:, None]).astype(jnp.int32)
     hidden, cache = model.hidden(
-        tokens_BT, None, real, cache=cache, attention=attention, fresh=fresh
+        tokens_BT, None, real, cache=cache, attention=attention, cache_is_empty=cache_is_empty
     )
     last = jnp.take_along_axis(hidden, (lengths_B - 1)[:, None, None], axis=1)
     return model.unembed(last)[:, 0], cache
@@ -150,12 +150,12 @@ def prefill(
     sampling: Sampling,
     eos: jax.Array,
     attention: str,
-    fresh: bool,
+    cache_is_empty: bool,
 ) -> State:
     """Rows whose prompts are read and whose first token is drawn."""
     # In a cache of prompts alone, the slot of a token is its position.
-    position_B = cache["length"] + lengths_B
-    logits, cache = read_prompts(model, cache, tokens_BT, lengths_B, attention, fresh)
+    position_B = cache["next_slot"] + lengths_B
+    logits, cache = read_prompts(model, cache, tokens_BT, lengths_B, attention, cache_is_empty)
     token_B = draw(logits, seed_B, position_B, sampling)
     done_B = (left_B <= 1) | _is_any(token_B, eos)
     finite = jnp.isfinite(logits.max())
@@ -202,7 +202,7 @@ def resize(state: State, R: int, to_R: int, to_W: int, axes: Any) -> State:
         turned c d e f
         larger c d e f · ·      smaller d e f
     """
-    slot = state.cache["length"]
+    slot = state.cache["next_slot"]
     W = state.cache["positions"].shape[1] - R
 
     def fit(stored, names):
@@ -222,7 +222,7 @@ def resize(state: State, R: int, to_R: int, to_W: int, axes: Any) -> State:
 
     cache = jax.tree.map(fit, state.cache, axes)
     return dataclasses.replace(
-        state, cache=cache | {"length": jnp.int32(to_R + (W if to_W > W else 0))}
+        state, cache=cache | {"next_slot": jnp.int32(to_R + (W if to_W > W else 0))}
     )
 
 
@@ -281,7 +281,7 @@ def decode(
         finite = state.finite & jnp.isfinite(jnp.where(active_B, logits.max(axis=-1), 0)).all()
         left_B = state.left_B - 1
         done_B = state.done_B | ended_B | (left_B <= 0)
-        cache["length"] = jnp.where(cache["length"] == S, R, cache["length"])
+        cache["next_slot"] = jnp.where(cache["next_slot"] == S, R, cache["next_slot"])
         state = State(cache, token_B, position_B, left_B, state.seed_B, done_B, finite)
         return step + 1, state, out
 
@@ -304,15 +304,15 @@ def score(
     choices_CBK: jax.Array,
     sizes_CB: jax.Array,
     attention: str,
-    fresh: bool,
+    cache_is_empty: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-likelihoods of the tokens of every choice, and whether each is the likeliest token.
 
     (C, B, K) float32 and bool; after the end of a choice the values mean nothing. The prompts are
     read once. Each choice in turn is written over the one before it, in slots after the prompts.
     """
-    start_B = cache["length"] + lengths_B
-    logits, cache = read_prompts(model, cache, tokens_BT, lengths_B, attention, fresh)
+    start_B = cache["next_slot"] + lengths_B
+    logits, cache = read_prompts(model, cache, tokens_BT, lengths_B, attention, cache_is_empty)
     first = _judge(logits[None], choices_CBK[:, :, 0])
     steps = jnp.arange(choices_CBK.shape[2] - 1)
     if not len(steps):
@@ -324,7 +324,9 @@ def score(
         hidden, after = model.hidden(
             tokens_BK[:, :-1], start_B[:, None] + steps[None], real, cache=cache
         )
-        return after | {"length": cache["length"]}, log_likelihoods(model, hidden, tokens_BK[:, 1:])
+        return after | {"next_slot": cache["next_slot"]}, log_likelihoods(
+            model, hidden, tokens_BK[:, 1:]
+        )
 
     rest = jax.lax.scan(score_choice, cache, (choices_CBK, sizes_CB))[1]
     return tuple(

@@ -27,10 +27,10 @@ from crossin_jax.models.attention import Kernel, attend, attend_cached, choose_k
 from crossin_jax.models.cache import (
     Cache,
     init_cache,
-    load,
-    note_positions,
-    stacks,
-    store,
+    layer_arrays,
+    read_layer,
+    write_layer,
+    write_positions,
 )
 from crossin_jax.models.cpu import flat_einsum, unroll
 from crossin_jax.models.layers import (
@@ -204,7 +204,7 @@ class Transformer(nnx.Module):
         segment_ids_BT: jax.Array | None = None,
         *,
         cache: Cache | None = None,
-        fresh: bool = False,
+        cache_is_empty: bool = False,
         dropout_key: jax.Array | None = None,
         remat: str = "none",
         attention: str | Kernel = "reference",
@@ -214,8 +214,8 @@ class Transformer(nnx.Module):
 
         Positions count within a segment and default to 0, 1, … (after the tokens in the cache).
         Tokens see only their own segment; segment 0 is padding. With a cache they also see all its
-        tokens, whatever their segment. `fresh`: the caller guarantees an empty cache, so that only
-        the new tokens are visible and a fused kernel can be used. Dropout needs a `dropout_key`.
+        tokens, whatever their segment. `cache_is_empty`: the caller guarantees it, so that only the
+        new tokens are visible and a fused kernel can be used. Dropout needs a `dropout_key`.
         `remat`: see `with_remat`. `attention`: a name for `choose_kernel`, or the kernel itself.
         `unrolled`: the parameters of each layer, for a cache with as many arrays.
         """
@@ -223,7 +223,7 @@ class Transformer(nnx.Module):
         if segment_ids_BT is None:
             segment_ids_BT = jnp.ones((B, T), jnp.int32)
         if positions_BT is None:
-            start = 0 if cache is None else cache["length"].reshape(-1, 1)
+            start = 0 if cache is None else cache["next_slot"].reshape(-1, 1)
             positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None] + start, (B, T))
         if isinstance(attention, str):
             # A name that cannot serve is an error for the rows of training, which the user chose.
@@ -233,7 +233,7 @@ class Transformer(nnx.Module):
                 attention, spec, T, self.compute_dtype, platform, required=required
             )
         if cache is not None:
-            cache = note_positions(cache, positions_BT, segment_ids_BT)
+            cache = write_positions(cache, positions_BT, segment_ids_BT)
         elif spec.rope.kind in ("dynamic", "longrope") and spec.max_length < T:
             raise UserError(
                 f"rows of {T} tokens: a rope of type {spec.rope.kind} is supported within the "
@@ -255,15 +255,15 @@ class Transformer(nnx.Module):
         if dropout_key is not None and self.layers.rate:
             per_layer["key"] = jax.random.split(dropout_key, spec.num_layers)
 
-        step = self._make_step(positions_BT, segment_ids_BT, attention, cache, fresh)
-        stored = None if cache is None else stacks(cache)
+        step = self._make_step(positions_BT, segment_ids_BT, attention, cache, cache_is_empty)
+        stored = None if cache is None else layer_arrays(cache)
         if unrolled is None:
             per_layer["layers"] = nnx.state(self.layers)
             (x, stored), _ = jax.lax.scan(with_remat(step, remat), (x, stored), per_layer)
         else:
             x, stored = unroll(step, x, stored, per_layer, unrolled)
         if cache is not None:
-            cache = {**cache, **stored, "length": cache["length"] + T}
+            cache = {**cache, **stored, "next_slot": cache["next_slot"] + T}
         return self.norm(x), cache
 
     def _make_step(
@@ -272,7 +272,7 @@ class Transformer(nnx.Module):
         segment_ids_BT: jax.Array,
         kernel: Kernel,
         cache: Cache | None,
-        fresh: bool,
+        cache_is_empty: bool,
     ) -> Callable[..., Any]:
         """The body of the scan: ((x, caches of all layers), what one layer has of its own) → carry.
 
@@ -310,10 +310,10 @@ class Transformer(nnx.Module):
             def attend_here(q, k, v):
                 nonlocal stored
                 if cache is not None:
-                    stored = store(stored, layer["index"], cache["length"], k, v)
-                if cache is None or fresh:
+                    stored = write_layer(stored, layer["index"], cache["next_slot"], k, v)
+                if cache is None or cache_is_empty:
                     return attend(q, k, v, positions_BT, segment_ids_BT, kernel=kernel, **rules)
-                keys_values = load(stored, layer["index"], q.dtype)
+                keys_values = read_layer(stored, layer["index"], q.dtype)
                 return attend_cached(q, *keys_values, positions_BT, cache["positions"], **rules)
 
             x = nnx.merge(graphdef, layer["layers"])(x, cos, sin, attend_here, layer.get("key"))

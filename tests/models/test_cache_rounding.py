@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crossin_jax.models.cache import init_cache, load, stacks, store
+from crossin_jax.models.cache import init_cache, layer_arrays, read_layer, write_layer
 from tests.models.models import LLAMA
 
 B, T, S = 2, 5, 9
@@ -19,10 +19,14 @@ def test_keys_and_values_are_rounded_by_no_more_than_their_precision(dtype, step
     lengths = 10.0 ** rng.integers(-6, 5, (2, B, T, K, 1))  # vectors of very different size
     k, v = (lengths * rng.normal(size=(2, B, T, K, H))).astype(np.float32)
     k[1, 2, 0] = 0
-    stored = store(stacks(init_cache(LLAMA, B, S, dtype)), jnp.int32(1), jnp.int32(3), k, v)
-    for expected, found in zip((k, v), load(stored, jnp.int32(1), "float32"), strict=True):
+    stored = write_layer(
+        layer_arrays(init_cache(LLAMA, B, S, dtype)), jnp.int32(1), jnp.int32(3), k, v
+    )
+    for expected, found in zip((k, v), read_layer(stored, jnp.int32(1), "float32"), strict=True):
         found, expected = np.asarray(found)[:, :, 3 : 3 + T], expected.swapaxes(1, 2)
         limit = np.abs(expected).max(-1, keepdims=True) * step
         assert (np.abs(found - expected) <= limit * 1.001).all()
     for other in (0, 2):  # layers that were not written
-        assert not any(np.asarray(part).any() for part in load(stored, jnp.int32(other), "float32"))
+        assert not any(
+            np.asarray(part).any() for part in read_layer(stored, jnp.int32(other), "float32")
+        )

@@ -71,14 +71,16 @@ def test_prefill_and_decode_equal_the_full_forward_with_left_and_right_padding(s
     lengths, prompt = np.array([9, 4, 12]), 12
     graphdef, state = nnx.split(model)
 
-    @functools.partial(jax.jit, static_argnames="fresh")
-    def step(state, cache, tokens, positions, segments, fresh):
+    @functools.partial(jax.jit, static_argnames="cache_is_empty")
+    def step(state, cache, tokens, positions, segments, cache_is_empty):
         model = nnx.merge(graphdef, state)
-        hidden, cache = model.hidden(tokens, positions, segments, cache=cache, fresh=fresh)
+        hidden, cache = model.hidden(
+            tokens, positions, segments, cache=cache, cache_is_empty=cache_is_empty
+        )
         return model.unembed(hidden), cache
 
     for left in (False, True):
-        for fresh in (False, True):
+        for cache_is_empty in (False, True):
             block, positions, segments = np.zeros((3, B, prompt), np.int32)
             for row, n in enumerate(lengths):
                 where = slice(prompt - n, prompt) if left else slice(0, n)
@@ -88,9 +90,9 @@ def test_prefill_and_decode_equal_the_full_forward_with_left_and_right_padding(s
                     1,
                 )
             cache = model.init_cache(B, 2 * T, "float32")
-            logits, cache = step(state, cache, block, positions, segments, fresh)
+            logits, cache = step(state, cache, block, positions, segments, cache_is_empty)
             if per_row:
-                cache["length"] = jnp.asarray([prompt, prompt + 3, prompt - 0])
+                cache["next_slot"] = jnp.asarray([prompt, prompt + 3, prompt - 0])
             for row, n in enumerate(lengths):
                 where = slice(prompt - n, prompt) if left else slice(0, n)
                 np.testing.assert_allclose(logits[row, where], expected[row, :n], atol=2e-4)
@@ -113,7 +115,7 @@ def test_a_cache_in_int8_stays_near_and_default_positions_continue_it():
             hidden, cache = model.hidden(piece, cache=cache)
             parts.append(model.unembed(hidden))
         assert np.abs(np.concatenate(parts, axis=1) - expected).mean() < limit
-    assert cache["k"].dtype == jnp.int8 and int(cache["length"]) == T
+    assert cache["k"].dtype == jnp.int8 and int(cache["next_slot"]) == T
 
 
 @specs
@@ -188,7 +190,7 @@ def test_a_kernel_in_the_scan_under_remat_and_with_a_fresh_cache_equals_the_refe
             positions,
             segments,
             cache=model.init_cache(1, 130, "float32"),
-            fresh=True,
+            cache_is_empty=True,
             attention=kernel,
         )
         return jax.value_and_grad(loss)(state), prefilled, cache
