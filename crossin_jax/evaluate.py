@@ -78,7 +78,7 @@ def evaluate(
     trained["tokenizer"] = provenance.identify_tokenizer(opened.tokenizer)
     trained["weights"] = fingerprint(opened.state)
     renderer = open_eval_renderer(config, opened.tokenizer)
-    renderer.fit_model(opened.spec.vocab_size, config.model.tokenizer or config.model.path)
+    renderer.check_embeddings(opened.spec.vocab_size, config.model.tokenizer or config.model.path)
     warn_of_changed_template(config, opened)
     engine = Engine(
         opened.graphdef,

@@ -160,7 +160,7 @@ def set_up(config: Config, folder: Path) -> Run:
     warn_of_length(config.data.length, spec.max_length)
     eval_renderer = open_eval_renderer(config, data.tokenizer)  # refuses a wrong template now
     for renderer in (data.renderer, eval_renderer):
-        renderer.fit_model(spec.vocab_size, config.model.tokenizer or config.model.path)
+        renderer.check_embeddings(spec.vocab_size, config.model.tokenizer or config.model.path)
     open_batches = partial(
         make_loader,
         renderer=data.renderer,

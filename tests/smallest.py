@@ -35,18 +35,18 @@ def broken(part: str) -> Iterator[None]:
     """Everything inside runs with one part of the package broken."""
     if part == "mixture":  # every component is English, whatever its kind
 
-        def draw_pairs(self, units, rows, visits):
+        def draw_pairs(self, units, rows, passes):
             return np.full(len(units), self.pivot), np.full(len(units), self.pivot)
 
         change = mock.patch.object(mixture.Pool, "draw_pairs", draw_pairs)
     elif part == "mask":  # the question is learned, the answer is not
-        fill = packing.PackedBlocks._fill
+        fill = packing.PackedWindows._fill
 
         def swap(self, rows, kept):
             arrays = fill(self, rows, kept)
             return arrays | {"loss_mask": (arrays["segment_ids"] > 0) & ~arrays["loss_mask"]}
 
-        change = mock.patch.object(packing.PackedBlocks, "_fill", swap)
+        change = mock.patch.object(packing.PackedWindows, "_fill", swap)
     else:  # choices are scored after another question
         score = Engine.score
 

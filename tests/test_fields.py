@@ -221,7 +221,7 @@ def run(config: Config) -> list:
         "make_train_step": lambda *_: None,
         "flops_per_token": lambda *_: 1,
         "to_mesh": lambda batch, mesh: batch,
-        "open_eval_renderer": lambda *_: types.SimpleNamespace(fit_model=lambda *_: None),
+        "open_eval_renderer": lambda *_: types.SimpleNamespace(check_embeddings=lambda *_: None),
         "start_state": lambda *_: types.SimpleNamespace(step=0, frozen={}),
     }
     with pytest.MonkeyPatch.context() as patch:

@@ -110,7 +110,7 @@ def check_vocabulary(file: Path, spec: ModelSpec, place: str) -> None:
     """Refuses a tokenizer.json whose vocabulary has ids beyond the embedding.
 
     Added tokens may lie beyond it, as in Gemma 3 1B: they are refused where they occur, see
-    `Renderer.fit_model`.
+    `Renderer.check_embeddings`.
     """
     tokenizer = read_model_json(file)
     check_fields(tokenizer, {"model": dict, "added_tokens": list[dict]}, str(file))

@@ -99,7 +99,7 @@ class Corpus(Sequence):
         """The row ids in order."""
         return (record.id for record in self._records)
 
-    def find_place(self, i: int) -> str:
+    def describe_origin(self, i: int) -> str:
         """Where a row came from, for messages."""
         return f"{self.place}, row {i + 1}"
 
@@ -247,7 +247,7 @@ class ArrowCorpus(Corpus):
     def ids(self) -> Iterator[str]:
         return (self._id(i) for i in range(len(self)))
 
-    def find_place(self, i: int) -> str:
+    def describe_origin(self, i: int) -> str:
         return self._text_place(int(self._rows[i][self._rows[i] >= 0][0]))
 
     def __getstate__(self) -> dict[str, Any]:  # workers open the file anew

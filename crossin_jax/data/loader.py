@@ -22,7 +22,7 @@ from absl import flags
 
 from crossin_jax.config import Data, UserError
 from crossin_jax.data.mixture import Mixture
-from crossin_jax.data.packing import BUCKETS, PackedBlocks, count_dropped
+from crossin_jax.data.packing import BUCKETS, PackedWindows, count_dropped
 from crossin_jax.data.prompts import Renderer
 
 FIELDS = ("tokens", "targets", "segment_ids", "positions", "loss_mask", "group")
@@ -39,7 +39,7 @@ class Loader:
 
     def __init__(
         self,
-        windows: PackedBlocks,
+        windows: PackedWindows,
         *,
         batch_size: int,
         process_index: int,
@@ -56,7 +56,7 @@ class Loader:
         self._source: Iterator[dict[str, np.ndarray]] | None = None
         # the arrays of the current window
         self._rows: dict[str, np.ndarray] | None = None
-        self._told = False
+        self._has_warned = False
 
     @property
     def steps_per_epoch(self) -> float:
@@ -119,8 +119,8 @@ class Loader:
             return False
         self._rows = rows
         self.dropped.update(count_dropped(rows["dropped"], self.groups))
-        if self.dropped and not self._told:
-            self._told = True
+        if self.dropped and not self._has_warned:
+            self._has_warned = True
             logging.warning(
                 "data: some examples cannot be used as they are (%s); "
                 "`prepare audit` counts all of them",
@@ -218,7 +218,7 @@ def make_loader(
             f"use {batch_size // process_count * process_count or process_count} "
             f"or {(batch_size // process_count + 1) * process_count}"
         )
-    windows = PackedBlocks(
+    windows = PackedWindows(
         mixture,
         renderer,
         length=data.length,

@@ -4,13 +4,13 @@ Every draw is a hash of (seed, component, row id). So 3,000 examples are a subse
 order of files and the number of workers or hosts change nothing. The way of stream position 7:
 
     7 ─ order of the epoch ─► entry 12 of the epoch ─► component x2x, its draw number 4
-      ─ order of the pool ──► unit (hash of a row's id), row 31 of the corpus, visit 0
+      ─ order of the pool ──► unit (hash of a row's id), row 31 of the corpus, pass 0
       ─ Kind.draw ──────────► prompt language zh, answer language en
       ─ Kind.make ──────────► Example
 
 An epoch is a shuffled list of entries: first all of component 0, then all of component 1, and so
-on. A visit is one pass over the rows of a component. Its language pairs are drawn anew at each
-visit, except for components with a `count`.
+on. A pass goes once over the rows of a component, which may take several epochs or less than one.
+Language pairs are drawn anew at each pass, except for components with a `count`.
 
 Shape letters: N examples that are drawn together · C languages of data.languages.
 """
@@ -163,47 +163,47 @@ class Pool:
             if not has.all():
                 gaps = np.flatnonzero(~has)
                 raise UserError(
-                    f"{self.corpus.find_place(int(gaps[0]))}: no {code!r} version (nor in "
+                    f"{self.corpus.describe_origin(int(gaps[0]))}: no {code!r} version (nor in "
                     f"{len(gaps) - 1} other rows), but {self.place} ({kind}) needs it; "
                     f"take {code!r} out, or add its texts: prepare translate, with the same "
                     "--config"
                 )
 
     def draw_pairs(
-        self, units: np.ndarray, rows: np.ndarray, visits: np.ndarray
+        self, units: np.ndarray, rows: np.ndarray, passes: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Prompt and answer languages (indices); a counted set has the same pairs in each visit."""
+        """Prompt and answer languages (indices); a counted set has the same pairs in each pass."""
         weights_NC = np.broadcast_to(self.weights, (len(units), len(self.languages)))
         if self.has_NC is not None:
             weights_NC = weights_NC * self.has_NC[rows]
 
         def make_words() -> np.ndarray:
-            passes = np.zeros_like(visits) if self.fixed else visits
-            return mix_bits(units, self.draw_key) ^ mix_bits(passes, 1)
+            drawn_at = np.zeros_like(passes) if self.fixed else passes
+            return mix_bits(units, self.draw_key) ^ mix_bits(drawn_at, 1)
 
         return self.kind.draw(Draws(self.component, make_words, weights_NC, self.pivot))
 
-    def _order(self, visit: int) -> np.ndarray:
+    def _order(self, pass_number: int) -> np.ndarray:
         return self._orders.get(
-            visit,
+            pass_number,
             lambda: np.lexsort(
-                (self.units, mix_bits(self.units, self.key ^ hash_key(f"pass {visit}")))
+                (self.units, mix_bits(self.units, self.key ^ hash_key(f"pass {pass_number}")))
             ),
         )
 
     # A component of 3 rows whose order is 2 0 1 in pass 0 and 1 2 0 in pass 1:
     #
     #     draws    0 1 2 │ 3 4 5
-    #     visits   0 0 0 │ 1 1 1
+    #     passes   0 0 0 │ 1 1 1
     #     rows     2 0 1 │ 1 2 0
     def locate(self, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(units, rows, visits) of the component's draws; each visit has an order of its own."""
-        visits, spots = np.divmod(draws, len(self))
+        """(units, rows, passes) of the component's draws; each pass has an order of its own."""
+        passes, spots = np.divmod(draws, len(self))
         index = np.empty(len(draws), np.int64)
-        for visit in np.unique(visits):
-            here = visits == visit
-            index[here] = self._order(int(visit))[spots[here]]
-        return self.units[index], self.rows[index], visits.astype(np.uint64)
+        for pass_number in np.unique(passes):
+            here = passes == pass_number
+            index[here] = self._order(int(pass_number))[spots[here]]
+        return self.units[index], self.rows[index], passes.astype(np.uint64)
 
 
 def label_components(components: Sequence[Component]) -> list[str]:
@@ -309,8 +309,8 @@ class Mixture(Sequence):
         for c in np.unique(owners):
             here = np.flatnonzero(owners == c)
             numbers = epochs[here] * self.sizes[c] + entries[here] - self._starts[c]
-            units, rows, visits = self.pools[c].locate(numbers)
-            pairs = self.pools[c].draw_pairs(units, rows, visits)
+            units, rows, passes = self.pools[c].locate(numbers)
+            pairs = self.pools[c].draw_pairs(units, rows, passes)
             draws[here] = np.stack([np.full(len(here), c), rows, *pairs], axis=1)
         return draws
 

@@ -98,7 +98,7 @@ def shorten_input(example: Example, renderer: Renderer, length: int) -> Rendered
     return rendered
 
 
-class PackedBlocks:
+class PackedWindows:
     """A list-like source of windows: window g is a fixed range of the stream, packed alone.
 
     A window ends with an epoch, or contains several whole epochs of a small mixture. `self[g]` is a

@@ -122,7 +122,7 @@ class Renderer:
             json.loads(self._tokenizer.to_str())["decoder"]
         )
         self.vocab_size = len(tokenizer)
-        self._num_rows: int | None = None  # embeddings, where the tokenizer has more
+        self._num_embeddings: int | None = None  # of the model; None: enough for all tokens
         self._added_tokens = self._tokenizer.get_added_tokens_decoder()
         self._hidden = find_hidden(self._added_tokens)
         self.special_ids = frozenset(tokenizer.all_special_ids) | self._hidden
@@ -160,21 +160,23 @@ class Renderer:
         end = self._tokenizer.token_to_id(self.template.end) if self.template.end else None
         return end if end is not None else tokenizer.eos_token_id
 
-    def fit_model(self, num_rows: int, name: str | None) -> None:
+    def check_embeddings(self, num_embeddings: int, name: str | None) -> None:
         """Refuses a tokenizer of another model, and notes how many embeddings the model has.
 
         Added tokens beyond them are common (Gemma 3: <image_soft_token>): they become a `RowFault`.
         """
         count = 1 + max(self._tokenizer.get_vocab(with_added_tokens=False).values(), default=-1)
         count = max(count, self.end_id + 1, (self.bos_id or 0) + 1)  # these are in every row
-        if count > num_rows:
-            sizes = f"{count} tokens, but the model's vocabulary has {num_rows}; use the tokenizer"
-            raise UserError(f"model.tokenizer={name}: {sizes} that came with the weights")
-        if self.pad_id >= num_rows:  # padding is masked, but its embedding is looked up
+        if count > num_embeddings:
+            raise UserError(
+                f"model.tokenizer={name}: {count} tokens, but the model's vocabulary has "
+                f"{num_embeddings}; use the tokenizer that came with the weights"
+            )
+        if self.pad_id >= num_embeddings:  # padding is masked, but its embedding is looked up
             self.pad_id = self.end_id
-        self._num_rows = num_rows if self.vocab_size > num_rows else None
+        self._num_embeddings = num_embeddings if self.vocab_size > num_embeddings else None
         for other in self.others.values():
-            other.fit_model(num_rows, name)
+            other.check_embeddings(num_embeddings, name)
 
     # ---- What others call
 
@@ -193,7 +195,7 @@ class Renderer:
         """Ids (T,) int32 up to where the answer begins."""
         if self.template is None:
             return self.render_chat(self._to_messages(instruction, input))
-        return self._open(self._encode(self._ask(instruction, input)).ids)
+        return self._add_bos(self._encode(self._ask(instruction, input)).ids)
 
     def render_chat(self, messages: Sequence[tuple[str, str]]) -> np.ndarray:
         """Ids (T,) int32 of (role, text) turns, up to where the next answer begins.
@@ -204,7 +206,7 @@ class Renderer:
             if self.system and messages[0][0] != "system":
                 messages = (("system", self.system), *messages)
             text = self.chat_template.render(messages, True).rstrip(" ")
-            return self._open(self._encode(text).ids)
+            return self._add_bos(self._encode(text).ids)
         last = 1 + max(
             (i for i, (role, _) in enumerate(messages) if role == "assistant"), default=-1
         )
@@ -214,7 +216,7 @@ class Renderer:
                 # Under tokenization "apart" a question is a piece by itself, which nothing ends.
                 ids += self._encode(piece.text).ids + [piece.end] * (piece.end is not None)
         question = self._ask("\n\n".join(text for _, text in messages[last:]))
-        return self._open([*ids, *self._encode(question).ids])
+        return self._add_bos([*ids, *self._encode(question).ids])
 
     def _ask(self, instruction: str, input: str = "") -> str:
         """The text of a template up to where the answer begins."""
@@ -246,7 +248,7 @@ class Renderer:
             mine = [i for i, owner in enumerate(owners) if owner is renderer]
             tokens = iter(renderer._tokenize([piece for i in mine for piece in plans[i]]))
             for i in mine:
-                results[i] = renderer._close(
+                results[i] = renderer._join_pieces(
                     examples[i], [(piece, *next(tokens)) for piece in plans[i]]
                 )
         return results
@@ -367,7 +369,7 @@ class Renderer:
     def _encode(self, text: str) -> Any:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
-    def _open(self, ids: Sequence[int]) -> np.ndarray:
+    def _add_bos(self, ids: Sequence[int]) -> np.ndarray:
         """Puts BOS first unless the text brought it."""
         bos = (
             [self.bos_id]
@@ -376,7 +378,7 @@ class Renderer:
         )
         return np.array([*bos, *ids], np.int32)
 
-    def _close(
+    def _join_pieces(
         self, example: Example, parts: list[tuple[Piece, list[int], list]]
     ) -> Rendered | RowFault:
         """Joins the parts of an example, ends every answer, and refuses what cannot be learned."""
@@ -390,7 +392,7 @@ class Renderer:
                 ids.append(piece.end)
         if self.template is None and parts[0][0].end is None:
             ids, ranges = self._end_chat(ids, ranges)
-        opened = self._open(ids)
+        opened = self._add_bos(ids)
         shift, loss_mask = len(opened) - len(ids), np.zeros(len(opened), bool)
         for start, stop in ranges:
             loss_mask[start + shift : stop + shift] = True
@@ -412,8 +414,11 @@ class Renderer:
             turns, 1
         ):
             return RowFault("double BOS: the template or the text brings its own", example.id)
-        if self._num_rows is not None and (far := opened.max(initial=0)) >= self._num_rows:
-            at = f"{self.id_to_token(far)} has id {far}, of {self._num_rows} embeddings"
+        if (
+            self._num_embeddings is not None
+            and (far := opened.max(initial=0)) >= self._num_embeddings
+        ):
+            at = f"{self.id_to_token(far)} has id {far}, of {self._num_embeddings} embeddings"
             return RowFault(f"token without an embedding: {at}", example.id)
         return Rendered(opened, loss_mask)
 

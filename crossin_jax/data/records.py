@@ -83,7 +83,7 @@ class TextReader:
     def __init__(self, source: Source, codes: Sequence[str], files: list[File]):
         self.source, self.codes, self.files = source, tuple(codes), files
         self.named_by_content: bool | None = None
-        self._columns: dict[tuple[str, ...], dict] = {}  # `_assign` of each set of columns
+        self._columns: dict[tuple[str, ...], dict] = {}  # `_assign_columns` of each set of columns
         self.reasons: dict[str | None, int] = {None: 0}
         self.ignored: Counter[str] = Counter()
         self.ignored_rows: dict[str, str] = {}
@@ -131,7 +131,7 @@ class TextReader:
                 group = self._find_group(fields, place) if texts else 0
                 for code, (text, fault) in texts.items():
                     body = ("", "", "", None) if fault else as_row(text)
-                    language, reason = self.codes.index(code), self._number(fault)
+                    language, reason = self.codes.index(code), self._number_reason(fault)
                     yield hash_key(row_id), group, language, f, number, reason, row_id, *body
                 for what in fields.missing_cells():
                     self._ignore(what, place)
@@ -163,7 +163,7 @@ class TextReader:
         self.ignored[what] += 1
         self.ignored_rows.setdefault(what, place)
 
-    def _number(self, fault: str | None) -> int:
+    def _number_reason(self, fault: str | None) -> int:
         """The number of a reason; reasons quote values of the data, so their number has a limit."""
         if fault not in self.reasons and len(self.reasons) >= MAX_REASONS:
             fault = "another fault"
@@ -219,13 +219,13 @@ class TextReader:
             else:
                 self._ignore(f"rows in {mark[:40]!r}, which the source does not read", place)
             return {}
-        groups = {code: group for code in self.codes if (group := self._group(fields, code))}
-        if groups:
+        parts = {code: part for code in self.codes if (part := self._part(fields, code))}
+        if parts:
             texts = {}
-            for code, group in groups.items():
-                part = Fields(group, fields.mapped, fields.is_csv)
-                texts[code] = self._read_text(part, place)
-                self._unread.update(part.unread())
+            for code, part in parts.items():
+                own = Fields(part, fields.mapped, fields.is_csv)
+                texts[code] = self._read_text(own, place)
+                self._unread.update(own.unread())
             return texts
         if len(self.codes) != 1:
             raise UserError(
@@ -239,7 +239,7 @@ class TextReader:
         kind, why = self.source.kind, None
         if kind == "messages" and not isinstance(fields.find("messages"), (list, str)):
             why = "it has no list messages or conversations"
-        elif kind == "columns" and not any(self._group(fields, code) for code in self.codes):
+        elif kind == "columns" and not any(self._part(fields, code) for code in self.codes):
             why = f"it has no column group for any of {', '.join(self.codes)}"
         elif kind == "squad" and any(
             fields.find(field) is None for field in ("id", "instruction", "input")
@@ -251,19 +251,19 @@ class TextReader:
                 f"set kind='auto' or name the columns in fields"
             )
 
-    def _group(self, fields: Fields, code: str) -> dict | None:
+    def _part(self, fields: Fields, code: str) -> dict | None:
         """One language's columns of a row: row["zh"], row["Chinese"], "instruction_zh",
         "zh_instruction" ...
         """
         row, columns = fields.row, tuple(fields.row)
         if columns not in self._columns:
-            self._columns[columns] = self._assign(columns)
-        group = {}
+            self._columns[columns] = self._assign_columns(columns)
+        part = {}
         for name, column in self._columns[columns].get(code, ()):
             value, whole = row[column], None
             if name:
                 fields.read.add(column)
-                group.setdefault(name, value)
+                part.setdefault(name, value)
                 continue
             if isinstance(value, dict):
                 whole = value
@@ -275,9 +275,9 @@ class TextReader:
             if whole is not None:
                 fields.read.add(column)
                 return whole
-        return group or None
+        return part or None
 
-    def _assign(self, columns: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
+    def _assign_columns(self, columns: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
         """By language its columns as (field, column), in the order of preference; the field is ""
         for a whole text.
 

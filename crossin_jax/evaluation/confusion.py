@@ -70,12 +70,12 @@ def measure_confusion(answers: Iterable[str], language: str) -> PassRates:
 
 
 def measure_off_target(answers: Sequence[str], language: str) -> tuple[float | None, float | None]:
-    """The share of answers whose language can be told, and of those the share in another than the
-    wanted language.
+    """The share of answers whose language can be detected, and of those the share in another
+    language than the wanted one.
     """
-    told = [code for answer in answers if (code := identify(answer, language)) is not None]
-    share = len(told) / len(answers) if answers else None
-    return share, (1 - told.count(language) / len(told) if told else None)
+    detected = [code for answer in answers if (code := identify(answer, language)) is not None]
+    share = len(detected) / len(answers) if answers else None
+    return share, (1 - detected.count(language) / len(detected) if detected else None)
 
 
 def average(rates: Iterable[PassRates]) -> PassRates:

@@ -98,7 +98,7 @@ class EngineLM(TemplateLM):
                 "--model_args: pretrained is missing; give pretrained=FOLDER, a Hub id or a run"
             )
         rows = settings.get("batch_size", 1)
-        speaker = load_chat_model(
+        chat = load_chat_model(
             settings["pretrained"],
             adapter=settings.get("adapter"),
             template="plain",
@@ -109,7 +109,7 @@ class EngineLM(TemplateLM):
         limits = {
             key: int(settings[key]) for key in ("max_length", "max_gen_toks") if key in settings
         }
-        return cls(speaker.engine, speaker.tokenizer, **limits)
+        return cls(chat.engine, chat.tokenizer, **limits)
 
     @classmethod
     def create_from_arg_string(

@@ -138,7 +138,7 @@ def find_gold(answer: Any, choices: tuple[str, ...], place: str) -> int:
         if 0 <= answer < len(choices):
             return answer
     elif isinstance(answer, str):
-        for matches in _readings(answer.strip(), choices):
+        for matches in _find_matches(answer.strip(), choices):
             if len(matches) == 1:
                 return matches[0]
             if matches:
@@ -150,7 +150,7 @@ def find_gold(answer: Any, choices: tuple[str, ...], place: str) -> int:
     )
 
 
-def _readings(answer: str, choices: tuple[str, ...]) -> Iterator[list[int]]:
+def _find_matches(answer: str, choices: tuple[str, ...]) -> Iterator[list[int]]:
     # NFC: a letter with its marks may be one character or several, and looks the same.
     answer = unicodedata.normalize("NFC", answer)
     texts = [unicodedata.normalize("NFC", choice.strip()) for choice in choices]

@@ -37,7 +37,7 @@ EPSILON = 1e-10
 
 
 @dataclass(frozen=True, slots=True)
-class Level:
+class FourScores:
     """The four scores, from 0 to 1; consistency and AC3 by the number of languages s, 2 to all."""
 
     accuracy: float
@@ -56,7 +56,7 @@ class Level:
 
 
 @dataclass(frozen=True, slots=True)
-class Scores(Level):
+class Scores(FourScores):
     """Scores of one run on one benchmark; see `evaluate`.
 
     combinations: consistency of every set of s languages; empty above MAX_LISTED languages.
@@ -72,8 +72,8 @@ class Scores(Level):
     num_items: int
     combinations: dict[int, dict[tuple[str, ...], float]] = field(repr=False)
     coin_share: dict[str, dict[str, float]]
-    least: Level | None = None
-    most: Level | None = None
+    least: FourScores | None = None
+    most: FourScores | None = None
     coin_sd: dict[str, float] = field(default_factory=dict)
 
 
@@ -105,7 +105,7 @@ def evaluate(predictions: Predictions, mode: Mode = "expectation", *, seed: int 
         consistency = {s: _mean(list(sets.values())) for s, sets in combinations.items()}
     else:
         consistency = {s: float(share_I.mean()) for s, share_I in _share_of_sets(p_ILC).items()}
-    level = _level(languages, correct_IL.sum(0) / num_items, consistency)
+    level = _four_scores(languages, correct_IL.sum(0) / num_items, consistency)
     least = most = None
     coin_sd: dict[str, float] = {}
     if mode == "expectation":
@@ -218,12 +218,12 @@ def _mean(values: Sequence[float]) -> float:
     return list(accumulate(values))[-1] / len(values)
 
 
-def _level(
+def _four_scores(
     languages: Sequence[str], accuracy_L: np.ndarray, consistency: dict[int, float]
-) -> Level:
+) -> FourScores:
     by_language = dict(zip(languages, map(float, accuracy_L), strict=True))
     accuracy = _mean(list(by_language.values()))
-    return Level(
+    return FourScores(
         accuracy,
         by_language,
         consistency,
@@ -370,8 +370,8 @@ def _joint_numbers(chances: tuple[tuple[float, float], ...]) -> np.ndarray:
 
 
 def _coin_range(
-    predictions: Predictions, correct_IL: np.ndarray, expected: Level
-) -> tuple[Level, Level, dict[str, float]]:
+    predictions: Predictions, correct_IL: np.ndarray, expected: FourScores
+) -> tuple[FourScores, FourScores, dict[str, float]]:
     """What the coins can make of a run: the least, the most, and standard deviations."""
     languages, (num_items, num_languages) = predictions.languages, correct_IL.shape
     sizes = range(2, num_languages + 1)
@@ -402,7 +402,7 @@ def _coin_range(
     sums_3S = np.array(ranges).sum(0)  # least, most, variance
     accuracies_2L = [(correct_IL == 1).sum(0) / num_items, (correct_IL > 0).sum(0) / num_items]
     least, most = (
-        _level(
+        _four_scores(
             languages,
             accuracy_L,
             {

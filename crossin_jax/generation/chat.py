@@ -212,7 +212,7 @@ def make_chat_model(
         system=system or asked.get("system"),
         tokenization=asked.get("tokenization") or "joint",
     )
-    renderer.fit_model(loaded.spec.vocab_size, name)
+    renderer.check_embeddings(loaded.spec.vocab_size, name)
     # The renderer knows the files of the tokenizer. The model's own may stand in another folder.
     ends = (*renderer.eos_ids, *(read_answer_ends(loaded.base) if loaded.base else ()))
     engine = Engine(

@@ -196,8 +196,8 @@ class Engine:
         is not read) raises `UserError`, or yields None with over_long="skip".
         """
         return [
-            judged and judged[0]
-            for judged in self.score_with_greedy(
+            scored and scored[0]
+            for scored in self.score_with_greedy(
                 prompts, continuations, over_long=over_long, progress=progress
             )
         ]
@@ -233,13 +233,13 @@ class Engine:
         ) as bar:
 
             def collect():
-                members, judged = pending.popleft()
-                for i, scores_CK, best_CK in _by_prompt(members, judged):
+                members, scored = pending.popleft()
+                for i, scores_CK, best_CK in _by_prompt(members, scored):
                     results[i] = _sum_choices(i, choices[i], places[i], scores_CK, best_CK)
                 bar.update(len(members))
 
-            for members, judged in self._score_all(tokens, read, sorted(fits)):
-                pending.append((members, judged))
+            for members, scored in self._score_all(tokens, read, sorted(fits)):
+                pending.append((members, scored))
                 if len(pending) > 2:
                     collect()
             while pending:
@@ -337,9 +337,9 @@ class Engine:
                     yield (B, T, C, tail + 1), batch
 
 
-def _by_prompt(members: list[int], judged: Any) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+def _by_prompt(members: list[int], scored: Any) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """(prompt, (C, K) log-likelihoods, (C, K) whether likeliest) from arrays (C, B, K)."""
-    scores_BCK, best_BCK = (np.asarray(x).swapaxes(0, 1) for x in judged)
+    scores_BCK, best_BCK = (np.asarray(x).swapaxes(0, 1) for x in scored)
     return zip(members, scores_BCK.astype(np.float64), best_BCK, strict=False)
 
 

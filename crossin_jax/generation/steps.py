@@ -313,7 +313,7 @@ def score(
     """
     start_B = cache["next_slot"] + lengths_B
     logits, cache = read_prompts(model, cache, tokens_BT, lengths_B, attention, cache_is_empty)
-    first = _judge(logits[None], choices_CBK[:, :, 0])
+    first = _score_targets(logits[None], choices_CBK[:, :, 0])
     steps = jnp.arange(choices_CBK.shape[2] - 1)
     if not len(steps):
         return tuple(x[..., None] for x in first)
@@ -344,7 +344,7 @@ def log_likelihoods(
 
     def at_positions(inputs):
         hidden, targets = inputs
-        return _judge(model.unembed(hidden), targets)
+        return _score_targets(model.unembed(hidden), targets)
 
     B, T, D = hidden_BTD.shape
     size = max(1, min(T, LOGITS_AT_ONCE // (B * model.spec.vocab_size)))
@@ -360,7 +360,7 @@ def log_likelihoods(
     )
 
 
-def _judge(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _score_targets(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     """log p(target), and whether no token is likelier, for logits (…, V) and targets (…)."""
     shape = (*targets.shape, logits.shape[-1])
     chosen = jnp.take_along_axis(jnp.broadcast_to(logits, shape), targets[..., None], axis=-1)[

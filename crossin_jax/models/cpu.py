@@ -17,7 +17,7 @@ from flax import nnx
 from crossin_jax.models.cache import Cache
 from crossin_jax.models.layers import MASKED, attention_mask, precision
 
-SMALLEST_BLOCK, MOST_BLOCKS = 128, 8  # queries in a block at least, blocks in a row at most
+MIN_BLOCK_QUERIES, MAX_BLOCKS_PER_ROW = 128, 8
 
 
 def model_options(platform: str, num_devices: int = 1) -> dict[str, bool]:
@@ -102,7 +102,7 @@ def attend_blocks(
 
 def cut(length: int, window: int | None) -> list[tuple[slice, slice]]:
     """(queries, keys that some of them may see) of every block."""
-    size = max(SMALLEST_BLOCK, -(-length // MOST_BLOCKS))
+    size = max(MIN_BLOCK_QUERIES, -(-length // MAX_BLOCKS_PER_ROW))
     starts = range(0, length, size)
     return [
         (

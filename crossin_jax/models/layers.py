@@ -387,7 +387,7 @@ def attention_mask(
     key_segments_BS: jax.Array,
     window: jax.Array | int | None,
 ) -> jax.Array:
-    """Who sees whom, (B, T, S) bool."""
+    """True where query t may attend to key s, (B, T, S)."""
     # How many positions the key lies behind the query: below 0 it is the future.
     back = query_positions_BT[:, :, None] - key_positions_BS[:, None]
     mask = (back >= 0) & (query_segments_BT[:, :, None] == key_segments_BS[:, None])

@@ -104,12 +104,12 @@ def describe_manifest(manifest: dict[str, Any]) -> str:
 
 def preview(config: Config, arguments: Any) -> None:
     """Prints the first examples with their learned tokens marked, and the first packed rows."""
-    from crossin_jax.data.packing import PackedBlocks
+    from crossin_jax.data.packing import PackedWindows
     from crossin_jax.data.pipeline import open_pipeline
     from crossin_jax.prepare import preview as view
 
     data = open_pipeline(config)
-    blocks = PackedBlocks(
+    windows = PackedWindows(
         data.mixture,
         data.renderer,
         length=config.data.length,
@@ -120,7 +120,7 @@ def preview(config: Config, arguments: Any) -> None:
         num_epochs=None,
     )
     pairs = view.take(data.mixture, data.renderer, arguments.n)
-    rows, length = view.first_rows(blocks), config.data.length
+    rows, length = view.first_rows(windows), config.data.length
     if arguments.html:
         write_whole(Path(arguments.html), view.to_html(data.renderer, pairs, rows, length))
         print(f"wrote {arguments.html}")
@@ -225,7 +225,7 @@ def open_translator(config: Config, max_new_tokens: int) -> tuple[Any, str]:
 
     opened = open_model(dataclasses.replace(config, lora=None), mesh=make_mesh(config.mesh))
     renderer = open_renderer(config, opened.tokenizer)
-    renderer.fit_model(opened.spec.vocab_size, config.model.tokenizer or config.model.path)
+    renderer.check_embeddings(opened.spec.vocab_size, config.model.tokenizer or config.model.path)
     engine = Engine(
         opened.graphdef,
         opened.state,

@@ -10,7 +10,7 @@ import numpy as np
 
 from crossin_jax.data.kinds import Example
 from crossin_jax.data.mixture import Mixture
-from crossin_jax.data.packing import PackedBlocks
+from crossin_jax.data.packing import PackedWindows
 from crossin_jax.data.prompts import Rendered, Renderer, RowFault
 from crossin_jax.data.tokens import token_bytes
 from crossin_jax.report.page import render
@@ -112,9 +112,9 @@ def _paint(text: object, kind: str) -> str:
     return f"{style}{text}{RESET}".replace("\n", f"{RESET}\n{style}")
 
 
-def first_rows(blocks: PackedBlocks) -> list[tuple[list[int], int]]:
+def first_rows(windows: PackedWindows) -> list[tuple[list[int], int]]:
     """(lengths of the segments, free positions) of the first rows that training would see."""
-    return [describe_row(segment_ids) for segment_ids in blocks[0]["segment_ids"][:SHOWN_ROWS]]
+    return [describe_row(segment_ids) for segment_ids in windows[0]["segment_ids"][:SHOWN_ROWS]]
 
 
 def describe_row(segment_ids_T: np.ndarray) -> tuple[list[int], int]:

@@ -22,7 +22,7 @@ import numpy as np
 from crossin_jax.config import UserError
 from crossin_jax.evaluation.metrics import (
     MODES,
-    Level,
+    FourScores,
     Mode,
     Scores,
     evaluate,
@@ -324,7 +324,7 @@ def _medians(flat: Flat) -> dict[str, list[float]]:
     }
 
 
-def _bounds(scored: dict[int, list[Scores]], side: Callable[[Scores], Level | None]) -> Flat:
+def _bounds(scored: dict[int, list[Scores]], side: Callable[[Scores], FourScores | None]) -> Flat:
     """The least or the most that coins can make of the scores; empty where the mode has none."""
     return {
         seed: [_flatten(level) for scores in several if (level := side(scores))]
@@ -371,7 +371,7 @@ def _over_prompts(values: Iterable[float]) -> float:
     return float(np.median(list(values)))
 
 
-def _flatten(scores: Scores | Level) -> dict[str, float]:
+def _flatten(scores: Scores | FourScores) -> dict[str, float]:
     others = [value for code, value in scores.language_accuracy.items() if code not in PIVOTS]
     return scores.flatten() | ({OTHERS: sum(others) / len(others)} if others else {})
 

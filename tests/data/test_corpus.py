@@ -249,7 +249,7 @@ def cached(monkeypatch, tmp_path):
             corpus = load_corpus(source, codes, cache=str(tmp_path / cache))
         except UserError as error:
             return str(error)
-        places = [corpus.find_place(i) for i in range(len(corpus))]
+        places = [corpus.describe_origin(i) for i in range(len(corpus))]
         return (
             [*corpus],
             corpus.keys.tolist(),
@@ -374,7 +374,7 @@ def test_records_are_found_by_their_place_from_either_end(tmp_path, read):
     for i in (3, -4):
         with pytest.raises(IndexError):
             corpus[i]
-    assert corpus.find_place(1).endswith("row 2") and [*corpus.ids()] == ["r0", "r1", "r2"]
+    assert corpus.describe_origin(1).endswith("row 2") and [*corpus.ids()] == ["r0", "r1", "r2"]
     assert corpus.pick(1, ("zh",)).texts["zh"] == corpus[1].texts["zh"]
 
 

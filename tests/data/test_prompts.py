@@ -768,7 +768,7 @@ def test_added_tokens_beyond_the_embedding_are_refused_where_they_occur(tokenize
     far.add_special_tokens({"pad_token": "<fill>"})
     renderer = Renderer(far, template, others={"other": Renderer(far, "alpaca")})
     assert renderer.pad_id == rows + 1
-    renderer.fit_model(rows, "org/name")
+    renderer.check_embeddings(rows, "org/name")
     assert renderer.pad_id == renderer.end_id
     assert renderer.render(example()).ids.max() < rows
     for component in ("", "other"):
@@ -777,7 +777,7 @@ def test_added_tokens_beyond_the_embedding_are_refused_where_they_occur(tokenize
             RowFault, match=f"'r1': token without an embedding: <far> has id {rows}, of {rows} emb"
         ):
             renderer.render(row)
-    renderer.fit_model(rows + 2, "org/name")
+    renderer.check_embeddings(rows + 2, "org/name")
     assert renderer.render(example(output="a <far> b")).ids.max() == rows
 
 
@@ -790,4 +790,4 @@ def test_a_tokenizer_of_another_model_is_refused(tokenizer, which):
         far.add_special_tokens({which: "<edge>"})
     renderer = Renderer(far, "plain")
     with pytest.raises(UserError, match=f"model.tokenizer=org/name: .* vocabulary has {rows}; use"):
-        renderer.fit_model(rows, "org/name")
+        renderer.check_embeddings(rows, "org/name")

@@ -172,7 +172,7 @@ def test_a_row_says_its_language(read, column, mark, code):
 def test_ids_are_text_and_a_zero_is_one(read):
     corpus = read([{"id": i, "output": "a"} for i in (0, 1, "01", 1.5, False)])
     assert [*corpus.ids()] == ["0", "1", "01", "1.5", "False"]
-    assert [corpus.find_place(i).split(", ")[1] for i in range(5)] == [
+    assert [corpus.describe_origin(i).split(", ")[1] for i in range(5)] == [
         f"row {i}" for i in range(1, 6)
     ]
 
@@ -411,7 +411,7 @@ def test_the_first_five_places_of_a_fault_are_named_and_all_are_counted(read):
         "NUL character": [f"{4 * k + 1} (en)" for k in range(5)],
     }
     assert [*corpus.ids()] == [str(i) for i in range(2, 40, 4)]
-    assert [corpus.find_place(k).split("row ")[1] for k in range(3)] == ["3", "7", "11"]
+    assert [corpus.describe_origin(k).split("row ")[1] for k in range(3)] == ["3", "7", "11"]
 
 
 def test_both_languages_of_a_dropped_record_may_be_at_fault(read):

@@ -22,7 +22,7 @@ from crossin_jax.models.attention import (
     kernel_flops,
     tile,
 )
-from crossin_jax.models.cpu import SMALLEST_BLOCK, cut
+from crossin_jax.models.cpu import MIN_BLOCK_QUERIES, cut
 from crossin_jax.parallel.mesh import make_mesh
 from tests.models.models import GEMMA, LLAMA, make_rows
 
@@ -125,7 +125,7 @@ def test_blocks_cover_every_key_once_whatever_the_length(length):
             met[queries, keys] += 1
         assert met.max() == 1 and met[(back >= 0) & (back < (window or length))].all()
         # Keys after a block are not met.
-        assert window is not None or length <= SMALLEST_BLOCK or met.mean() < 0.8
+        assert window is not None or length <= MIN_BLOCK_QUERIES or met.mean() < 0.8
     q, k, v, *_ = make_inputs(2, 1, batch=1)
     q, k, v = (jnp.tile(x, (1, 5, 1, 1))[:, :length] for x in (q, k, v))
     got, expected = (

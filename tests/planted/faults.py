@@ -46,8 +46,8 @@ FAULTS = (
         name="counted-pairs-change",
         what="A component with a count draws new pairs at every pass, though it is a fixed set.",
         where="crossin_jax/data/mixture.py:Pool.draw_pairs",
-        old="np.zeros_like(visits) if self.fixed else visits",
-        new="visits",
+        old="np.zeros_like(passes) if self.fixed else passes",
+        new="passes",
         tests=("tests/data/test_mixture.py",),
     ),
     Fault(
@@ -459,8 +459,8 @@ FAULTS = (
         name="off-target-of-all",
         what="Answers whose language is unknown count as told in the share of off-target ones.",
         where="crossin_jax/evaluation/confusion.py:measure_off_target",
-        old="1 - told.count(language) / len(told)",
-        new="(len(told) - told.count(language)) / len(answers)",
+        old="1 - detected.count(language) / len(detected)",
+        new="(len(detected) - detected.count(language)) / len(answers)",
         tests=(
             "tests/evaluation/test_runner.py",
             "tests/report/test_readings.py",
