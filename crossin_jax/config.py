@@ -286,7 +286,10 @@ class Evaluation(Settings):
     """Benchmarks and how answers are obtained and scored."""
 
     benchmarks: tuple[str, ...] = setting(
-        (), "cross_mmlu, cross_logiqa, cross_xquad, cross_world[:split], or a file in that layout"
+        (), "short names such as cross_mmlu or global_mmlu, Hub ids, files; see docs/evaluation.md"
+    )
+    split: str | None = setting(
+        None, "split of the benchmarks; None takes the published one", is_later=True
     )
     languages: tuple[str, ...] = setting((), "language codes; empty takes `data.languages`")
     method: str = setting(
@@ -294,8 +297,20 @@ class Evaluation(Settings):
         "log-likelihood of choices, free answers, or both",
         choices=("choices", "generate", "both"),
     )
-    prompts: tuple[int, ...] = setting(
-        (1, 2, 3, 4, 5), "SeaEval prompts, 1 to 5", at_least=1, at_most=5
+    prompts: tuple[int | str, ...] = setting(
+        (1, 2, 3, 4, 5),
+        "SeaEval prompts, 1 to 5, harness for its bare form, or files with wordings",
+        at_least=1,
+        at_most=5,
+        choices=("harness",),
+        form=r".+\.(toml|json)",
+    )
+    gap: str = setting(
+        "sentence",
+        "candidates for the gap of a sentence are scored within the whole sentence, or by the "
+        "answer alone, or asked as a question by the prompts",
+        choices=("sentence", "answer", "question"),
+        is_later=True,
     )
     shots: int = setting(0, "solved examples before the question", at_least=0, at_most=10)
     mode: str = setting(

@@ -165,7 +165,7 @@ def define_flags() -> None:
         "limit", None, "short for --config.evaluation.limit: first items of each benchmark"
     )
     flags.DEFINE_list("languages", None, "short for --config.evaluation.languages, e.g. en,zh")
-    flags.DEFINE_list("prompts", None, "short for --config.evaluation.prompts, e.g. 1,3")
+    flags.DEFINE_list("prompts", None, "short for --config.evaluation.prompts, e.g. 1,3,harness")
     flags.DEFINE_string(
         "compare", None, "two folders of results, A B: what changed from A to B, and how clearly"
     )
@@ -198,12 +198,7 @@ def narrow(config: Config, arguments: Any) -> Config:
         "languages": arguments.languages and tuple(arguments.languages),
     }
     if arguments.prompts:
-        try:
-            given["prompts"] = tuple(map(int, arguments.prompts))
-        except ValueError:
-            raise UserError(
-                f"--prompts={','.join(arguments.prompts)}: give numbers from 1 to 5, e.g. 1,3"
-            ) from None
+        given["prompts"] = tuple(int(p) if p.isdigit() else p for p in arguments.prompts)
     evaluation = dataclasses.replace(
         config.evaluation, **{k: v for k, v in given.items() if v is not None}
     )

@@ -239,7 +239,9 @@ def check_value(path: str, value: Any, annotation: Any, rules: Mapping[str, Any]
     """
     if fault := _find_fault(value, annotation, rules):
         known = rules.get("choices", ())
-        near = hint(value, known) if isinstance(value, str) else ""
+        texts = [entry for entry in _scalars(value) if isinstance(entry, str)]
+        wrong = [text for text in texts if text not in known]
+        near = hint(wrong[0], known) if wrong else ""
         about = f": {rules['doc']}" if "doc" in rules else ""
         raise UserError(f"{path}={value!r} {fault}{about}{near}")
 
@@ -311,8 +313,9 @@ def _find_fault_in_number(number: float, rules: Mapping[str, Any]) -> str | None
     # A comparison with nan is never true.
     if isinstance(number, float) and not math.isfinite(number):
         return "must be finite"
-    if "choices" in rules and number not in rules["choices"]:
-        return f"is not one of {', '.join(map(str, rules['choices']))}"
+    choices = [choice for choice in rules.get("choices", ()) if not isinstance(choice, str)]
+    if choices and number not in choices:
+        return f"is not one of {', '.join(map(str, choices))}"
     limits = {"at_most": LARGEST, **rules}
     for word, breaks in (
         ("above", operator.le),

@@ -108,18 +108,18 @@ def test_every_choice_is_allowed_and_no_other(path):
     field = FIELDS[path]
     for choice in field.metadata["choices"]:
         try:
-            check(adapts({numbered(path): choice}))
+            check(adapts({numbered(path): filled(field, choice)}))
         except UserError as combination:
             assert "is not one of" not in str(combination)
         for wrong in (choice + "x", choice.upper(), f"{choice} "):
             with pytest.raises(UserError, match="is not one of") as error:
-                check(adapts({numbered(path): wrong}))
-            assert str(error.value).startswith(
-                f"{path}={wrong!r} is not one of {', '.join(field.metadata['choices'])}"
-            )
+                check(adapts({numbered(path): filled(field, wrong)}))
+            listed = ", ".join(field.metadata["choices"])
+            start = f"{path}={filled(field, wrong)!r} is not one of {listed}"
+            assert str(error.value).startswith(start)
     first = field.metadata["choices"][0]
     with pytest.raises(UserError, match=f"did you mean {first}"):
-        check(adapts({numbered(path): first + "x"}))
+        check(adapts({numbered(path): filled(field, first + "x")}))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ TYPED = {
     str: "name",
     str | None: "data.system",
     tuple[str, ...]: "evaluation.benchmarks",
-    tuple[int, ...]: "evaluation.prompts",
+    tuple[int | str, ...]: "evaluation.prompts",
     tuple[float, ...]: "data.sources[0].portion",
     dict[str, float]: "data.components[1].languages",
 }
@@ -169,11 +169,11 @@ VALUES = [
     (True, [bool]),
     (None, [int | None, float | None, str | None]),
     ("a", [str, str | None]),
-    ((), [tuple[str, ...], tuple[int, ...], tuple[float, ...]]),
-    (("a", "b"), [tuple[str, ...]]),
-    ((1, 2), [tuple[int, ...], tuple[float, ...]]),
+    ((), [tuple[str, ...], tuple[int | str, ...], tuple[float, ...]]),
+    (("a", "b"), [tuple[str, ...], tuple[int | str, ...]]),
+    ((1, 2), [tuple[int | str, ...], tuple[float, ...]]),
     ((1, 2.5), [tuple[float, ...]]),
-    ((1, "a"), []),
+    ((1, "a"), [tuple[int | str, ...]]),
     ((True,), []),
     ((None,), []),
     (["a"], []),
@@ -308,10 +308,10 @@ TOGETHER = {
     **{
         f"prompt {n}": refuse(
             {"evaluation.prompts": (1, n)},
-            rf"evaluation.prompts=\(1, {n}\) must be at (least 1|most 5): SeaEval prompts",
-            {"evaluation.prompts": (1, 2, 3, 4, 5)},
+            rf"prompts=\(1, {n!r}\) (must be at (least 1|most 5)|is not one of harness): SeaEval",
+            {"evaluation.prompts": (1, 2, 3, 4, 5, "harness", "own.toml", "a/own.json")},
         )
-        for n in (0, 6, -1)
+        for n in (0, 6, -1, "harnes", "own.txt")
     },
     "language": refuse(
         {"data.languages": ("en", "zg")},

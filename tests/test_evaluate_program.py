@@ -117,7 +117,7 @@ def test_short_flags_ask_for_less(
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"prompts": ["one"]}, "give numbers from 1 to 5"),
+        ({"prompts": ["one"]}, r"evaluation.prompts=\('one',\) is not one of harness"),
         ({"prompts": ["6"]}, r"evaluation.prompts=\(6,\) must be at most 5"),
         ({"limit": 0}, "evaluation.limit=0"),
     ],

@@ -264,6 +264,11 @@ def bases(pretrained, tmp_path_factory) -> dict[str, Config]:
         for i in range(6)
     ]
     files["questions"] = write_lines(folder / "questions.jsonl", questions)
+    gap = {"Prompt": "Vienna is in <mask>.", "Ans": "Austria", "Candidate Ans": "Peru, Austria"}
+    for code in ("en", "zh"):
+        for split, row in {"test": questions[0], "dev": questions[1]}.items():
+            write_lines(folder / f"SPLIT_{split}_{code}.jsonl", [row["English"]])
+        write_lines(folder / f"GAPS_test_{code}.jsonl", [gap])
     lora = config_in(folder / "lora", str(pretrained / "model"))
     new = config_in(folder / "new")
     new.train = dataclasses.replace(new.train, tensorboard=True)
@@ -453,6 +458,8 @@ TABLE = {
         }.items()
     },
     "Evaluation.rankc": ("CHOICES", "evaluation.rankc", "norm1", benchmark),
+    "Evaluation.split": ("SPLIT", "evaluation.split", "dev", benchmark),
+    "Evaluation.gap": ("GAPS", "evaluation.gap", "answer", benchmark),
     "Evaluation.over_long": ("LONG", "evaluation.over_long", "skip", benchmark),
     "Config.name": ("TRAINS", "name", "other", run),
     "Config.seed": ("DATA", "seed", 7, batches),
@@ -505,8 +512,11 @@ def base_of(name: str, bases: dict) -> Config:
     elif name == "LONG":
         config = copy.deepcopy(bases["ASKS"])
         config.evaluation.max_new_tokens = 1000
-    elif name == "CHOICES":
+    elif name in ("CHOICES", "SPLIT", "GAPS"):
         config = copy.deepcopy(bases["ASKS"])
+        if name != "CHOICES":
+            path = f"{bases['folder']}/{name}_{{split}}_{{lang}}.jsonl"
+            config.evaluation.benchmarks = (path,)
         config.evaluation.method = "choices"
     elif name == "EPOCHS":
         config = copy.deepcopy(bases["TRAINS"])

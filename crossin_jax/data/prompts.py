@@ -223,6 +223,10 @@ class Renderer:
         text = self.template.fill(instruction, input, self.system)
         return text if self.apart else text.rstrip(" ")
 
+    def encode_text(self, text: str) -> np.ndarray:
+        """Ids (T,) int32 of a bare text, after BOS where the tokenizer has one."""
+        return self._open(self._encode(text).ids)
+
     def decode(self, ids: Sequence[int], shown: Sequence[str] = ()) -> str:
         """The text of an answer, without special tokens but those in a text of `shown`."""
         hidden = self._hidden if not shown else find_hidden(self._added_tokens, shown)

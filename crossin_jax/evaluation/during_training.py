@@ -51,7 +51,7 @@ class Benchmarks:
         for predictions in run_benchmarks(
             self._config, self._engine, renderer, self._benchmarks, progress=False
         ):
-            name = f"{predictions.benchmark}/{predictions.method}/p{predictions.prompt}"
+            name = f"{predictions.benchmark}/{predictions.method}/{predictions.prompt_label}"
             values = evaluate(predictions, settings.mode).flatten()
             pairs = measure_pairs(predictions, settings.mode, weights=settings.rankc)
             # of what exists for every language, the mean is enough
@@ -66,7 +66,9 @@ def _measure_texts(predictions: Predictions) -> Iterator[tuple[str, float]]:
     be told.
     """
     for language in predictions.languages:
-        answers = [item.answers[language].text for item in predictions.items]
+        answers = [
+            item.answers[language].text for item in predictions.items if language in item.answers
+        ]
         texts = [text for text in answers if text is not None]
         confusion = measure_confusion(texts, language)
         values = {

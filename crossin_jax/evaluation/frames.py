@@ -159,11 +159,17 @@ def name_of_prompt(prompt: int | str) -> int | str:
     return Path(prompt).stem if isinstance(prompt, str) else prompt
 
 
-@functools.lru_cache(maxsize=64)
 def read_frame(name: str) -> dict[str, Wording]:
     """The wordings of a frame by language code; "default" is for every other language."""
     if name == HARNESS:
         return {"default": Wording()}
+    path = Path(name).expanduser()
+    # The file is asked for with every question, and it may change between two evaluations.
+    return _read_file(name, path.stat().st_mtime_ns if path.exists() else 0)
+
+
+@functools.lru_cache(maxsize=64)
+def _read_file(name: str, _: int) -> dict[str, Wording]:
     path = Path(name).expanduser()
     if path.suffix == ".json":
         tables = read_json(path, expect=dict, what="a frame")

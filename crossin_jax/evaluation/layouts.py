@@ -9,6 +9,7 @@ No data set is known by its name here. What is read, first come first served:
     prompt alone     a benchmark without choices
 """
 
+import functools
 import random
 import re
 import unicodedata
@@ -244,10 +245,16 @@ def _read_candidates(row: Row, place: str, key: str) -> Version:
     sentence, candidates = _open_gap(prompt, candidates)
     # The gold candidate is the last one in every row of the files. It must not be known by its
     # letter, so the candidates are shuffled, in every language alike.
-    order = list(range(len(candidates)))
-    random.Random(f"candidates/{key}").shuffle(order)
+    order = _shuffle(key, len(candidates))
     shown = label_choices([candidates[i] for i in order])
     return Version(sentence, shown, order.index(answer))
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _shuffle(key: str, count: int) -> list[int]:
+    order = list(range(count))
+    random.Random(f"candidates/{key}").shuffle(order)
+    return order
 
 
 def split_candidates(value: Any, gold: Any) -> list[str]:

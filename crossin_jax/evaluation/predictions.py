@@ -41,15 +41,23 @@ class ItemAnswers:
 class Predictions:
     """Answers to a whole benchmark by one method under one prompt.
 
-    method: "generate", or for scored choices "sum", "mean" (per token), "byte" or "letter"; prompt:
-    1 to 5, or 0 where the benchmark asks its questions bare.
+    method: "generate", or for scored choices "sum", "mean" (per token), "byte" or "letter", or
+    "sentence" for a candidate in the gap of a sentence. prompt: 1 to 5, 0 where the benchmark asks
+    its questions bare, or the name of a frame. kind: see `items.KINDS`; of a benchmark that is not
+    parallel, an item may have answers in some of the languages only.
     """
 
     benchmark: str
     method: str
-    prompt: int
+    prompt: int | str
     languages: tuple[str, ...]
     items: tuple[ItemAnswers, ...] = field(repr=False)
+    kind: str = "parallel"
+
+    @property
+    def prompt_label(self) -> str:
+        """The prompt in names of files and scores: p1, or the name of a frame."""
+        return f"p{self.prompt}" if isinstance(self.prompt, int) else self.prompt
 
 
 def encode(predictions: Predictions) -> dict[str, Any]:
@@ -87,5 +95,10 @@ def decode(stored: dict[str, Any]) -> Predictions:
         for item in stored["items"]
     )
     return Predictions(
-        stored["benchmark"], stored["method"], stored["prompt"], tuple(stored["languages"]), items
+        stored["benchmark"],
+        stored["method"],
+        stored["prompt"],
+        tuple(stored["languages"]),
+        items,
+        stored.get("kind", "parallel"),
     )

@@ -9,7 +9,6 @@ import dataclasses
 import gzip
 import json
 import logging
-import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,17 +21,21 @@ from crossin_jax.data.kinds import add_tag
 from crossin_jax.data.prompts import Renderer
 from crossin_jax.evaluation.answers import align, read_choice
 from crossin_jax.evaluation.benchmarks import load_benchmark
-from crossin_jax.evaluation.frames import make_prompt
+from crossin_jax.evaluation.frames import (
+    hash_frame,
+    list_answers,
+    make_prompt,
+    name_of_prompt,
+    show_gap,
+)
 from crossin_jax.evaluation.items import Benchmark, Item, with_items
 from crossin_jax.evaluation.predictions import Answer, ItemAnswers, Predictions, decode, encode
+from crossin_jax.evaluation.scoring import choose_likeliest, split_choices, split_gap
 from crossin_jax.evaluation.shots import draw_shots, list_shots
 from crossin_jax.files import content_hash, write_whole
-from crossin_jax.generation.chat import find_border
 from crossin_jax.generation.engine import Engine
 from crossin_jax.guests import open_guest
 from crossin_jax.languages import name_of
-
-LETTER = re.compile(r"^\([A-J]\) ")
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +44,14 @@ def load_benchmarks(config: Config) -> list[Benchmark]:
     """The benchmarks that a configuration names."""
     languages = config.evaluation.languages or config.data.languages
     return [
-        load_benchmark(name, languages, limit=config.evaluation.limit, seed=config.seed)
+        load_benchmark(
+            name,
+            languages,
+            limit=config.evaluation.limit,
+            seed=config.seed,
+            split=config.evaluation.split,
+            with_shots=config.evaluation.shots > 0,
+        )
         for name in config.evaluation.benchmarks
     ]
 
@@ -49,6 +59,10 @@ def load_benchmarks(config: Config) -> list[Benchmark]:
 def describe_benchmarks(config: Config, benchmarks: Sequence[Benchmark]) -> dict[str, Any]:
     """For the record: where the items came from, which they are, and which were shown solved."""
     shots = config.evaluation.shots
+
+    def has_shots(benchmark: Benchmark) -> bool:
+        return bool(shots) and any(prompt != 0 for prompt, _ in plan_questions(config, benchmark))
+
     return {
         benchmark.name: {
             "source": benchmark.source,
@@ -56,7 +70,10 @@ def describe_benchmarks(config: Config, benchmarks: Sequence[Benchmark]) -> dict
             "items": len(benchmark.items),
             "languages": list(benchmark.languages),
         }
-        | ({"shots": list_shots(benchmark, shots, config.seed)} if shots else {})
+        | ({"left_out": benchmark.num_left_out} if benchmark.num_left_out else {})
+        | ({"note": benchmark.note} if benchmark.note else {})
+        | _describe_frames(config, benchmark)
+        | ({"shots": list_shots(benchmark, shots, config.seed)} if has_shots(benchmark) else {})
         for benchmark in benchmarks
     }
 
@@ -66,6 +83,13 @@ def describe_benchmarks(config: Config, benchmarks: Sequence[Benchmark]) -> dict
 #     Benchmark ─ questions ─► texts ─ Renderer ─► ids ─ Engine ─┬─ score ─► log-likelihoods ─┐
 #                                                                └─ generate ─► text ─ align ─┤
 #     scores ◄─ metrics.evaluate ─ Predictions ◄─ collect ─ Answer ◄──────────────────────────┘
+def _describe_frames(config: Config, benchmark: Benchmark) -> dict[str, Any]:
+    """The hash of each prompt's words, so that a changed wording is noticed."""
+    prompts = dict.fromkeys(prompt for prompt, _ in plan_questions(config, benchmark) if prompt)
+    frames = {str(name_of_prompt(prompt)): hash_frame(prompt) for prompt in prompts}
+    return {"frames": frames} if frames else {}
+
+
 def run_benchmarks(
     config: Config,
     engine: Engine,
@@ -81,54 +105,96 @@ def run_benchmarks(
     `renderer` is the one that training used, `benchmarks` are those of the configuration. `cache`
     is a folder for finished parts, valid for the `weights` named.
     """
-    settings, results = config.evaluation, []
-    for name, benchmark in zip(settings.benchmarks, benchmarks, strict=True):
-        # Its questions are phrased as in the instruction data.
-        bare = benchmark.name.startswith("cross_world")
-        for number in (0,) if bare else settings.prompts:
-            for method in (
-                ("choices", "generate") if settings.method == "both" else (settings.method,)
-            ):
-                asked = dataclasses.asdict(settings) | {
-                    "benchmarks": name,
-                    "prompts": number,
-                    "method": method,
-                }
-                del asked["rankc"]  # it decides how answers are counted, not what they are
-                if settings.shots:  # they may be items beyond the limit
-                    asked["pool"] = with_items(benchmark, benchmark.pool).fingerprint
-                key = content_hash(
-                    [
-                        weights,
-                        renderer.hash,
-                        config.data.tag,
-                        config.seed,
-                        asked,
-                        benchmark.fingerprint,
-                    ]
-                )
-                file = cache / f"{method}-{key}.json.gz" if cache else None
-                parts = load(file) if file else None
-                if parts is None:
-                    ask = score_choices if method == "choices" else generate_answers
-                    parts = ask(config, engine, renderer, benchmark, number, progress)
-                    if file:
-                        save(parts, file)
-                results += parts
+    results = []
+    for name, benchmark in zip(config.evaluation.benchmarks, benchmarks, strict=True):
+        for prompt, method in plan_questions(config, benchmark):
+            key = _key(config, renderer, name, benchmark, prompt, method, weights)
+            file = cache / f"{method}-{key}.json.gz" if cache else None
+            parts = load(file) if file else None
+            if parts is None:
+                ask = score_choices if method == "choices" else generate_answers
+                parts = ask(config, engine, renderer, benchmark, prompt, progress)
+                if file:
+                    save(parts, file)
+            results += parts
     return results
 
 
-def questions(
-    config: Config, benchmark: Benchmark, number: int
-) -> Iterator[tuple[Item, str, str, str]]:
-    """(item, language, instruction, input) of every prompt; a bare question (number 0) names the
-    answer's language.
+def plan_questions(config: Config, benchmark: Benchmark) -> list[tuple[int | str, str]]:
+    """The prompts and methods of a benchmark: (1, "choices"), (1, "generate"), (2, …
+
+    Cross-World is phrased as in the instruction data, and a prompt without choices stands for
+    itself: both are asked bare, by number 0. So is a sentence with a gap whose candidates are
+    scored in their place.
     """
+    settings = config.evaluation
+    methods = ("choices", "generate") if settings.method == "both" else (settings.method,)
+    if benchmark.kind == "open":
+        return [(0, "generate")]
+    if benchmark.name.startswith("cross_world"):
+        return [(0, method) for method in methods]
+    if not _scores_gaps(config, benchmark):
+        return [(prompt, method) for prompt in settings.prompts for method in methods]
+    if settings.shots:
+        log.warning(
+            "%s: its sentences are scored without solved examples; evaluation.shots=%d has no "
+            'effect on them (evaluation.gap="question" asks them as questions)',
+            benchmark.name,
+            settings.shots,
+        )
+    scored = [(0, "choices")] if "choices" in methods else []
+    asked = [(prompt, "generate") for prompt in settings.prompts if "generate" in methods]
+    return scored + asked
+
+
+def _scores_gaps(config: Config, benchmark: Benchmark) -> bool:
+    return benchmark.is_cloze and config.evaluation.gap != "question"
+
+
+def _key(
+    config: Config,
+    renderer: Renderer,
+    name: str,
+    benchmark: Benchmark,
+    prompt: int | str,
+    method: str,
+    weights: str,
+) -> str:
+    """What finished answers depend on, as a short hash."""
+    settings = config.evaluation
+    asked = dataclasses.asdict(settings) | {
+        "benchmarks": name,
+        "prompts": prompt,
+        "method": method,
+    }
+    del asked["rankc"]  # it decides how answers are counted, not what they are
+    if settings.shots:  # they may be items beyond the limit
+        asked["pool"] = with_items(benchmark, benchmark.pool).fingerprint
+    if isinstance(prompt, str):  # the file may have other words tomorrow
+        asked["frame"] = hash_frame(prompt)
+    tag = config.data.tag
+    return content_hash([weights, renderer.hash, tag, config.seed, asked, benchmark.fingerprint])
+
+
+def questions(
+    config: Config, benchmark: Benchmark, prompt: int | str
+) -> Iterator[tuple[Item, str, str, str]]:
+    """(item, language, instruction, input) of every prompt; a bare question (number 0) of a
+    benchmark with choices names the answer's language.
+    """
+    show = show_gap if benchmark.is_cloze else lambda version: version
+    shots = 0 if benchmark.kind == "open" else config.evaluation.shots
     for item in benchmark.items:
         for language, version in item.versions.items():
-            shots = draw_shots(benchmark, item, language, config.evaluation.shots, config.seed)
-            instruction = make_prompt(version, number, shots, benchmark=benchmark.name)
-            tag = config.data.tag if number == 0 else "none"
+            solved = draw_shots(benchmark, item, language, shots, config.seed)
+            instruction = make_prompt(
+                show(version),
+                prompt,
+                [show(shot) for shot in solved],
+                benchmark=benchmark.name,
+                language=language,
+            )
+            tag = config.data.tag if prompt == 0 and benchmark.kind != "open" else "none"
             yield item, language, *add_tag(instruction, "", language, language, tag)
 
 
@@ -137,20 +203,28 @@ def score_choices(
     engine: Engine,
     renderer: Renderer,
     benchmark: Benchmark,
-    number: int,
+    prompt: int | str,
     progress: bool,
 ) -> list[Predictions]:
     """The likeliest choice by summed log-likelihood, per token and per byte, and of the letter
     alone.
 
     A bare question has no letters: its choices are scored by their text, as the instruction data
-    has it. The likelihood covers the answer and EOS; that of a letter the letter alone.
+    has it. The likelihood covers the answer and EOS; that of a letter the letter alone. Candidates
+    for the gap of a sentence are scored in it, without EOS.
     """
-    asked = list(questions(config, benchmark, number))
-    scored = [
-        split_choices(renderer, instruction, input, item.versions[language].choices, number)
-        for item, language, instruction, input in asked
-    ]
+    if _scores_gaps(config, benchmark):
+        asked = [(item, code, "", "") for item in benchmark.items for code in item.versions]
+        whole = config.evaluation.gap == "sentence"
+        scored = [split_gap(renderer, item.versions[code], whole=whole) for item, code, *_ in asked]
+    else:
+        asked = list(questions(config, benchmark, prompt))
+        scored = [
+            split_choices(
+                renderer, instruction, input, list_answers(item.versions[code], prompt, code)
+            )
+            for item, code, instruction, input in asked
+        ]
     needs = [len(entry.prompt) + max(map(len, entry.options)) - 1 for entry in scored]
     check_lengths(config, engine, benchmark, asked, needs)
     found = engine.score(
@@ -159,71 +233,14 @@ def score_choices(
         over_long="skip",
         progress=progress,
     )
-    methods = ("sum", "mean", "byte", *(("letter",) if number else ()))
+    methods = scored[0].methods
     answers: dict[str, dict[str, dict[str, Answer]]] = {method: {} for method in methods}
     for (item, language, *_), entry, values in zip(asked, scored, found, strict=True):
+        count = len(item.versions[language].choices)
         for method in methods:
             of_item = answers[method].setdefault(item.id, {})
-            of_item[language] = choose_likeliest(entry, values, method)
-    return [
-        Predictions(
-            benchmark.name,
-            method,
-            number,
-            tuple(benchmark.languages),
-            tuple(collect(item, answers[method][item.id]) for item in benchmark.items),
-        )
-        for method in methods
-    ]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class ScoredChoices:
-    """A question as it is scored: ids of the prompt, and of each choice after it; letters come
-    after the texts.
-    """
-
-    prompt: np.ndarray
-    options: list[np.ndarray]
-    num_bytes: tuple[int, ...]  # of each text
-
-
-def split_choices(
-    renderer: Renderer, instruction: str, input: str, choices: Sequence[str], number: int
-) -> ScoredChoices:
-    """Splits the rendered answers where the prompt ends; each choice is scored after the same
-    prompt ids.
-    """
-    texts = choices if number else [LETTER.sub("", text) for text in choices]
-    answers = [renderer.render_answer(instruction, input, text) for text in texts]
-    letters = [renderer.render_answer(instruction, input, text[:3]) for text in texts if number]
-    border = find_border([*answers, *letters])
-    options = [a.ids[border:] for a in answers]
-    options += [a.ids[border:-1] for a in letters]  # without EOS
-    num_bytes = tuple(len(text.encode()) for text in texts)
-    return ScoredChoices(answers[0].ids[:border], options, num_bytes)
-
-
-# The sum favours short choices; per token and per byte correct for it in two ways:
-#
-#                   sum    tokens    per token    bytes    per byte
-#     Rome          −6     2         −3.0         4        −1.5         chosen by the sum
-#     Montevideo    −8     4         −2.0         10       −0.8         chosen by both others
-def choose_likeliest(entry: ScoredChoices, values: np.ndarray | None, method: str) -> Answer:
-    """The likeliest choice by a method; `values` are the summed log-likelihoods of all options,
-    None: too long.
-    """
-    count = len(entry.num_bytes)
-    if values is None:
-        return Answer(tuple(range(count)), "too_long")
-    sums = values[:count]
-    if method == "letter":
-        scores = values[count:]
-    elif method == "mean":
-        scores = sums / [len(option) for option in entry.options[:count]]
-    else:
-        scores = sums / entry.num_bytes if method == "byte" else sums
-    return Answer((int(np.argmax(scores)),), scores=tuple(float(score) for score in scores))
+            of_item[language] = choose_likeliest(entry, values, method, count)
+    return [_predict(benchmark, method, prompt, answers[method]) for method in methods]
 
 
 def generate_answers(
@@ -231,26 +248,26 @@ def generate_answers(
     engine: Engine,
     renderer: Renderer,
     benchmark: Benchmark,
-    number: int,
+    prompt: int | str,
     progress: bool,
 ) -> list[Predictions]:
     """What the model writes, aligned to a choice by SeaEval's rules; few-shot answers end at the
-    first line break.
+    first line break. The answer to a prompt without choices is its text.
     """
     settings = config.evaluation
-    asked = list(questions(config, benchmark, number))
+    asked = list(questions(config, benchmark, prompt))
     prompts = [renderer.render_prompt(instruction, input) for _, _, instruction, input in asked]
     check_lengths(
         config,
         engine,
         benchmark,
         asked,
-        [len(prompt) + settings.max_new_tokens for prompt in prompts],
+        [len(ids) + settings.max_new_tokens for ids in prompts],
     )
     seeds = [
-        zlib.crc32(np.asarray(prompt, np.int32).tobytes(), config.seed % 2**32)
-        for prompt in prompts
+        zlib.crc32(np.asarray(ids, np.int32).tobytes(), config.seed % 2**32) for ids in prompts
     ]
+    is_few_shot = bool(settings.shots) and benchmark.kind != "open"
     answers = engine.generate(
         prompts,
         max_new_tokens=settings.max_new_tokens,
@@ -259,7 +276,7 @@ def generate_answers(
         top_p=settings.top_p,
         seeds=seeds,
         over_long="skip",
-        stop=("\n",) if settings.shots else (),
+        stop=("\n",) if is_few_shot else (),
         detokenize=renderer.decode,
         progress=progress,
     )
@@ -272,12 +289,31 @@ def generate_answers(
             )
             continue
         text = renderer.decode(ids)
-        text = text.split("\n")[0] if settings.shots else text.strip()
+        text = text.split("\n")[0] if is_few_shot else text.strip()
+        if not choices:
+            by_item.setdefault(item.id, {})[language] = Answer((), "open", text)
+            continue
         by_item.setdefault(item.id, {})[language] = dataclasses.replace(
             align(choices, text), own=read_choice(choices, text, language).candidates
         )
-    items = tuple(collect(item, by_item[item.id]) for item in benchmark.items)
-    return [Predictions(benchmark.name, "generate", number, tuple(benchmark.languages), items)]
+    return [_predict(benchmark, "generate", prompt, by_item)]
+
+
+def _predict(
+    benchmark: Benchmark,
+    method: str,
+    prompt: int | str,
+    answers: dict[str, dict[str, Answer]],
+) -> Predictions:
+    """Answers by item and language as predictions."""
+    return Predictions(
+        benchmark.name,
+        method,
+        name_of_prompt(prompt),
+        tuple(benchmark.languages),
+        tuple(collect(item, answers[item.id]) for item in benchmark.items),
+        benchmark.kind,
+    )
 
 
 def check_lengths(
@@ -348,7 +384,7 @@ def answer_without_model(config: Config) -> dict[str, list[Predictions]]:
 def collect(item: Item, answers: dict[str, Answer]) -> ItemAnswers:
     """The answers to one item beside its gold choices."""
     versions = item.versions
-    gold = {language: version.answer for language, version in versions.items()}
+    gold = {code: version.answer for code, version in versions.items() if version.choices}
     return ItemAnswers(
         item.id, gold, len(next(iter(versions.values())).choices), answers, item.tags
     )

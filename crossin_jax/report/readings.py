@@ -35,7 +35,7 @@ def read_answers(runs: Sequence[Predictions]) -> dict[str, Reading]:
             answer
             for run in runs
             for item in run.items
-            if (answer := item.answers[language]).text is not None
+            if (answer := item.answers.get(language)) and answer.text is not None
         ]
         if not answers:
             continue

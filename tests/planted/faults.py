@@ -470,9 +470,9 @@ FAULTS = (
         room="evaluation",
         name="letters-before-bare-choices",
         what="Bare questions are scored with letters before the choices.",
-        where="crossin_jax/evaluation/runner.py:split_choices",
-        old="LETTER.sub('', text)",
-        new="text",
+        where="crossin_jax/evaluation/frames.py:list_answers",
+        old="Answers(texts=bare)",
+        new="Answers(texts=version.choices)",
         tests=(
             "tests/test_evaluate_cache.py",
             "tests/test_evaluate_program.py",
