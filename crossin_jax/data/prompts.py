@@ -225,7 +225,7 @@ class Renderer:
 
     def encode_text(self, text: str) -> np.ndarray:
         """Ids (T,) int32 of a bare text, after BOS where the tokenizer has one."""
-        return self._open(self._encode(text).ids)
+        return self._add_bos(self._encode(text).ids)
 
     def decode(self, ids: Sequence[int], shown: Sequence[str] = ()) -> str:
         """The text of an answer, without special tokens but those in a text of `shown`."""
