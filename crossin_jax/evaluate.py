@@ -91,23 +91,13 @@ def evaluate(
         cache_dtype=config.evaluation.cache_dtype,
         attention=config.model.attention,
     )
-    # The cached answers belong to what computes them, by content: a path may hold other weights
-    # tomorrow.
-    lora = opened.config.lora
-    computes = [
-        trained["weights"],
-        dataclasses.asdict(opened.spec),
-        opened.config.model.compute_dtype,
-        lora and dataclasses.asdict(dataclasses.replace(lora, path=None)),
-        __version__,
-    ]
     predictions = run_benchmarks(
         config,
         engine,
         renderer,
         benchmarks,
         cache=out / "predictions",
-        weights=content_hash(computes),
+        weights=identify_computation(opened, trained["weights"]),
     )
     source = provenance.describe(
         settings.to_dict(config),
@@ -118,6 +108,23 @@ def evaluate(
         compilations=engine.compilations,
     )
     return predictions, source
+
+
+def identify_computation(opened: LoadedModel, weights: str) -> str:
+    """The key of cached answers: everything of a model that decides what it answers.
+
+    `weights` is the fingerprint of its arrays, since a path may hold other weights tomorrow.
+    """
+    lora = opened.config.lora
+    return content_hash(
+        [
+            weights,
+            dataclasses.asdict(opened.spec),
+            opened.config.model.compute_dtype,
+            lora and dataclasses.asdict(dataclasses.replace(lora, path=None)),
+            __version__,
+        ]
+    )
 
 
 def check_template(config: Config, trained: dict[str, Any]) -> None:

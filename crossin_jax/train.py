@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from absl import flags
 from jax.sharding import Mesh
@@ -39,6 +38,7 @@ from crossin_jax.files import write_whole
 from crossin_jax.guests import open_guest
 from crossin_jax.parallel import hosts
 from crossin_jax.parallel.mesh import check_batch, make_mesh
+from crossin_jax.training.held_out import HeldOut
 from crossin_jax.training.optim import make_optimizer, make_schedule
 from crossin_jax.training.state import (
     AbstractModel,
@@ -57,10 +57,9 @@ from crossin_jax.training.step import (
     COMPILER_OPTIONS,
     StepSettings,
     TrainState,
-    make_eval_step,
     make_train_step,
 )
-from crossin_jax.training.telemetry import Profiler, Telemetry, group_metrics, is_recorded
+from crossin_jax.training.telemetry import Profiler, Telemetry, is_recorded
 
 COMPILATION_CACHE = "~/.cache/crossin_jax/xla"
 
@@ -84,6 +83,13 @@ class Run:
     benchmarks: Scores | None
 
 
+# The parts of a run:
+#
+#     configs/x.py ─ set_up ─► Run: mesh, loader, abstract model, optimizer; no array yet
+#                                │
+#     checkpoints/STEP ─ restore ┤
+#     model.path ─ start_state ──┴─► TrainState ◄─── take_steps ◄─── Loader: one batch per step
+#                                                        └─► metrics.jsonl, checkpoints, evaluations
 def train(
     config: Config,
     *,
@@ -236,6 +242,11 @@ def restore(run: Run, store: Store, abstract: TrainState) -> TrainState | None:
     return state
 
 
+# The order within a step matters where a run may stop between two lines:
+#
+#     compute ─ report (raises for a non-finite loss) ─ save ─ stop, if told to ─ evaluate
+#
+# A stopped run has saved, and has not evaluated: `make_up_evaluations` does that when it continues.
 def take_steps(
     run: Run,
     state: TrainState,
@@ -347,40 +358,6 @@ def describe_command() -> str:
     words = [word for word in sys.orig_argv[1:] if word != "--noresume"]  # it would start anew
     command = f": {shlex.join(['python', *words])}" if words[:1] == ["-m"] else ""
     return f"the same command continues{command}"
-
-
-class HeldOut:
-    """The loss of held-out records, overall and by language; its program is compiled once."""
-
-    def __init__(
-        self,
-        open_batches: Callable[..., Loader],
-        model: AbstractModel,
-        settings: StepSettings,
-        mesh: Mesh,
-    ):
-        self._open_batches, self._mesh = open_batches, mesh
-        # One group per source and language: ("same:dev#2", "zh") becomes ("dev", "zh").
-        self._groups = [
-            ((component.partition(":")[2] or component).split("#")[0], language)
-            for component, language in open_batches().groups
-        ]
-        settings = dataclasses.replace(settings, num_groups=len(self._groups))
-        self._step = jax.jit(make_eval_step(model.graphdef, settings))
-
-    def __call__(self, state: TrainState) -> dict[str, float]:
-        """Means by name: held_out/loss, and held_out/loss/SOURCE/LANGUAGE."""
-        with contextlib.closing(self._open_batches(num_epochs=1)) as loader:
-            sums = [
-                self._step(state.trainable, state.frozen, to_mesh(batch, self._mesh))
-                for batch in loader
-            ]
-        total = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *jax.device_get(sums))
-        losses = {"held_out/loss": float(total["loss"] / total["count"])}
-        by_group = group_metrics(self._groups, total["group_loss"], total["group_count"])
-        return losses | {
-            f"held_out/{name}": value for name, value in by_group.items() if name.startswith("loss")
-        }
 
 
 def find_folder(config: Config) -> Path:

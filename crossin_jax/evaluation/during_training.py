@@ -19,6 +19,8 @@ from crossin_jax.generation.engine import Engine
 from crossin_jax.training.state import AbstractModel
 
 
+# The engine's programs take the weights as an argument. So a call at a later step only hands over
+# other arrays of the same shapes, and nothing is compiled again.
 class Benchmarks:
     """Accuracy, consistency, AC3, RankC and transfer of a training state on the benchmarks of the
     configuration.

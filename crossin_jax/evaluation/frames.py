@@ -81,6 +81,16 @@ class Wording:
     effect: str = COPA["effect"]
 
 
+# Prompt 1 for an item without a context:
+#
+#     Respond to the question by selecting the most appropriate answer. Simply select the answer, …
+#
+#     Question:
+#     Which city is in Peru?
+#
+#     Choices:
+#     (A) Rome
+#     (B) Lima
 def make_prompt(
     version: Version,
     prompt: int | str,

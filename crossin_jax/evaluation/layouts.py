@@ -93,6 +93,11 @@ def tags_of(row: Row, place: str) -> tuple[str, ...]:
     return tuple(found)
 
 
+# Two rows that mean the same version, ("Which city is in Peru?", ("(A) Rome", "(B) Lima"), answer
+# 1):
+#
+#     {"question": "Which city is in Peru?", "choices": ["Rome", "Lima"], "answer": "B"}
+#     {"question": "Which city is in Peru?", "option_a": "Rome", "option_b": "Lima", "answer": 1}
 def read_version(row: Row, place: str, key: str = "") -> Version:
     """One language's question from a row of any layout.
 

@@ -1,6 +1,6 @@
 """Measures of language pairs with their intervals, and changes against another arm: one table each.
 
-Letters as in `stats` and `pairs`: S seeds, R resamples, P pairs, L languages.
+Shape letters: S seeds · R resamples · P pairs of languages · L languages.
 """
 
 from collections.abc import Iterator, Sequence

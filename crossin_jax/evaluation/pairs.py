@@ -14,7 +14,8 @@
 All come from answers that exist: no model is asked again. Where an answer fits several choices, the
 probabilities of `metrics.choice_probabilities` count.
 
-Axes: I items, L languages, C choices, P pairs of languages, R resamples, K any columns.
+Shape letters: I items · L languages · C choices · P pairs of languages · R resamples · K any
+columns.
 """
 
 from collections.abc import Iterator
@@ -156,6 +157,9 @@ class LanguagePairs:
             same_IP += np.where(gold_a_IP == gold_b_IP, 0, other_IP)
         return RightInOne(same_IP, both_IP, self.correct_IL, a_P, b_P)
 
+    # One language ranks A B C, another B A C. Of the first 1, 2, 3 choices they share 0, 2, 3,
+    # which are shares of 0, 1, 1. With the softmax weights .665 .245 .090, RankC is .245 + .090 =
+    # .335.
     def _rankc(self, a_P: np.ndarray, b_P: np.ndarray) -> np.ndarray:
         """RankC of every item and pair, (I, P).
 
@@ -206,6 +210,8 @@ def pair_scores(
     return scores | _transfer(predictions, pairs.correct_IL)
 
 
+# Three items are right in English, and two of them in Spanish too: transfer is 2/3. With four
+# choices a guess has 1/4, so conductivity is (2/3 − 1/4) / (1 − 1/4) = .56.
 def _transfer(predictions: Predictions, correct_IL: np.ndarray) -> dict[str, Weighable]:
     languages = predictions.languages
     pivot = next((l for l, language in enumerate(languages) if language in PIVOTS), None)

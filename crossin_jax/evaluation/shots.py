@@ -9,6 +9,8 @@ from crossin_jax.config import UserError
 from crossin_jax.evaluation.items import Benchmark, Item, Version
 
 
+# The drawn order is 8 3 5 1 …, and two shots are wanted. Item 7 is shown 8 and 3, and so is nearly
+# every other item. Item 3 is shown 8 and 5: it must not see its own answer.
 def draw_shot_items(
     benchmark: Benchmark, item: Item, num_shots: int, seed: int
 ) -> tuple[Item, ...]:

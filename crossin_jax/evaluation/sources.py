@@ -36,6 +36,12 @@ def is_hub_name(name: str) -> bool:
     return "/" in name and not name.startswith((".", "/", "~")) and not name.endswith(NAMES)
 
 
+# What a name may be, and what is read for the language zh and the split test:
+#
+#     items.jsonl              that file, whose rows or columns say their language
+#     data/mmlu_{lang}.json    data/mmlu_zh.json
+#     data, a folder           data/test/NAME_zh.csv, data/NAME_zh.csv or data/TASK/SOURCE/zh.csv
+#     data, a clone            the configuration zh of the data set that its README describes
 def read_path(name: str, codes: Sequence[str], split: str) -> Rows | None:
     """The rows of a file, of a folder, or of a path with {lang} and maybe {split}.
 

@@ -1,7 +1,7 @@
 """How far scores can be trusted: intervals over items, and paired tests.
 
-Shape letters: I items · R resamples · S seeds. An axis "1R" has the score itself and then that of
-every resample.
+Shape letters: I items · R resamples · S seeds · K scores, or any columns. An axis "1R" has the
+score itself and then that of every resample.
 
 Every interval comes from one bootstrap. A resample draws as many items as there are, with
 replacement; the score of a resample is the weighted mean of the items' scores:
@@ -127,6 +127,9 @@ def paired_change(
     return Change(difference, low, high, p, is_clear)
 
 
+# With 1999 resamples, of which 30 have a difference of zero or less and 1970 one of zero or more: p
+# = 2 · (1 + 30) / 2000 = .031. Both arms are weighed by the same resample, so that an item which
+# both find hard moves both scores, and not their difference.
 def paired_changes(
     samples: dict[int, np.ndarray], base: dict[int, np.ndarray], level: float = LEVEL
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:

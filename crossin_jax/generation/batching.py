@@ -151,6 +151,8 @@ def common_prefix(sequences: Sequence[np.ndarray]) -> int:
     return int(np.argmax(differ)) if differ.any() else shortest
 
 
+# Choices as token ids, 0: [5], 1: [5 8], 2: [7]. Choice 0 begins choice 1, so 1 and 2 are read, and
+# the result is ([1, 2], [0, 0, 1]): choice 0 is read from the first of them.
 def drop_prefix_choices(choices: Sequence[np.ndarray]) -> tuple[list[int], list[int]]:
     """The choices that do not begin another choice, and for every choice its index among those from
     which it is read.

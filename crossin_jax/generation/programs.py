@@ -272,6 +272,9 @@ class Programs:
             sizes_CB,
         )
 
+    # A key has all that decides the shapes of the inputs, e.g. ("decode", slots, R, rules). The
+    # programs are compiled ahead of time: a compiled one refuses another shape, where `jax.jit`
+    # would silently compile once more.
     def _run(
         self, kind: str, key: tuple, program: Callable, *inputs: Any, donate: tuple[int, ...] = ()
     ) -> Any:

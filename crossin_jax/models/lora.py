@@ -20,6 +20,8 @@ def modules(spec: ModelSpec) -> tuple[str, ...]:
     return ("embed_tokens", "lm_head", *TARGETS, *norms, "norm")
 
 
+# What this settles, for tied embeddings and modules_to_save=("lm_head",): the head is the embedding
+# matrix, so ("lm_head", "embed_tokens") train, and `is_trainable` finds the one matrix by its name.
 def resolve(lora: Lora | None, spec: ModelSpec) -> Lora | None:
     """The LoRA settings in effect for a model: names checked, `released_code_compatible` and tied
     embeddings applied.

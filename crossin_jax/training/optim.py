@@ -19,6 +19,10 @@ from crossin_jax.parallel.mesh import leaf_name
 VECTORS = ("bias", "magnitude")
 
 
+# 100 steps with warmup_share .1, final_share .1 and a peak of 1, by step from 0:
+#
+#     steps 0 to 9      0.1, 0.2 … 1.0     the warm-up
+#     steps 10 to 99    1.0 … 0.1          the decay; with "constant" it stays at 1.0
 def make_schedule(optim: Optim, num_steps: int) -> optax.Schedule:
     """Learning rate by step: a linear warm-up, then a decay to `final_share` of the peak."""
     warmup_steps = round(optim.warmup_share * num_steps)
