@@ -32,7 +32,7 @@ from crossin_jax.data.templates import load_template
 from crossin_jax.evaluation.items import Benchmark
 from crossin_jax.evaluation.predictions import Predictions
 from crossin_jax.evaluation.runner import describe_benchmarks, load_benchmarks, run_benchmarks
-from crossin_jax.evaluation.seaeval import write_log
+from crossin_jax.evaluation.seaeval import write_log, write_rows
 from crossin_jax.files import content_hash
 from crossin_jax.generation.engine import Engine
 from crossin_jax.parallel import hosts
@@ -192,9 +192,14 @@ def write_run(
     (out / "logs").mkdir(exist_ok=True)
     for predictions in run.predictions:
         name = re.sub(
-            r"[^\w.]+", "_", f"{predictions.benchmark}_{predictions.method}_p{predictions.prompt}"
+            r"[^\w.]+",
+            "_",
+            f"{predictions.benchmark}_{predictions.method}_{predictions.prompt_label}",
         )
-        write_log(out / "logs" / f"{name}.json", items[predictions.benchmark], predictions)
+        if predictions.kind == "parallel":
+            write_log(out / "logs" / f"{name}.json", items[predictions.benchmark], predictions)
+        else:
+            write_rows(out / "logs" / f"{name}.jsonl", items[predictions.benchmark], predictions)
     return blocks
 
 

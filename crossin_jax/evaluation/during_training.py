@@ -11,10 +11,10 @@ from jax.sharding import Mesh
 from crossin_jax.config import Config
 from crossin_jax.data.prompts import Renderer
 from crossin_jax.evaluation.confusion import measure_confusion, measure_off_target
-from crossin_jax.evaluation.metrics import evaluate
 from crossin_jax.evaluation.pairs import measure_pairs
 from crossin_jax.evaluation.predictions import Predictions
 from crossin_jax.evaluation.runner import load_benchmarks, run_benchmarks
+from crossin_jax.evaluation.separate import evaluate
 from crossin_jax.generation.engine import Engine
 from crossin_jax.training.state import AbstractModel
 
@@ -55,7 +55,9 @@ class Benchmarks:
         ):
             name = f"{predictions.benchmark}/{predictions.method}/{predictions.prompt_label}"
             values = evaluate(predictions, settings.mode).flatten()
-            pairs = measure_pairs(predictions, settings.mode, weights=settings.rankc)
+            pairs = {}
+            if predictions.kind == "parallel":
+                pairs = measure_pairs(predictions, settings.mode, weights=settings.rankc)
             # of what exists for every language, the mean is enough
             values |= {key: value for key, value in pairs.items() if "/" not in key}
             scores |= {f"{name}/{key}": value for key, value in values.items()}

@@ -216,6 +216,24 @@ def _likelihoods(answer: Answer) -> Row:
     return {} if answer.scores is None else {"log_likelihoods": list(answer.scores)}
 
 
+def write_rows(path: str | Path, items: Sequence[Item], predictions: Predictions) -> None:
+    """Writes the answers to a benchmark that is not parallel as JSON Lines, one per language of an
+    item. `score --answers` reads the pass rates of them.
+    """
+    answers = {item.id: item.answers for item in predictions.items}
+    lines = []
+    for item in items:
+        labels = dict(tag.split(": ", 1) for tag in item.tags if ": " in tag)
+        for language, version in item.versions.items():
+            row = {"id": item.id, "language": language} | labels
+            row |= {"question": version.question}
+            if version.choices:
+                row |= {"choices": list(version.choices), "answer": version.choices[version.answer]}
+            row |= {"model_prediction": _written(answers[item.id][language])}
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_whole(Path(path), "".join(lines).encode("utf-8", "surrogatepass"))
+
+
 def _written(answer: Answer) -> str:
     if answer.text is not None:
         return answer.text

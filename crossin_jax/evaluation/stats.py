@@ -198,7 +198,7 @@ def in_order_of(first: Predictions, second: Predictions) -> Predictions:
         )
     for item in first.items:
         if by_id[item.id].num_choices != item.num_choices or any(
-            by_id[item.id].gold[language] != item.gold[language] for language in first.languages
+            by_id[item.id].gold.get(code) != gold for code, gold in item.gold.items()
         ):
             raise UserError(
                 f"{place}: item {item.id!r} has another gold choice; "

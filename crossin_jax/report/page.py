@@ -76,6 +76,7 @@ def environment(folder: Path) -> jinja2.Environment:
     words = ("number", "percent", "describe_score", "language_name", "method_name", "reason_name")
     for name in (*words, "mark", "spread", "explain"):
         templates.filters[name] = getattr(wording, name)
+    templates.filters["kind_in_words"] = wording.KINDS_IN_WORDS.__getitem__
     # The items are written with `tojson`, which escapes <, > and & inside of strings.
     templates.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
     return templates
@@ -118,7 +119,10 @@ def count_facts(blocks: Sequence[Block], runs: Sequence[Run]) -> str:
 
 def draw_block(block: Block, arms: list[str]) -> list[tuple[str, Markup]]:
     """(heading, figure) of one block."""
-    last, several = block.main_score, len(block.languages) > 1
+    if block.kind == "open":
+        names = [name for name in block.headline if name in block.rows[0].scores]
+        return [("Scores", inline(figures.draw_scores(block, names, arms)))] if names else []
+    last, several = block.main_score, len(block.languages) > 1 and block.kind == "parallel"
     consistency = [f"consistency_{block.size}"] if several else []
     drawn = {"Scores": figures.draw_scores(block, unique(last, "accuracy", *consistency), arms)}
     if several:
@@ -145,7 +149,9 @@ def has_unread(block: Block) -> bool:
     shares = [
         share for row in rows for reasons in row.coin_share.values() for share in reasons.values()
     ]
-    return block.tag is None and (block.method == "generate" or any(shares))
+    return (
+        block.tag is None and block.kind != "open" and (block.method == "generate" or any(shares))
+    )
 
 
 def find_examples(
@@ -184,6 +190,8 @@ def list_items(runs: Sequence[Run], texts: dict[str, Benchmark], arms: list[str]
     chosen: dict[str, dict[tuple[str, str], Predictions]] = {}
     for run in runs:
         for predictions in run.predictions if run.seed == seed else ():
+            if predictions.kind != "parallel":  # there is nothing to disagree on
+                continue
             by_run = chosen.setdefault(predictions.benchmark, {})
             by_run.setdefault((run.name, predictions.method), predictions)
     everything = [p for by_run in chosen.values() for p in by_run.values()]

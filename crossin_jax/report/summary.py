@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 
 from crossin_jax.config import UserError
+from crossin_jax.evaluation import separate
 from crossin_jax.evaluation.metrics import (
     MODES,
     FourScores,
     Mode,
     Scores,
-    evaluate,
     item_scores,
     pair_agreement,
 )
@@ -113,6 +113,7 @@ class Block:
     """All arms on one benchmark by one method.
 
     With a `tag`, only the items that have it count. `chance` is the accuracy of blind guessing.
+    `kind` says what is measured: see `evaluation.items.KINDS`.
     """
 
     benchmark: str
@@ -122,6 +123,7 @@ class Block:
     num_items: int
     chance: float
     rows: tuple[Row, ...]
+    kind: str = "parallel"
 
     @property
     def size(self) -> int:
@@ -131,17 +133,24 @@ class Block:
     @property
     def headline(self) -> tuple[str, ...]:
         """The scores of the headline table in order; with one language, only its accuracy."""
+        if self.kind == "open":
+            return separate.RATES
         pivot = [f"accuracy/{code}" for code in self.languages if code in PIVOTS]
         if len(self.languages) == 1:
             return ("accuracy",)
         split = (*pivot, OTHERS) if pivot else ()
+        if self.kind == "separate":
+            return ("accuracy", *split)
         ranked = ("rankc",) if any("rankc" in row.scores for row in self.rows) else ()
         return ("accuracy", *split, f"consistency_{self.size}", self.main_score, *ranked)
 
     @property
     def main_score(self) -> str:
-        """AC3_s, or accuracy with one language."""
-        return "accuracy" if len(self.languages) == 1 else f"AC3_{self.size}"
+        """AC3_s; accuracy with one language, or where languages cannot be compared by item."""
+        if self.kind == "open":
+            return separate.RATES[0]
+        is_alone = len(self.languages) == 1 or self.kind == "separate"
+        return "accuracy" if is_alone else f"AC3_{self.size}"
 
 
 # ---- From runs to blocks
@@ -235,12 +244,14 @@ def _block(
         }
         is_compared = name in arms and name != first_arm
         row = _row(name, seeds, base_samples if is_compared else {}, mode, rankc, name in rules)
-        if tag is None:
+        if tag is None and first.kind == "parallel":
             tables = tabulate_pairs(seeds, base if is_compared else None, mode, weights=rankc)
             row = replace(row, pairs=tables)
         rows.append(row)
-    chance = float(np.mean([1 / item.num_choices for item in first.items]))
-    return Block(benchmark, method, tag, first.languages, len(first.items), chance, tuple(rows))
+    chance = float(np.mean([1 / max(1, item.num_choices) for item in first.items]))
+    return Block(
+        benchmark, method, tag, first.languages, len(first.items), chance, tuple(rows), first.kind
+    )
 
 
 def _row(
@@ -253,17 +264,23 @@ def _row(
 ) -> Row:
     samples = _sample(seeds, mode, rankc)
     scored = {
-        seed: [evaluate(p, mode, seed=seed) for p in several] for seed, several in seeds.items()
+        seed: [separate.evaluate(p, mode, seed=seed) for p in several]
+        for seed, several in seeds.items()
     }
+    is_parallel = next(iter(seeds.values()))[0].kind == "parallel"
     flat = {
         seed: [
-            _flatten(scores) | measure_pairs(p, mode, seed=seed, weights=rankc)
+            _flatten(scores)
+            | (measure_pairs(p, mode, seed=seed, weights=rankc) if is_parallel else {})
             for scores, p in zip(scored[seed], several, strict=True)
         ]
         for seed, several in seeds.items()
     }
     agreement = [
-        pair_agreement(p, mode, seed=seed) for seed, several in seeds.items() for p in several
+        pair_agreement(p, mode, seed=seed)
+        for seed, several in seeds.items()
+        for p in several
+        if is_parallel
     ]
     return Row(
         arm=arm,
@@ -275,7 +292,7 @@ def _row(
             for seed, sample in samples.items()
         },
         prompts=_by_prompt(seeds, flat),
-        agreement=np.mean(agreement, axis=0).tolist(),
+        agreement=np.mean(agreement, axis=0).tolist() if is_parallel else [],
         coin_share=_mean_shares([s.coin_share for several in scored.values() for s in several]),
         readings=read_answers([p for several in seeds.values() for p in several]),
         is_baseline=is_baseline,
@@ -360,8 +377,11 @@ def _sample(
 
 def _score_items(predictions: Predictions, mode: Mode, rankc: Weights, seed: int) -> ItemScores:
     """The scores of items, with the mean over the languages other than English."""
+    codes = [code for code in predictions.languages if code not in PIVOTS]
+    if predictions.kind != "parallel":
+        return separate.item_scores(predictions, mode, seed=seed, others=codes)
     scores = item_scores(predictions, mode, seed=seed)
-    others = [f"accuracy/{code}" for code in predictions.languages if code not in PIVOTS]
+    others = [f"accuracy/{code}" for code in codes]
     mean = {OTHERS: np.mean([scores[name] for name in others], axis=0)} if others else {}
     first = {"accuracy": scores["accuracy"]} | mean
     return first | scores | pair_scores(predictions, mode, seed=seed, weights=rankc)

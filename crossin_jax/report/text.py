@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from crossin_jax.evaluation.metrics import Mode
 from crossin_jax.report.summary import Block, Estimate, Row
 from crossin_jax.report.wording import (
+    KINDS_IN_WORDS,
     MODES_IN_WORDS,
     describe_score,
     language_name,
@@ -62,8 +63,7 @@ def to_markdown(title: str, blocks: Sequence[Block], mode: Mode) -> str:
         lines += [
             f"## {' '.join(describe_block(block).split())}",
             "",
-            f"Blind guessing: {number(block.chance)}.",
-            "",
+            *([f"Blind guessing: {number(block.chance)}.", ""] if block.kind != "open" else []),
             *format_markdown(
                 ("", *map(describe_score, block.headline)),
                 [(label(row), *format_scores(block, row)) for row in block.rows],
@@ -89,7 +89,7 @@ def readings_table(block: Block) -> list[str]:
     for row, code in rows:
         reading = row.readings[code]
         shares = (
-            sum(row.coin_share[code].values()),
+            sum(row.coin_share.get(code, {}).values()),
             reading.identified,
             reading.off_target,
             reading.own_certain,
@@ -108,7 +108,8 @@ def describe_block(block: Block) -> str:
     """The heading of a block in one line."""
     only = f", only items tagged {block.tag}" if block.tag else ""
     items = f"{block.num_items} items, {' '.join(block.languages)}"
-    return f"{block.benchmark}{only}: {method_name(block.method)}, {items}"
+    kind = f" ({KINDS_IN_WORDS[block.kind]})" if block.kind in KINDS_IN_WORDS else ""
+    return f"{block.benchmark}{only}: {method_name(block.method)}, {items}{kind}"
 
 
 def label(row: Row) -> str:

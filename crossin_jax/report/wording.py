@@ -10,7 +10,12 @@ METHODS = {
     "mean": "choice by log-likelihood per token",
     "byte": "choice by log-likelihood per byte",
     "letter": "choice by log-likelihood of its letter",
+    "sentence": "candidate by log-likelihood per token of the whole sentence",
     "rule": "rules without a model",
+}
+KINDS_IN_WORDS = {
+    "separate": "not parallel: accuracy only",
+    "open": "prompts without choices: are the answers in their language?",
 }
 SCORES = {
     "accuracy/others": "Other languages",
@@ -19,6 +24,8 @@ SCORES = {
     "agreement_right": "Agreement where one is right",
     "transfer": "Transfer from English",
     "conductivity": "Conductivity from English",
+    "line_pass": "Lines pass",
+    "word_pass": "Words pass",
 }
 MODES_IN_WORDS = {
     "expectation": "Answers that fit several choices count in proportion (the exact expectation "
@@ -87,6 +94,8 @@ def describe_score(name: str) -> str:
         return name[0].upper() + name[1:]
     if measure == "accuracy":
         return language_name(language)
+    if measure in ("line_pass", "word_pass"):
+        return f"{SCORES[measure]}, {language_name(language)}"
     return f"{measure[0].upper()}{measure[1:]} to {language_name(language)}"
 
 
