@@ -147,12 +147,12 @@ def test_published_answers_have_the_published_rates(shared):
     texts: dict[str, list[str]] = {}
     with gzip.open(folder / "llama-2-instruct.jsonl.gz") as file:
         for row in map(json.loads, file):
-            if (row["task"], row["source"]) == ("monolingual", "aya"):
+            if (row["task"], row["source"]) == ("monolingual", "aya_human_annotated"):
                 texts.setdefault(row["language"], []).append(row["completion"])
     rates = separate.evaluate(open_run(texts)).flatten()
     assert len(texts) > 3
     for code in texts:
-        published = expected[f"llama-2-instruct|monolingual|aya|{code}"]
+        published = expected[f"llama-2-instruct|monolingual|aya_human_annotated|{code}"]
         assert rates[f"line_pass/{code}"] == pytest.approx(published["lpr"], abs=1e-6)
         if "wpr" in published:
             assert rates[f"word_pass/{code}"] == pytest.approx(published["wpr"], abs=1e-6)

@@ -414,6 +414,7 @@ def expect_block(method, tag, mode):
         "num_items": len(items),
         "chance": np.mean([1 / i.num_choices for i in items]),
         "rows": rows,
+        "kind": "parallel",
     }
 
 
