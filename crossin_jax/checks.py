@@ -37,6 +37,11 @@ def check(config: Config) -> Config:
             f"train.batch_size={config.train.batch_size} is not divisible by "
             f"train.accumulation={config.train.accumulation}; use a multiple of it"
         )
+    if config.evaluation.untuned and config.model.path is None:
+        raise UserError(
+            "evaluation.untuned=True, but model.path is None: a model from random weights knows "
+            "nothing before training\nleave evaluation.untuned out"
+        )
     if config.train.benchmark_every and not config.evaluation.benchmarks:
         raise UserError(
             f"train.benchmark_every={config.train.benchmark_every}, but evaluation.benchmarks is "

@@ -341,6 +341,11 @@ class Evaluation(Settings):
         "prompts longer than the model reads: refuse them, or skip and count them",
         choices=("refuse", "skip"),
     )
+    untuned: bool = setting(
+        False,
+        "ask the model before tuning too: the first row of every table and of --compare",
+        is_later=True,
+    )
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -2,7 +2,8 @@
 
   python -m crossin_jax.evaluate --checkpoint runs/xquad                            (with the settings of the run)
   python -m crossin_jax.evaluate --config configs/xquad_llama.py --checkpoint runs/xquad
-  python -m crossin_jax.evaluate --config configs/xquad_llama.py                    (the base model, or lora.path on it)
+  python -m crossin_jax.evaluate --config configs/xquad_llama.py                    (the model before tuning)
+  python -m crossin_jax.evaluate --checkpoint runs/xquad --untuned                  (and the model before tuning)
   python -m crossin_jax.evaluate --compare runs/a/evaluation runs/b/evaluation
 
 An interrupted evaluation goes on where it stopped. Results: results.json, results.md, report.html,
@@ -28,6 +29,7 @@ from crossin_jax.checkpoint.store import find_checkpoint, read_config
 from crossin_jax.checks import check
 from crossin_jax.config import Config, UserError
 from crossin_jax.data.pipeline import open_eval_renderer, open_renderer
+from crossin_jax.data.prompts import Renderer
 from crossin_jax.data.templates import load_template
 from crossin_jax.evaluation.items import Benchmark
 from crossin_jax.evaluation.predictions import Predictions
@@ -37,8 +39,8 @@ from crossin_jax.files import content_hash
 from crossin_jax.generation.engine import Engine
 from crossin_jax.parallel import hosts
 from crossin_jax.parallel.mesh import make_mesh
-from crossin_jax.report.results import read_pair, read_rules, write_results
-from crossin_jax.report.summary import Block, Run
+from crossin_jax.report.results import keep_other_model, read_pair, read_rules, write_results
+from crossin_jax.report.summary import UNTUNED, Block, Run
 from crossin_jax.report.text import print_table
 from crossin_jax.training.state import describe_precision
 
@@ -63,7 +65,7 @@ def evaluate(
     benchmarks = load_benchmarks(config) if benchmarks is None else benchmarks
     if checkpoint is not None:
         check_template(config, dataclasses.asdict(read_config(checkpoint).data))
-    # The base model is asked without an adapter, unless lora.path names one.
+    # The untuned model is asked without an adapter, unless lora.path names one.
     adapter = config.lora.path if config.lora else None
     if checkpoint is None and adapter is None:
         config = dataclasses.replace(config, lora=None)
@@ -77,20 +79,12 @@ def evaluate(
         trained = opened.provenance | {"step": opened.step, "run": str(opened.run)}
     trained["tokenizer"] = provenance.identify_tokenizer(opened.tokenizer)
     trained["weights"] = fingerprint(opened.state)
+    if jax.process_index() == 0 and (place := keep_other_model(out, trained["weights"])):
+        log.warning("%s held the report of another model; it is now %s", out, place)
     renderer = open_eval_renderer(config, opened.tokenizer)
     renderer.check_embeddings(opened.spec.vocab_size, config.model.tokenizer or config.model.path)
     warn_of_changed_template(config, opened)
-    engine = Engine(
-        opened.graphdef,
-        opened.state,
-        opened.spec,
-        eos_ids=renderer.eos_ids,
-        pad_id=renderer.pad_id,
-        mesh=opened.mesh,
-        batch_size=config.evaluation.batch_size,
-        cache_dtype=config.evaluation.cache_dtype,
-        attention=config.model.attention,
-    )
+    engine = open_engine(config, opened, renderer)
     predictions = run_benchmarks(
         config,
         engine,
@@ -125,6 +119,37 @@ def identify_computation(opened: LoadedModel, weights: str) -> str:
             __version__,
         ]
     )
+
+
+def open_engine(config: Config, opened: LoadedModel, renderer: Renderer) -> Engine:
+    """The engine that asks an opened model the benchmarks of a configuration."""
+    return Engine(
+        opened.graphdef,
+        opened.state,
+        opened.spec,
+        eos_ids=renderer.eos_ids,
+        pad_id=renderer.pad_id,
+        mesh=opened.mesh,
+        batch_size=config.evaluation.batch_size,
+        cache_dtype=config.evaluation.cache_dtype,
+        attention=config.model.attention,
+    )
+
+
+def evaluate_untuned(
+    config: Config, cache: Path, benchmarks: Sequence[Benchmark] | None = None
+) -> Run:
+    """The answers of the model that the run of a configuration began with, asked as the run is.
+
+    Its finished parts are kept in `cache`.
+    """
+    evaluation = dataclasses.replace(
+        config.evaluation, template=config.evaluation.template or config.data.template
+    )
+    predictions, source = evaluate(
+        dataclasses.replace(config, evaluation=evaluation), None, cache, benchmarks
+    )
+    return Run(UNTUNED, config.seed, predictions, source)
 
 
 def check_template(config: Config, trained: dict[str, Any]) -> None:
@@ -165,9 +190,19 @@ def warn_of_changed_template(config: Config, opened: LoadedModel) -> None:
 def define_flags() -> None:
     """Flags beside the configuration."""
     flags.DEFINE_string(
-        "checkpoint", None, "run folder or one of its checkpoints/STEP; none: the base model"
+        "checkpoint",
+        None,
+        "run folder or one of its checkpoints/STEP; none: the model before tuning",
     )
-    flags.DEFINE_string("out", None, "folder for results (default: output_dir/evaluation)")
+    flags.DEFINE_string(
+        "out",
+        None,
+        "folder for results (default: output_dir/evaluation; without --checkpoint "
+        "output_dir/evaluation-untuned)",
+    )
+    flags.DEFINE_bool(
+        "untuned", None, "short for --config.evaluation.untuned: ask the model before tuning too"
+    )
     flags.DEFINE_integer(
         "limit", None, "short for --config.evaluation.limit: first items of each benchmark"
     )
@@ -180,14 +215,19 @@ def define_flags() -> None:
 
 
 def write_run(
-    config: Config, run: Run, out: Path, benchmarks: Sequence[Benchmark] | None = None
+    config: Config,
+    run: Run,
+    out: Path,
+    benchmarks: Sequence[Benchmark] | None = None,
+    *,
+    before: Sequence[Run] = (),
 ) -> list[Block]:
-    """Writes the report of one run and its answers as logs in SeaEval's layout; returns what the
-    report says.
+    """Writes the report of one run, after the runs `before` it, and its answers as logs in
+    SeaEval's layout; returns what the report says.
     """
     benchmarks = load_benchmarks(config) if benchmarks is None else benchmarks
     how = {"mode": config.evaluation.mode, "rankc": config.evaluation.rankc}
-    blocks = write_results(out, [run], title=run.name, benchmarks=benchmarks, **how)
+    blocks = write_results(out, [*before, run], title=run.name, benchmarks=benchmarks, **how)
     items = {benchmark.name: benchmark.items for benchmark in benchmarks}
     (out / "logs").mkdir(exist_ok=True)
     for predictions in run.predictions:
@@ -208,6 +248,7 @@ def narrow(config: Config, arguments: Any) -> Config:
     given = {
         "limit": arguments.limit,
         "languages": arguments.languages and tuple(arguments.languages),
+        "untuned": arguments.untuned,
     }
     if arguments.prompts:
         given["prompts"] = tuple(int(p) if p.isdigit() else p for p in arguments.prompts)
@@ -220,16 +261,31 @@ def narrow(config: Config, arguments: Any) -> Config:
 def main(config: Config, arguments: Any) -> None:
     """Evaluates and prints the table."""
     config = narrow(config, arguments)
-    out = Path(arguments.out or f"{config.output_dir}/evaluation").expanduser()
+    out = Path(arguments.out or default_folder(config, arguments.checkpoint)).expanduser()
     benchmarks = load_benchmarks(config)
-    name = config.name if arguments.checkpoint else "base model"
+    name = config.name if arguments.checkpoint else UNTUNED
     with hosts.own_folder(out):
         predictions, source = evaluate(config, arguments.checkpoint, out, benchmarks)
+        before = []
+        if config.evaluation.untuned and arguments.checkpoint:
+            before = [evaluate_untuned(config, out / UNTUNED, benchmarks)]
         if jax.process_index():
             return
-        blocks = write_run(config, Run(name, config.seed, predictions, source), out, benchmarks)
+        run = Run(name, config.seed, predictions, source)
+        blocks = write_run(config, run, out, benchmarks, before=before)
     print(print_table(blocks))
     print(f"report: {out / 'report.html'}; logs in SeaEval's layout: {out / 'logs'}")
+
+
+def default_folder(config: Config, checkpoint: str | None) -> str:
+    """Where results go: those of a run, of its model before tuning, and of an earlier step are
+    apart.
+    """
+    folder = f"{config.output_dir}/evaluation"
+    if checkpoint is None:
+        return f"{folder}-{UNTUNED}"
+    name = Path(checkpoint).name
+    return f"{folder}-step{name}" if name.isdigit() else folder
 
 
 def compare(arguments: Any) -> None:

@@ -30,8 +30,9 @@ from jax.sharding import Mesh
 
 from crossin_jax import cli, process, provenance
 from crossin_jax.checkpoint.fingerprint import fingerprints
-from crossin_jax.checkpoint.store import Store, list_steps, read_origin
+from crossin_jax.checkpoint.store import Store, read_origin
 from crossin_jax.config import Config, Train, UserError, to_dict
+from crossin_jax.data.lengths import describe_lost
 from crossin_jax.data.loader import Loader, make_loader
 from crossin_jax.data.pipeline import Pipeline, open_eval_renderer, open_pipeline
 from crossin_jax.files import write_whole
@@ -49,7 +50,7 @@ from crossin_jax.training.state import (
     flops_per_token,
     load_base,
     model_spec,
-    resolve_precision,
+    settle_precision,
     start_state,
     to_mesh,
 )
@@ -145,6 +146,8 @@ def train(
             ):
                 if is_resumed:
                     make_up_evaluations(run, state, telemetry)
+                elif run.held_out:
+                    telemetry.write({"step": 0} | run.held_out(state))
                 take_steps(run, state, store, preemption, telemetry, profiler, kill_after)
     return folder
 
@@ -163,6 +166,12 @@ def set_up(config: Config, folder: Path) -> Run:
     if (english := data.mixture.count_english_requests()) and jax.process_index() == 0:
         counts = ", ".join(f"{code} {count}" for code, count in english.items())
         logging.warning("requests are in English for want of a sentence of their own: %s", counts)
+    if jax.process_index() == 0:
+        lost = describe_lost(
+            data.mixture, data.held_out, data.renderer, config.data, spec.max_length
+        )
+        for line in lost:
+            logging.warning("data: %s", line)
     warn_of_length(config.data.length, spec.max_length)
     eval_renderer = open_eval_renderer(config, data.tokenizer)  # refuses a wrong template now
     for renderer in (data.renderer, eval_renderer):
@@ -368,18 +377,6 @@ def find_folder(config: Config) -> Path:
             "see docs/tpu.md"
         )
     return Path(config.output_dir).expanduser()
-
-
-def settle_precision(config: Config, folder: Path | None) -> Config:
-    """The configuration with a precision in place of "auto": that of the run in `folder`, else the
-    device's.
-    """
-    if config.model.compute_dtype == "auto" and folder and list_steps(folder / "checkpoints"):
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            dtype = json.loads((folder / "config.json").read_text())["model"]["compute_dtype"]
-            model = dataclasses.replace(config.model, compute_dtype=dtype)
-            config = dataclasses.replace(config, model=model)
-    return resolve_precision(config)
 
 
 def forget_refused(folder: Path) -> None:

@@ -23,6 +23,7 @@ def flags(**given) -> SimpleNamespace:
             "limit": None,
             "languages": None,
             "prompts": None,
+            "untuned": None,
             "compare": None,
             "after": None,
         }
@@ -88,7 +89,7 @@ def test_short_flags_ask_for_less(
     """
     silence(monkeypatch)
     program.main(own_benchmark, flags(**given))
-    out = Path(own_benchmark.output_dir) / "evaluation"
+    out = Path(own_benchmark.output_dir) / "evaluation-untuned"
     results = json.loads((out / "results.json").read_text())
     assert {block["method"] for block in results["blocks"]} == {"sum", "mean", "byte", "letter"}
     for block in results["blocks"]:
@@ -97,8 +98,8 @@ def test_short_flags_ask_for_less(
         assert row["num_items"] == block["num_items"] == num_items
     assert (results["mode"], results["title"], results["runs"][0]["name"]) == (
         "strict",
-        "base model",
-        "base model",
+        "untuned",
+        "untuned",
     )
     assert results["runs"][0]["seed"] == own_benchmark.seed
     logs = {
@@ -140,11 +141,81 @@ def test_a_checkpoint_is_reported_by_the_name_of_its_run(
         assert (
             results["runs"][0]["name"]
             == results["title"]
-            == ("tiny_lora" if checkpoint else "base model")
+            == ("tiny_lora" if checkpoint else "untuned")
         )
     program.compare(flags(compare=str(tmp_path / "base"), after=str(tmp_path / "tuned")))
     results = json.loads((tmp_path / "tuned" / "comparison" / "results.json").read_text())
-    assert [run["name"] for run in results["runs"]] == ["base model", "tiny_lora"]
+    assert [run["name"] for run in results["runs"]] == ["untuned", "tiny_lora"]
     assert results["blocks"][0]["rows"][1]["scores"]["accuracy"]["change"]["difference"] == 0
     with pytest.raises(UserError, match="--compare takes two folders"):
         program.compare(flags(compare=str(tmp_path / "base")))
+
+
+def read(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def names(folder):
+    return [run["name"] for run in read(folder)["runs"]]
+
+
+def test_the_untuned_model_is_a_row_by_one_setting(adapted, pretrained, tmp_path, monkeypatch):
+    """In the report of a run and in comparisons, where two runs share it."""
+    silence(monkeypatch)
+    config = config_in(adapted, str(pretrained / "model"))
+    for name, given in (("a", {"untuned": True}), ("b", {"untuned": True}), ("c", {})):
+        config.name = name
+        program.main(config, flags(checkpoint=str(adapted), out=str(tmp_path / name), **given))
+    assert names(tmp_path / "a") == ["untuned", "a"] and names(tmp_path / "c") == ["c"]
+    weights = [run["provenance"]["model"]["weights"] for run in read(tmp_path / "a")["runs"]]
+    assert weights[0] != weights[1]
+    for first, second, rows in (
+        ("a", "b", ["untuned", "a", "b"]),
+        ("a", "c", ["untuned", "a", "c"]),
+        ("c", "a", ["c", "untuned", "a"]),
+    ):
+        program.compare(flags(compare=str(tmp_path / first), after=str(tmp_path / second)))
+        assert names(tmp_path / second / "comparison") == rows
+    # The setting does not ask the run again: its finished parts stay valid.
+    monkeypatch.setattr(Engine, "score", None)
+    monkeypatch.setattr(Engine, "generate", None)
+    config.name = "a"
+    program.main(config, flags(checkpoint=str(adapted), out=str(tmp_path / "a")))
+    assert names(tmp_path / "a") == ["a"]
+
+
+def test_models_without_training_have_no_untuned_row(tmp_path):
+    with pytest.raises(UserError, match="untuned=True, but model.path is None"):
+        program.main(config_in(tmp_path), flags(untuned=True))
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "folder"),
+    [
+        (None, "run/evaluation-untuned"),
+        ("run", "run/evaluation"),
+        ("run/checkpoints/3", "run/evaluation-step3"),
+    ],
+)
+def test_every_model_has_a_folder_of_its_own(checkpoint, folder, tmp_path):
+    config = config_in(tmp_path / "run")
+    assert program.default_folder(config, checkpoint) == str(tmp_path / folder)
+
+
+def test_a_report_of_another_model_is_kept(
+    own_benchmark, adapted, pretrained, tmp_path, monkeypatch
+):
+    """It moves beside the new one; the same model's report is replaced."""
+    silence(monkeypatch)
+    out = tmp_path / "out"
+    config = config_in(adapted, str(pretrained / "model"))
+    asked = (own_benchmark, None), (own_benchmark, None), (config, str(adapted / "checkpoints/3"))
+    for settings, checkpoint in (*asked, (config, str(adapted)), asked[-1]):
+        program.main(settings, flags(checkpoint=checkpoint, out=str(out)))
+    found = {folder.name: read(folder)["runs"][0] for folder in tmp_path.glob("out*")}
+    steps = {name: run["provenance"]["model"].get("step") for name, run in found.items()}
+    (untuned,) = set(steps) - {"out", "out-step3", "out-step6"}
+    assert steps == {"out": 3, "out-step3": 3, "out-step6": 6, untuned: None}
+    assert found[untuned]["name"] == "untuned"
+    assert untuned == f"out-{found[untuned]['provenance']['model']['weights'][:8]}"
+    assert (tmp_path / untuned / "logs").is_dir() and (tmp_path / untuned / "report.html").is_file()

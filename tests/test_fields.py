@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from crossin_jax import evaluate as evaluate_program
 from crossin_jax import train as train_program
 from crossin_jax.checkpoint.store import Store
 from crossin_jax.checks import check
@@ -128,7 +129,7 @@ class Engine:
         rng = np.random.default_rng(0)
         return [rng.normal(size=len(entry)) for entry in continuations]
 
-    def generate(self, prompts, detokenize, **options):
+    def generate(self, prompts, detokenize, finished, **options):
         self.asked.append(([ids.tolist() for ids in prompts], options))
         return [[] for _ in prompts]
 
@@ -148,6 +149,23 @@ def benchmark(config: Config) -> tuple:
             types.SimpleNamespace(trainable=0, frozen=0)
         )
     return repr(scores), repr(ENGINES)
+
+
+def asked_models(config: Config) -> list:
+    """The checkpoints that `evaluate` asks; None is the model before tuning."""
+    asked: list = []
+
+    def evaluate(_, checkpoint, *__):
+        return asked.append(checkpoint) or ([], {})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate_program, "evaluate", evaluate)
+        for name in ("write_run", "load_benchmarks", "print_table"):
+            patch.setattr(evaluate_program, name, lambda *_, **__: [])
+        given = dict.fromkeys(("out", "limit", "languages", "prompts", "untuned"))
+        flags = types.SimpleNamespace(checkpoint=config.output_dir, **given)
+        evaluate_program.main(config, flags)
+    return asked
 
 
 @cache
@@ -460,6 +478,7 @@ TABLE = {
     "Evaluation.rankc": ("CHOICES", "evaluation.rankc", "norm1", benchmark),
     "Evaluation.split": ("SPLIT", "evaluation.split", "dev", benchmark),
     "Evaluation.gap": ("GAPS", "evaluation.gap", "answer", benchmark),
+    "Evaluation.untuned": ("LORA", "evaluation.untuned", True, asked_models),
     "Evaluation.over_long": ("LONG", "evaluation.over_long", "skip", benchmark),
     "Config.name": ("TRAINS", "name", "other", run),
     "Config.seed": ("DATA", "seed", 7, batches),

@@ -1,8 +1,8 @@
 """Asks a model the questions of a benchmark: free answers, or the likelihood of choices.
 
 Each finished (benchmark, prompt, method) is kept under a key made of weights, template, questions
-and settings, so an interrupted evaluation goes on where it stopped and a changed template starts
-anew.
+and settings, so a changed template starts anew. Of one that is interrupted every answer is kept
+(kept.py).
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import gzip
 import json
 import logging
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from crossin_jax.evaluation.frames import (
     show_gap,
 )
 from crossin_jax.evaluation.items import Benchmark, Item, with_items
+from crossin_jax.evaluation.kept import ask_missing
 from crossin_jax.evaluation.predictions import Answer, ItemAnswers, Predictions, decode, encode
 from crossin_jax.evaluation.scoring import choose_likeliest, split_choices, split_gap
 from crossin_jax.evaluation.shots import draw_shots, list_shots
@@ -78,11 +79,6 @@ def describe_benchmarks(config: Config, benchmarks: Sequence[Benchmark]) -> dict
     }
 
 
-# From items to scores:
-#
-#     Benchmark ─ questions ─► texts ─ Renderer ─► ids ─ Engine ─┬─ score ─► log-likelihoods ─┐
-#                                                                └─ generate ─► text ─ align ─┤
-#     scores ◄─ metrics.evaluate ─ Predictions ◄─ collect ─ Answer ◄──────────────────────────┘
 def _describe_frames(config: Config, benchmark: Benchmark) -> dict[str, Any]:
     """The hash of each prompt's words, so that a changed wording is noticed."""
     prompts = dict.fromkeys(prompt for prompt, _ in plan_questions(config, benchmark) if prompt)
@@ -90,6 +86,11 @@ def _describe_frames(config: Config, benchmark: Benchmark) -> dict[str, Any]:
     return {"frames": frames} if frames else {}
 
 
+# From items to scores:
+#
+#     Benchmark ─ questions ─► texts ─ Renderer ─► ids ─ Engine ─┬─ score ─► log-likelihoods ─┐
+#                                                                └─ generate ─► text ─ align ─┤
+#     scores ◄─ metrics.evaluate ─ Predictions ◄─ collect ─ Answer ◄──────────────────────────┘
 def run_benchmarks(
     config: Config,
     engine: Engine,
@@ -113,9 +114,11 @@ def run_benchmarks(
             parts = load(file) if file else None
             if parts is None:
                 ask = score_choices if method == "choices" else generate_answers
-                parts = ask(config, engine, renderer, benchmark, prompt, progress)
+                so_far = file and file.with_suffix(".part")
+                parts = ask(config, engine, renderer, benchmark, prompt, progress, so_far)
                 if file:
                     save(parts, file)
+                    so_far.unlink(missing_ok=True)
             results += parts
     return results
 
@@ -147,6 +150,16 @@ def plan_questions(config: Config, benchmark: Benchmark) -> list[tuple[int | str
     return scored + asked
 
 
+def count_prompts(config: Config, benchmarks: Sequence[Benchmark]) -> dict[str, int]:
+    """How many prompts an evaluation asks by each method."""
+    counts: dict[str, int] = {}
+    for benchmark in benchmarks:
+        for _, method in plan_questions(config, benchmark):
+            asked = sum(len(item.versions) for item in benchmark.items)
+            counts[method] = counts.get(method, 0) + asked
+    return counts
+
+
 def _scores_gaps(config: Config, benchmark: Benchmark) -> bool:
     return benchmark.is_cloze and config.evaluation.gap != "question"
 
@@ -167,7 +180,8 @@ def _key(
         "prompts": prompt,
         "method": method,
     }
-    del asked["rankc"]  # it decides how answers are counted, not what they are
+    # These decide what is done with the answers, not what they are.
+    del asked["rankc"], asked["untuned"]
     if settings.shots:  # they may be items beyond the limit
         asked["pool"] = with_items(benchmark, benchmark.pool).fingerprint
     if isinstance(prompt, str):  # the file may have other words tomorrow
@@ -205,6 +219,7 @@ def score_choices(
     benchmark: Benchmark,
     prompt: int | str,
     progress: bool,
+    so_far: Path | None = None,
 ) -> list[Predictions]:
     """The likeliest choice by summed log-likelihood, per token and per byte, and of the letter
     alone.
@@ -227,19 +242,26 @@ def score_choices(
         ]
     needs = [len(entry.prompt) + max(map(len, entry.options)) - 1 for entry in scored]
     check_lengths(config, engine, benchmark, asked, needs)
-    found = engine.score(
-        [entry.prompt for entry in scored],
-        [entry.options for entry in scored],
-        over_long="skip",
-        progress=progress,
-    )
+
+    def ask(numbers: list[int], finished: Callable[[int, Any], None]) -> list[Any]:
+        found = engine.score(
+            [scored[i].prompt for i in numbers],
+            [scored[i].options for i in numbers],
+            over_long="skip",
+            finished=lambda k, values: finished(k, values.tolist()),
+            progress=progress,
+        )
+        return [None if values is None else values.tolist() for values in found]
+
+    found = ask_missing(so_far, len(scored), ask)
     methods = scored[0].methods
     answers: dict[str, dict[str, dict[str, Answer]]] = {method: {} for method in methods}
     for (item, language, *_), entry, values in zip(asked, scored, found, strict=True):
         count = len(item.versions[language].choices)
         for method in methods:
             of_item = answers[method].setdefault(item.id, {})
-            of_item[language] = choose_likeliest(entry, values, method, count)
+            scores = None if values is None else np.array(values)
+            of_item[language] = choose_likeliest(entry, scores, method, count)
     return [_predict(benchmark, method, prompt, answers[method]) for method in methods]
 
 
@@ -250,6 +272,7 @@ def generate_answers(
     benchmark: Benchmark,
     prompt: int | str,
     progress: bool,
+    so_far: Path | None = None,
 ) -> list[Predictions]:
     """What the model writes, aligned to a choice by SeaEval's rules; few-shot answers end at the
     first line break. The answer to a prompt without choices is its text.
@@ -268,18 +291,23 @@ def generate_answers(
         zlib.crc32(np.asarray(ids, np.int32).tobytes(), config.seed % 2**32) for ids in prompts
     ]
     is_few_shot = bool(settings.shots) and benchmark.kind != "open"
-    answers = engine.generate(
-        prompts,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        seeds=seeds,
-        over_long="skip",
-        stop=("\n",) if is_few_shot else (),
-        detokenize=renderer.decode,
-        progress=progress,
-    )
+
+    def ask(numbers: list[int], finished: Callable[[int, Any], None]) -> list[Any]:
+        return engine.generate(
+            [prompts[i] for i in numbers],
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            seeds=[seeds[i] for i in numbers],
+            over_long="skip",
+            stop=("\n",) if is_few_shot else (),
+            detokenize=renderer.decode,
+            finished=finished,
+            progress=progress,
+        )
+
+    answers = ask_missing(so_far, len(prompts), ask)
     by_item: dict[str, dict[str, Answer]] = {}
     for (item, language, _, _), ids in zip(asked, answers, strict=True):
         choices = item.versions[language].choices

@@ -10,7 +10,6 @@ K tokens of a choice.
 """
 
 import logging
-import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from crossin_jax.config import UserError
 from crossin_jax.generation.batching import (
@@ -37,6 +35,7 @@ from crossin_jax.generation.batching import (
 )
 from crossin_jax.generation.decoding import NOT_FINITE, Decoder, Prompt, plan_admissions
 from crossin_jax.generation.programs import Programs
+from crossin_jax.generation.progress import Progress
 from crossin_jax.generation.sampling import make_sampling
 from crossin_jax.models.spec import ModelSpec
 
@@ -114,6 +113,7 @@ class Engine:
         detokenize: Callable[[list[int]], str] | None = None,
         over_long: str = "raise",
         stream: Callable[[int, list[int]], None] | None = None,
+        finished: Callable[[int, list[int]], None] | None = None,
         progress: bool = True,
     ) -> list[list[int] | None]:
         """The answer to each prompt as token ids, without EOS and without what only a stop needs.
@@ -121,7 +121,7 @@ class Engine:
         A stop is a text (found through `detokenize`; the last token may reach into it) or token
         ids. Row i draws by `seeds[i]` and position; without seeds a prompt's own tokens seed it. A
         prompt too long for `max_length` raises `UserError`, or yields None with over_long="skip".
-        `stream(i, new ids)` is called as answers grow.
+        `stream(i, new ids)` is called as answers grow, `finished(i, ids)` when one is whole.
         """
         sampling = make_sampling(temperature, top_k, top_p)
         tokens = self._check_prompts(prompts)
@@ -147,7 +147,7 @@ class Engine:
             self.share_prefix,
         )
         decoder = Decoder(self.programs, admissions, self.buckets, sampling, stop, detokenize)
-        self._run(decoder, len(asked), stream, progress)
+        self._run(decoder, len(asked), stream, finished, progress)
         answers: list[list[int] | None] = [None] * len(tokens)
         for prompt in asked:
             answers[prompt.index] = prompt.answer
@@ -158,28 +158,30 @@ class Engine:
         decoder: Decoder,
         total: int,
         stream: Callable[[int, list[int]], None] | None,
+        finished: Callable[[int, list[int]], None] | None,
         progress: bool,
     ) -> None:
         """Decodes everything, with a progress bar and a line in the log."""
-        start, drawn = time.perf_counter(), 0
-        with tqdm(
-            total=total, desc="generate", unit="prompt", disable=not progress, delay=2
-        ) as bar:
+        drawn = 0
+        with self._open_bar("generate", total, progress) as bar:
             for prompt, added, done in decoder.run():
                 drawn += len(added)
                 if stream and added:
                     stream(prompt.index, added)
+                if done and finished:
+                    finished(prompt.index, prompt.answer)
                 if done:
-                    speed = drawn / (time.perf_counter() - start)
-                    bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
-                    bar.update()
-        log.info(
-            "%d tokens for %d prompts in %.1f s, %d programs compiled so far",
-            drawn,
-            total,
-            time.perf_counter() - start,
-            self.compilations,
-        )
+                    bar.add(1, f"{drawn / bar.seconds:.0f} tokens/s")
+            log.info(
+                "%d tokens for %d prompts in %.1f s without compiling, %d programs compiled so far",
+                drawn,
+                total,
+                bar.seconds,
+                self.compilations,
+            )
+
+    def _open_bar(self, name: str, total: int, shown: bool) -> Progress:
+        return Progress(name, total, lambda: self.programs.compile_seconds, shown)
 
     def score(
         self,
@@ -187,20 +189,20 @@ class Engine:
         continuations: Sequence[Sequence[Any]],
         *,
         over_long: str = "raise",
+        finished: Callable[[int, np.ndarray], None] | None = None,
         progress: bool = True,
     ) -> list[np.ndarray | None]:
         """The summed log-likelihood of each continuation given its prompt, (C,) float64 per prompt.
 
         A prompt is read once for all its continuations, and a continuation that another one begins
         with is not read again. A prompt too long for `max_length` (the last token of a continuation
-        is not read) raises `UserError`, or yields None with over_long="skip".
+        is not read) raises `UserError`, or yields None with over_long="skip". `finished(i, scores)`
+        is called when prompt i is scored.
         """
-        return [
-            scored and scored[0]
-            for scored in self.score_with_greedy(
-                prompts, continuations, over_long=over_long, progress=progress
-            )
-        ]
+        scored = self.score_with_greedy(
+            prompts, continuations, over_long=over_long, finished=finished, progress=progress
+        )
+        return [entry and entry[0] for entry in scored]
 
     def score_with_greedy(
         self,
@@ -208,6 +210,7 @@ class Engine:
         continuations: Sequence[Sequence[Any]],
         *,
         over_long: str = "raise",
+        finished: Callable[[int, np.ndarray], None] | None = None,
         progress: bool = True,
     ) -> list[tuple[np.ndarray, np.ndarray] | None]:
         """As `score`, and (C,) bool: whether greedy decoding would give the continuation."""
@@ -228,15 +231,15 @@ class Engine:
         # The device computes a batch while two more wait, and the host prepares the next one
         # meanwhile.
         pending: deque = deque()
-        with tqdm(
-            total=len(fits), desc="score", unit="prompt", disable=not progress, delay=2
-        ) as bar:
+        with self._open_bar("score", len(fits), progress) as bar:
 
             def collect():
                 members, scored = pending.popleft()
                 for i, scores_CK, best_CK in _by_prompt(members, scored):
                     results[i] = _sum_choices(i, choices[i], places[i], scores_CK, best_CK)
-                bar.update(len(members))
+                    if finished:
+                        finished(i, results[i][0])
+                bar.add(len(members))
 
             for members, scored in self._score_all(tokens, read, sorted(fits)):
                 pending.append((members, scored))

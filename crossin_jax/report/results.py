@@ -7,8 +7,10 @@ docs/evaluation.md explains every score in it.
 
 import gzip
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from crossin_jax.evaluation.predictions import Predictions, decode, encode
 from crossin_jax.evaluation.stats import LEVEL, NUM_RESAMPLES
 from crossin_jax.files import read_json, write_whole
 from crossin_jax.report.page import build_page
-from crossin_jax.report.summary import Block, Run, summarise
+from crossin_jax.report.summary import UNTUNED, Block, Run, summarise
 from crossin_jax.report.text import to_markdown
 
 # the version of the format of answers.json.gz and results.json
@@ -142,12 +144,62 @@ def read_pair(first: str | Path, second: str | Path) -> list[Run]:
             f"nothing to compare: {first} holds {names[0]}\n{second} holds {names[1]}\n"
             "evaluate both on the same benchmark by the same method"
         )
+    pair = pair[0], [run for run in pair[1] if not any(map(partial(is_same, run), pair[0]))]
     taken = {run.name for run in pair[0]} & {run.name for run in pair[1]}
     return [
         replace(run, name=f"{run.name} ({folder})") if run.name in taken else run
         for folder, runs in zip((first, second), pair, strict=True)
         for run in runs
     ]
+
+
+def is_same(run: Run, other: Run) -> bool:
+    """Whether two runs are one: the model before tuning is in the results of every run from it."""
+    return (run.name, run.seed, run.predictions) == (other.name, other.seed, other.predictions)
+
+
+def without_repeats(runs: Iterable[Run]) -> list[Run]:
+    """The runs, each once. Different models before tuning get the name of their folder beside
+    theirs.
+    """
+    kept: list[Run] = []
+    for run in runs:
+        if any(map(partial(is_same, run), kept)):
+            continue
+        if any((other.name, other.seed) == (run.name, run.seed) for other in kept):
+            base = str((run.provenance.get("model") or {}).get("base"))
+            run = replace(
+                run, name=f"{run.name} ({Path(base).name})" if run.name == UNTUNED else run.name
+            )
+        kept.append(run)
+    return kept
+
+
+def keep_other_model(folder: Path, weights: str) -> Path | None:
+    """Moves the report of another model out of a folder; returns its new place.
+
+    `weights` is the fingerprint of the model whose report comes next. Finished parts of evaluations
+    stay: each belongs to its weights by name.
+    """
+    try:
+        origin = json.loads((folder / "results.json").read_text())["runs"][-1]["provenance"][
+            "model"
+        ]
+        known, step = origin["weights"], origin.get("step")
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    if known == weights:
+        return None
+    name = f"{folder.name}-{f'step{step}' if step is not None else str(known)[:8]}"
+    place, number = folder.with_name(name), 1
+    while place.exists():
+        number += 1
+        place = folder.with_name(f"{name}-{number}")
+    place.mkdir()
+    for name in ("results.json", "results.md", "report.html", ANSWERS, "logs", "comparison"):
+        if (folder / name).exists():
+            shutil.move(folder / name, place / name)
+    return place
 
 
 def _to_json(value: Any, indent: int | None = None) -> bytes:

@@ -45,6 +45,8 @@ from crossin_jax.report.readings import Reading, read_answers
 
 # mean accuracy over the languages other than English
 OTHERS = "accuracy/others"
+# the arm of the model before tuning
+UNTUNED = "untuned"
 # the method of baselines that use no model
 RULE = "rule"
 # By seed, scores by name for each prompt

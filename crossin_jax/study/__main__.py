@@ -18,7 +18,15 @@ from absl import flags
 from crossin_jax import cli
 from crossin_jax.config import Study, UserError
 from crossin_jax.study.cost import print_costs
-from crossin_jax.study.run import cell_keys, is_done, run_study, with_budget, write_report
+from crossin_jax.study.run import (
+    cell_keys,
+    check_folders,
+    is_done,
+    run_study,
+    with_budget,
+    write_report,
+)
+from crossin_jax.study.trial import try_cells
 from crossin_jax.train import keep_compiled
 
 
@@ -34,8 +42,17 @@ def define_flags() -> None:
     flags.DEFINE_string("budget", None, "the same for every arm: steps=N, examples=N or tokens=N")
     flags.DEFINE_string("cells", None, "part of the cells to run here, FIRST:LAST (as in Python)")
     flags.DEFINE_bool("report_only", False, "run nothing; write the report of what is done")
-    flags.DEFINE_bool("dry_run", False, "print the cells with their cost and leave")
-    flags.DEFINE_string("topology", None, "TPU slice that the dry run plans for, e.g. v5e:4x4")
+    flags.DEFINE_bool(
+        "dry_run",
+        False,
+        "open everything, count, time a few steps and prompts, print hours per cell, and leave",
+    )
+    flags.DEFINE_bool("time", True, "time steps and prompts in a dry run; --notime only counts")
+    flags.DEFINE_string(
+        "topology",
+        None,
+        "TPU slice that the dry run plans for, without data and weights, e.g. v5e:4x4",
+    )
 
 
 def main(arguments: Any) -> None:
@@ -51,8 +68,15 @@ def main(arguments: Any) -> None:
             raise UserError(f"--cells={arguments.cells}: give FIRST:LAST, e.g. 0:4") from None
     if arguments.dry_run:
         done = {cell.name for cell in study.cells if is_done(cell, keys)}
-        jax.config.update("jax_platforms", "cpu")  # real chips, where there are any, stay free
-        print_costs(study, done, chosen, arguments.topology)
+        if arguments.topology:
+            # Planned for absent chips: neither data nor weights are opened, and real chips stay
+            # free.
+            jax.config.update("jax_platforms", "cpu")
+            print_costs(study, done, chosen, arguments.topology)
+        else:
+            check_folders(study, chosen)
+            left = [cell for cell in study.cells[chosen] if cell.name not in done]
+            print_costs(study, done, chosen, trials=try_cells(study, left, arguments.time))
         return
     start = time.time()
     if not arguments.report_only:

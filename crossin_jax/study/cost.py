@@ -5,6 +5,7 @@ and hours.
 import dataclasses
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,8 @@ from crossin_jax.models.spec import ModelSpec
 from crossin_jax.parallel.mesh import make_mesh
 from crossin_jax.plan.plan import make_plan
 from crossin_jax.plan.topology import NoCompiler, Topology, open_topology
+from crossin_jax.study.trial import Estimate as Trial
+from crossin_jax.study.trial import describe, describe_device, format_hours
 from crossin_jax.training.optim import make_optimizer
 from crossin_jax.training.state import abstract_model, abstract_state, model_spec
 
@@ -156,12 +159,16 @@ def describe_length(cell: Cell) -> str:
 
 
 def print_costs(
-    study: Study, done: set[str], chosen: slice = slice(None), topology: str | None = None
+    study: Study,
+    done: set[str],
+    chosen: slice = slice(None),
+    topology: str | None = None,
+    trials: dict[str, Trial] | None = None,
 ) -> None:
     """A line per cell, and the sums of what is still to do; without a TPU compiler one line says
-    so.
+    so. `trials` are what the cells showed in miniature.
     """
-    slice_of_tpus = None
+    slice_of_tpus, trials = None, trials or {}
     try:
         slice_of_tpus = open_topology(topology) if topology else None
     except NoCompiler as error:
@@ -170,17 +177,30 @@ def print_costs(
     width = max((len(cost.name) for cost in costs), default=0)
     for cost in costs:
         state = "done" if cost.name in done else "to do"
+        shown = describe(trials[cost.name]) if cost.name in trials else f"{cost.length:>12s}"
         print(
-            f"{cost.number:3d}  {state:5s}  {cost.name:{width}s}  {cost.length:>12s}  disk "
-            f"{_size(cost.disk):>9s}"
-            f"  {_describe_plan(cost)}".rstrip()
+            f"{cost.number:3d}  {state:5s}  {cost.name:{width}s}  disk {_size(cost.disk):>9s}"
+            f"  {shown}  {_describe_plan(cost)}".rstrip()
         )
     left = [cost for cost in costs if cost.name not in done]
     hours = [cost.hours for cost in left if cost.hours is not None]
+    timed = [trial for trial in trials.values() if trial.training_hours is not None]
     print(
-        f"{len(left)} of {len(costs)} cells to do; disk "
-        f"{_size(sum(cost.disk or 0 for cost in left))}"
+        f"{len(left)} of {len(costs)} cells to do; "
+        f"disk {_size(sum(cost.disk or 0 for cost in left))}"
         + (f"; at least {sum(hours):.1f} hours on {topology}" if hours else "")
+        + (f"; {describe_sum(timed)}" if timed else "")
+    )
+
+
+def describe_sum(timed: Sequence[Trial]) -> str:
+    """Hours of training and evaluation in all, on the devices at hand."""
+    training = sum(trial.training_hours or 0 for trial in timed)
+    evaluation = sum(trial.evaluation_hours or 0 for trial in timed)
+    return (
+        f"{format_hours(training + evaluation)} in all ({format_hours(training)} of training, "
+        f"{format_hours(evaluation)} of evaluation) on {describe_device()}, "
+        "without loading and compiling"
     )
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,15 @@ from crossin_jax.config import Cell, Config, Study, UserError
 from crossin_jax.data.loader import make_loader
 from crossin_jax.data.mixture import Mixture, load_corpora
 from crossin_jax.data.pipeline import open_pipeline
-from crossin_jax.evaluate import evaluate, write_run
+from crossin_jax.evaluate import evaluate, evaluate_untuned, write_run
 from crossin_jax.evaluation.runner import answer_without_model, load_benchmarks
 from crossin_jax.export import export
 from crossin_jax.files import content_hash, write_whole
 from crossin_jax.ownership import OWNER
 from crossin_jax.parallel import hosts
 from crossin_jax.parallel.mesh import make_mesh
-from crossin_jax.report.results import read_results, write_results
-from crossin_jax.report.summary import Run
+from crossin_jax.report.results import read_results, without_repeats, write_results
+from crossin_jax.report.summary import UNTUNED, Run
 from crossin_jax.report.text import print_table
 from crossin_jax.study.inputs import find_changed_input, identify_inputs
 from crossin_jax.study.report import Table, write_study
@@ -66,11 +67,13 @@ def run_study(study: Study, chosen: slice = slice(None)) -> list[Run]:
             )
         if not done:
             run_cell(cell, keys, study)
-    return [
-        run
-        for cell in evaluated(study, keys)
-        for run in read_results(find_folder(cell) / "evaluation")
-    ]
+    return read_runs(evaluated(study, keys))
+
+
+def read_runs(cells: Iterable[Cell]) -> list[Run]:
+    """The results of cells; the model before tuning, which several of them hold, is there once."""
+    runs = (run for cell in cells for run in read_results(find_folder(cell) / "evaluation"))
+    return without_repeats(runs)
 
 
 def find_folder(cell: Cell) -> Path:
@@ -176,7 +179,7 @@ def run_cell(cell: Cell, keys: dict[str, str], study: Study) -> None:
                 inputs = identify_inputs(config, "training")
                 write_key(folder / "key.json", keys[cell.name], study=study.name, inputs=inputs)
             hosts.barrier("the folder is marked")
-        fill_folder(cell, config, folder, keys)
+        fill_folder(cell, config, folder, keys, Path(study.output_dir).expanduser())
 
 
 def delete_results(folder: Path) -> None:
@@ -186,8 +189,10 @@ def delete_results(folder: Path) -> None:
             process.remove(path)
 
 
-def fill_folder(cell: Cell, config: Config, folder: Path, keys: dict[str, str]) -> None:
-    """Trains, exports and evaluates a cell in its folder."""
+def fill_folder(
+    cell: Cell, config: Config, folder: Path, keys: dict[str, str], shared: Path
+) -> None:
+    """Trains, exports and evaluates a cell in its folder; `shared` is that of the study."""
     start, cpu = time.time(), time.process_time()
     train(config)
     process.check_stop()
@@ -201,7 +206,11 @@ def fill_folder(cell: Cell, config: Config, folder: Path, keys: dict[str, str]) 
         benchmarks = load_benchmarks(config)
         predictions, source = evaluate(config, folder, folder / "evaluation", benchmarks)
         run = Run(config.name, config.seed, predictions, source)
-        write_run(config, run, folder / "evaluation", benchmarks)
+        before = []
+        if config.evaluation.untuned:
+            # Cells with the same base share its answers.
+            before = [evaluate_untuned(config, shared / UNTUNED, benchmarks)]
+        write_run(config, run, folder / "evaluation", benchmarks, before=before)
     write_key(
         folder / "done.json",
         evaluation_key(cell, keys),
@@ -317,8 +326,7 @@ def write_report(study: Study) -> Path | None:
     tables = []
     for name in dict.fromkeys(name for cell in done for name in cell.tables or ("",)):
         cells = [cell for cell in done if name in (cell.tables or ("",))]
-        runs = [run for cell in cells for run in read_results(find_folder(cell) / "evaluation")]
-        tables.append(Table(name, runs, answer_without_model(cells[0].config)))
+        tables.append(Table(name, read_runs(cells), answer_without_model(cells[0].config)))
     if len(tables) == 1 and not tables[0].name:
         (table,) = tables
         blocks = {

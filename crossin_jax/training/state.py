@@ -2,7 +2,9 @@
 restored.
 """
 
+import contextlib
 import dataclasses
+import json
 import logging
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,7 @@ from jax.sharding import Mesh
 from crossin_jax.checkpoint.fingerprint import find_changed
 from crossin_jax.checkpoint.hf import load_weights, read_spec, resolve_folder, state_leaves
 from crossin_jax.checkpoint.peft import load_adapter, read_adapter
+from crossin_jax.checkpoint.store import list_steps
 from crossin_jax.config import Config, UserError
 from crossin_jax.models.cpu import model_options
 from crossin_jax.models.layers import Adapter
@@ -98,6 +101,18 @@ def resolve_precision(config: Config, device: Any = None) -> Config:
         return config
     dtype = fast_dtype(jax.devices()[0] if device is None else device)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype=dtype))
+
+
+def settle_precision(config: Config, folder: Path | None) -> Config:
+    """The configuration with a precision in place of "auto": that of the run in `folder`, else the
+    device's.
+    """
+    if config.model.compute_dtype == "auto" and folder and list_steps(folder / "checkpoints"):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            dtype = json.loads((folder / "config.json").read_text())["model"]["compute_dtype"]
+            model = dataclasses.replace(config.model, compute_dtype=dtype)
+            config = dataclasses.replace(config, model=model)
+    return resolve_precision(config)
 
 
 def describe_precision(config: Config, mesh: Mesh) -> str:

@@ -102,6 +102,7 @@ class Telemetry:
                 unit="step",
                 file=sys.stderr,
                 mininterval=0.5,
+                smoothing=0,
                 dynamic_ncols=True,
             )
         self._board = self._wandb = None
@@ -131,6 +132,9 @@ class Telemetry:
         self._pending = []
         now, before = time.perf_counter(), self._time
         self._time = now
+        if before is None and self._active and self._bar is not None:
+            # The first step compiled: the bar estimates from the steps after it.
+            self._bar.initial, self._bar.start_t = self._bar.n, time.time()
         bad = [
             step
             for step, m in zip(steps, metrics, strict=True)
@@ -221,12 +225,13 @@ class Profiler:
 
 def cut_records(file: Path, step: int) -> None:
     """Drops the records after a step: a run that was killed wrote them after its last checkpoint,
-    and they come again.
+    and they come again. A run that begins anew, at step 0, keeps none.
 
     A last line that is not whole goes too.
     """
     lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
-    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+    whole = [line for line in lines if step and line.endswith("}\n")]
+    kept = [line for line in whole if json.loads(line)["step"] <= step]
     if kept != lines:
         write_whole(file, "".join(kept))
 

@@ -341,9 +341,11 @@ def test_faults_name_the_prompt(engine, prompts):
 
 
 def test_progress_shows_tokens_per_second(engine, prompts, monkeypatch):
-    bar = mock.MagicMock()
-    monkeypatch.setattr("crossin_jax.generation.engine.tqdm", lambda **options: bar)
+    bar = mock.MagicMock(start_t=100.0)
+    monkeypatch.setattr("crossin_jax.generation.progress.tqdm", lambda **options: bar)
+    before = engine.programs.compile_seconds
     generate(engine, prompts, progress=True)
-    bar = bar.__enter__()
     assert bar.update.call_count == len(prompts)
+    # The bar estimates from its start, which moves by the time that compiling took.
+    assert bar.start_t == pytest.approx(100 + engine.programs.compile_seconds - before)
     assert bar.set_postfix_str.call_args.args[0].endswith(" tokens/s")

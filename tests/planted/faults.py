@@ -334,7 +334,7 @@ FAULTS = (
         room="generation",
         name="tokenization-of-a-run",
         what="A run that was trained with tokenization=apart is asked joint.",
-        where="crossin_jax/generation/chat.py:load_chat_model",
+        where="crossin_jax/generation/chat.py:make_chat_model",
         old="asked.get('tokenization')",
         new="None",
         tests=("tests/test_generate.py",),

@@ -11,13 +11,14 @@ from crossin_jax.config import Config, Lora, Mesh, Model, UserError
 from crossin_jax.export import export
 from crossin_jax.models.lora import TARGETS
 from crossin_jax.parallel.mesh import leaf_name, make_mesh
-from crossin_jax.train import set_up, settle_precision
+from crossin_jax.train import set_up
 from crossin_jax.training.optim import make_optimizer
 from crossin_jax.training.state import (
     abstract_model,
     abstract_state,
     describe_precision,
     model_spec,
+    settle_precision,
     start_state,
     to_mesh,
 )
