@@ -25,7 +25,7 @@ from crossin_jax.checkpoint.open import open_model
 from crossin_jax.config import Cell, Config, Study, UserError, to_dict
 from crossin_jax.data.pipeline import open_eval_renderer
 from crossin_jax.evaluate import open_engine
-from crossin_jax.evaluation.benchmarks import Benchmark, with_items
+from crossin_jax.evaluation.items import Benchmark, with_items
 from crossin_jax.evaluation.runner import count_prompts, load_benchmarks, run_benchmarks
 from crossin_jax.export import export
 from crossin_jax.files import content_hash
