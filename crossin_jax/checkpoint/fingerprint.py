@@ -145,6 +145,10 @@ def _bits(leaf: jax.Array) -> jax.Array:
 # ---- The files of a checkpoint, a folder checkpoints/STEP
 
 
+# A seal of a checkpoint; "self" is the hash of the rest, so that a damaged seal is not believed:
+#
+#     {"arrays": {"trainable/layers/q_proj/lora_a": "float32[32, 64, 4096]:5d41402abc4b2a76", …},
+#      "items": {"data": "…", "config": "…", "provenance": "…"}, "self": "…"}
 def make_seal(arrays: Any, items: dict[str, Any]) -> dict[str, Any]:
     """What is stored beside a checkpoint's arrays and small items, to know later that they are as
     they were saved.

@@ -323,7 +323,7 @@ def fill(
     leaves, structure = jax.tree_util.tree_flatten_with_path(state)
     places = {leaf_path(path): i for i, (path, _) in enumerate(leaves)}
     leaves = [leaf for _, leaf in leaves]
-    wanted: dict[tuple[int, ...], LoadRequest] = {}
+    requests: dict[tuple[int, ...], LoadRequest] = {}
     for path, i in places.items():
         if skip(path) or path.endswith("/scale"):
             continue
@@ -332,11 +332,11 @@ def fill(
         at = (i,)
         if kind_of(leaves[i].dtype):
             at = (i, places[path.rsplit("/", 1)[0] + "/scale"])
-        wanted[at] = LoadRequest(
+        requests[at] = LoadRequest(
             _abstract(leaves[i]), matched[path], _abstract(leaves[at[1]]) if at[1:] else None
         )
     for at, arrays in zip(
-        wanted, load_arrays(list(wanted.values()), place, progress=progress), strict=True
+        requests, load_arrays(list(requests.values()), place, progress=progress), strict=True
     ):
         for i, array in zip(at, arrays, strict=True):
             leaves[i] = array

@@ -73,18 +73,20 @@ WORTH_TELLING = 32 << 20
 
 
 def load_arrays(
-    wanted: Sequence[LoadRequest], place: str, *, progress: bool = True
+    requests: Sequence[LoadRequest], place: str, *, progress: bool = True
 ) -> list[tuple[jax.Array, ...]]:
-    """(array,) or (codes, scales) for each of the wanted, with its shape, dtype and sharding (None:
+    """(array,) or (codes, scales) for each request, with its shape, dtype and sharding (None:
     default device).
 
     Prints the predicted peak of host memory before and the measured one after, where there is much
     to read; warns about tensors with NaN.
     """
     progress = progress and jax.process_index() == 0
-    largest = max((t.nbytes for want in wanted for t in want.tensors), default=0)
+    largest = max((t.nbytes for request in requests for t in request.tensors), default=0)
     to_read = sum(
-        volume(box) * want.tensors[0].dtype.itemsize for want in wanted for box in want.boxes
+        volume(box) * request.tensors[0].dtype.itemsize
+        for request in requests
+        for box in request.boxes
     )
     progress = progress and to_read >= WORTH_TELLING
     # The prediction is printed before, the peak after: what differs from it by much is a fault to
@@ -92,12 +94,12 @@ def load_arrays(
     reset_peak()
     if progress:
         resident = sum(
-            volume(box) * want.array.dtype.itemsize
-            for want in wanted
-            if is_on_host(want.boxes)
-            for box in want.boxes
+            volume(box) * request.array.dtype.itemsize
+            for request in requests
+            if is_on_host(request.boxes)
+            for box in request.boxes
         )
-        staging = 0 if all(want.is_zero_copy for want in wanted) else largest
+        staging = 0 if all(request.is_zero_copy for request in requests) else largest
         print(
             f"{place}: reading {_size(to_read)}; host memory will peak at about "
             f"{_size(predict_peak(resident, staging))}",
@@ -121,7 +123,7 @@ def load_arrays(
             for count in pool.map(lambda job: job(), jobs):
                 bar.update(count)
 
-        arrays = [_load(want, reader, read, largest) for want in wanted]
+        arrays = [_load(request, reader, read, largest) for request in requests]
     if reader.with_nan:
         warnings.warn(
             f"{place}: NaN in {', '.join(summarize(sorted(reader.with_nan)))}; the file is "
@@ -148,9 +150,10 @@ def is_on_host(boxes: dict[Box, list[jax.Device]]) -> bool:
 #   one tensor            one buffer on the host; the device casts or quantizes it
 #   a stack of layers     zeros on the device, and a few layers at a time written into them
 def _load(
-    want: LoadRequest, reader: Reader, read: Callable[[Jobs], None], largest: int
+    request: LoadRequest, reader: Reader, read: Callable[[Jobs], None], largest: int
 ) -> tuple[jax.Array, ...]:
-    array, tensors, boxes = want.array, want.tensors, want.boxes
+    array, scale = request.array, request.scale
+    tensors, boxes = request.tensors, request.boxes
     stacked = len(array.shape) == len(tensors[0].shape) + 1
     assert array.shape == ((len(tensors),) if stacked else ()) + tensors[0].shape, (
         array,
@@ -184,7 +187,7 @@ def _load(
         shape = (stop - start, *array.shape[1:]) if stacked else array.shape
         return jax.make_array_from_single_device_arrays(shape, sharding_of(array), parts)
 
-    if want.is_zero_copy:
+    if request.is_zero_copy:
         return (piece(0, len(tensors), array.dtype),)
     # The device casts, so the bus carries what is stored. Layers of different types meet in
     # float32.
@@ -193,15 +196,15 @@ def _load(
     if not stacked:
         return jax.block_until_ready(
             jax.jit(
-                functools.partial(_convert, scale=want.scale, array=array),
-                out_shardings=_places(array, want.scale),
+                functools.partial(_convert, scale=scale, array=array),
+                out_shardings=_places(array, scale),
             )(piece(0, 1, stored))
         )
     stacks = jax.jit(
-        lambda: tuple(jnp.zeros(t.shape, t.dtype) for t in (array, want.scale) if t is not None),
-        out_shardings=_places(array, want.scale),
+        lambda: tuple(jnp.zeros(t.shape, t.dtype) for t in (array, scale) if t is not None),
+        out_shardings=_places(array, scale),
     )()
-    write = make_writer(array, want.scale)
+    write = make_writer(array, scale)
     # Every process runs the same programs, so the number of layers in a piece is the same
     # everywhere.
     step = layers_at_once(tensors[0].nbytes, largest)

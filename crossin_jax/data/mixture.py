@@ -61,6 +61,12 @@ class PermutationCache:
         return {"orders": {}}
 
 
+# The units of a component with count=2 over a corpus of three rows, whose ids are a, b and c:
+#
+#     rows     2       0          indices in the corpus, in the order of the hashes
+#     units    h(c)    h(a)       their keys; the draws of languages are hashes of these
+#
+# With replacement there are as many units as examples. Unit i is a hash of i, and it picks a row.
 class Pool:
     """One component's units in drawing order.
 
@@ -113,6 +119,8 @@ class Pool:
                 f"{place}.count={component.count} is above the {len(rows)} rows of "
                 f"{component.source!r}; lower it, or set with_replacement=True"
             )
+        # lexsort sorts by its last argument first: by the hash, and by the key where hashes are
+        # equal.
         order = np.lexsort((corpus.keys[rows], mix_bits(corpus.keys[rows], self.key)))[
             : component.count
         ]

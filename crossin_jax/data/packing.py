@@ -178,11 +178,9 @@ class PackedWindows:
         """(what goes into a row, group, index of the reason why it is not the whole example)."""
         group = self._group[example.component, example.answer_language]
         if isinstance(rendered, RowFault):
-            return (
-                None,
-                group,
-                next((i for i, name in enumerate(REASONS) if rendered.reason.startswith(name)), 2),
-            )
+            found = [i for i, name in enumerate(REASONS) if rendered.reason.startswith(name)]
+            # What a chat template refuses counts as "nothing to learn".
+            return None, group, found[0] if found else REASONS.index("nothing to learn")
         if len(rendered.ids) - 1 <= self.length:
             return rendered, group, None
         short = shorten_input(example, self.renderer, self.length) if self.shortens else None

@@ -450,6 +450,11 @@ class Renderer:
         return any(self._specials.search(text) for text in texts)
 
 
+# "Q: x\nA: Paris" of which " Paris", 6 bytes, is learned. Bytes are added up from the end, and the
+# answer begins with the token at which the sum reaches 6:
+#
+#     tokens    Q    :    _x    \n    A    :    _Par    is
+#     sums      …                          7    6       2
 def _count_back(num_bytes: np.ndarray, piece: Piece) -> list[tuple[int, int]] | None:
     """The tokens that reach into the end of a text; None where their bytes are not the text's."""
     start = piece.loss_mask[0][0]

@@ -87,6 +87,8 @@ def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
         )
 
 
+# A LoRA pair of q_proj: A is (R, D) and B is (N, H, R). D takes fsdp in A. B has no D, so there the
+# rank takes fsdp (WHERE_FREE): both halves are split.
 def parameter_spec(
     path: str, shape: tuple[int, ...], axes: tuple[str, ...], mesh: Mesh
 ) -> PartitionSpec:
