@@ -307,6 +307,20 @@ def flag_value(argv: list[str], name: str) -> str | None:
     return None
 
 
+def list_config_flags(argv: list[str]) -> list[str]:
+    """The words of a command line that name and change the configuration, each as --config…=VALUE.
+
+    `sys.orig_argv` has them all; parsing takes some out of `sys.argv`.
+    """
+    found = []
+    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
+        key, equals, _ = word.partition("=")
+        if key.startswith("-") and key.lstrip("-").partition(".")[0] == "config":
+            has_value = not equals and not following.startswith("--")
+            found.append(f"{word}={following}" if has_value else word)
+    return found
+
+
 def _without_flag(argv: list[str], name: str) -> list[str]:
     result, skip = [], False
     for argument in argv:

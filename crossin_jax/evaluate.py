@@ -58,6 +58,7 @@ def evaluate(
 
     `benchmarks` are those of the configuration, where the caller has loaded them.
     """
+    config = check(config)
     if not config.evaluation.benchmarks:
         raise UserError(
             "evaluation.benchmarks is empty; name at least one, e.g. cross_mmlu or cross_world"

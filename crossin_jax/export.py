@@ -33,6 +33,8 @@ def export(checkpoint: str | Path, format: str, out: str | Path, dtype: str | No
     `dtype` None keeps the precision of trained weights (hf, peft). A merged model keeps that of the
     frozen base where this rounds away little of the update, and is float32 elsewhere.
     """
+    import jax
+
     from crossin_jax.checkpoint import hf
     from crossin_jax.checkpoint.fingerprint import fingerprint
     from crossin_jax.checkpoint.open import open_model
@@ -46,6 +48,8 @@ def export(checkpoint: str | Path, format: str, out: str | Path, dtype: str | No
     if format == "merged":  # the base is read in what is written: the sum is rounded once
         written = dtype or ("float32" if frozen == "float32" else "bfloat16")
         frozen = "bfloat16" if written == "bfloat16" else "float32"
+    elif frozen in ("int8", "nf4"):  # the adapter's users read its base in full precision
+        frozen = "bfloat16"
     restored = open_model(checkpoint, frozen_dtype=frozen)
     config = restored.config
     renderer = open_renderer(config, restored.tokenizer)
@@ -54,6 +58,8 @@ def export(checkpoint: str | Path, format: str, out: str | Path, dtype: str | No
     state = restored.state
     if format == "merged":
         state, dtype = merge_adapter(restored, dtype, written)
+    if dtype is not None:  # now, so that what is written is what is identified
+        state = jax.tree.map(lambda leaf: leaf.astype(dtype), state)
     # The tokenizer's files are prepared beside the export, which then copies them in one go:
     #
     #     tokenizer of the run ─► copy ─► + prompt.json, chat_template, eos_token ─► out
@@ -63,8 +69,9 @@ def export(checkpoint: str | Path, format: str, out: str | Path, dtype: str | No
         # A run on plain text alone never asked anything: its model has no prompt of its own.
         if any(KINDS[component.kind].has_prompt for component in config.data.components):
             write_prompt(tokenizer, config, renderer)
+        identity = identify(restored, state, format, tokenizer)
         if format == "peft":
-            write_adapter(out, restored, tokenizer, card)
+            write_adapter(out, restored, tokenizer, card, identity)
         else:
             ids = {
                 name: value
@@ -81,11 +88,37 @@ def export(checkpoint: str | Path, format: str, out: str | Path, dtype: str | No
                 token_ids=None if restored.base else ids,
                 answer_ends=renderer.eos_ids,
                 card=card,
+                origin=identity,
             )
     return Path(out)
 
 
-def write_adapter(out: str | Path, restored: Any, tokenizer: Path, card: str) -> None:
+def identify(restored: Any, state: Any, format: str, tokenizer: Path) -> dict[str, Any]:
+    """The provenance of an export, with its weights and those of an adapter's base by content."""
+    from flax import nnx
+
+    from crossin_jax.checkpoint.fingerprint import fingerprints_to_read
+    from crossin_jax.checkpoint.hf import state_leaves
+    from crossin_jax.data.pipeline import load_tokenizer
+    from crossin_jax.models.lora import is_trainable, resolve
+    from crossin_jax.provenance import identify_tokenizer
+
+    config, base = restored.config, nnx.State({})
+    if format == "peft":
+        lora = resolve(config.lora, restored.spec)
+        state, base = nnx.split_state(state, lambda path, leaf: is_trainable(path, leaf, lora), ...)
+    return restored.provenance | {
+        "step": restored.step,
+        "base": base_name(config),
+        "tokenizer": identify_tokenizer(load_tokenizer(str(tokenizer))),
+        "weights": fingerprints_to_read(state_leaves(state)),
+        "base_weights": fingerprints_to_read(state_leaves(base)),
+    }
+
+
+def write_adapter(
+    out: str | Path, restored: Any, tokenizer: Path, card: str, origin: dict[str, Any]
+) -> None:
     """Writes the adapter of a run in PEFT's layout."""
     from crossin_jax.checkpoint import hf, peft
     from crossin_jax.models.lora import resolve
@@ -102,6 +135,7 @@ def write_adapter(out: str | Path, restored: Any, tokenizer: Path, card: str) ->
         revision=config.model.revision,
         tokenizer=tokenizer,
         card=card,
+        origin=origin,
     )
 
 
@@ -117,7 +151,7 @@ def merge_adapter(restored: Any, dtype: str | None, stored: str) -> tuple[Any, s
 
     with jax.set_mesh(restored.mesh):
         model = nnx.merge(restored.graphdef, restored.state)
-        ratio = measure_rounding(model, stored)
+        ratio = measure_rounding(model, stored, load_starts(restored))
         print(f"merged into {stored}: the rounding error is {ratio:.3f} of the update (rms)")
         # A run keeps the adapter in float32 beside the weights. Rounding the sum can take most of a
         # small update away, and the merged model then answers as the base does.
@@ -133,6 +167,28 @@ def merge_adapter(restored: Any, dtype: str | None, stored: str) -> tuple[Any, s
                 stored,
             )
         return nnx.state(merge(model, stored)), stored
+
+
+def load_starts(restored: Any) -> list[tuple[Any, Any]]:
+    """The weights trained in full beside the adapter: each as it is, and as in the base."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from crossin_jax.checkpoint.hf import load_weights
+    from crossin_jax.models.layers import Adapter
+    from crossin_jax.models.lora import is_trainable, resolve
+
+    lora = resolve(restored.config.lora, restored.spec)
+    saved = nnx.filter_state(
+        restored.state,
+        lambda path, leaf: is_trainable(path, leaf, lora) and not isinstance(leaf, Adapter),
+    )
+    wanted = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding), saved
+    )
+    starts = load_weights(restored.base, wanted, progress=False) if jax.tree.leaves(saved) else {}
+    return list(zip(jax.tree.leaves(saved), jax.tree.leaves(starts), strict=True))
 
 
 def write_prompt(folder: Path, config: Config, renderer: Renderer) -> None:

@@ -11,6 +11,7 @@ import math
 import operator
 import os
 import re
+import shlex
 import types
 import typing
 import uuid
@@ -138,10 +139,8 @@ def decode_text(raw: bytes, place: str, *, has_mark: bool = True) -> str:
     """UTF-8 as text, without a byte order mark if it may have one; `UserError` with `place`, line
     and remedy for other bytes.
     """
-    if has_mark and (raw[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in raw[:4]):
-        raise UserError(
-            f"{place}: UTF-16 or UTF-32, not UTF-8; convert it: iconv -f utf-16 -t utf-8"
-        )
+    if has_mark:
+        refuse_utf16(raw, place)
     try:
         return raw.decode("utf-8-sig" if has_mark else "utf-8")
     except UnicodeDecodeError as error:
@@ -149,7 +148,7 @@ def decode_text(raw: bytes, place: str, *, has_mark: bool = True) -> str:
         at = f", line {line}" if b"\n" in raw.rstrip(b"\n") else ""
         raise UserError(
             f"{place}{at}: byte {raw[error.start]:#04x} is not UTF-8; convert the file, e.g. "
-            "iconv -f latin1 -t utf-8"
+            f"{_conversion('latin1', place)}"
         ) from None
 
 
@@ -157,8 +156,18 @@ def refuse_utf16(raw: bytes, place: str) -> None:
     """Raises `UserError` where the first bytes of a file are those of UTF-16 or UTF-32."""
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in raw[:4]:
         raise UserError(
-            f"{place}: UTF-16 or UTF-32, not UTF-8; convert it: iconv -f utf-16 -t utf-8"
+            f"{place}: UTF-16 or UTF-32, not UTF-8; convert it: {_conversion('utf-16', place)}"
         )
+
+
+def _conversion(encoding: str, place: str) -> str:
+    """The command that converts the file of a place ("FILE" or "FILE, row 3") to UTF-8."""
+    file, convert = place.partition(", row ")[0], f"iconv -f {encoding} -t utf-8"
+    if not os.path.isfile(file):  # the output of another program
+        return convert
+    unpack = f"zcat {shlex.quote(file)} | {convert}"
+    read = unpack if file.endswith(".gz") else f"{convert} {shlex.quote(file)}"
+    return f"{read} > {shlex.quote(f'{file}.utf8')}"
 
 
 def parse_json(text: str, place: str, expect: type | None, what: str, hint: str) -> Any:
@@ -250,10 +259,12 @@ def check_fields(values: Mapping[str, Any], fields: Mapping[str, Any], place: st
     """Checks the fields of an outside file: name → type, or (type, rules of `config.setting`).
 
     Fields that are absent or null pass, and so do those that are not declared. What lies in a table
-    passes too: its own fields are declared where they are read. Raises `UserError` with `place`.
+    passes too: its own fields are declared where they are read. A text may be anything, since many
+    fields of such files are read by other programs only. Raises `UserError` with `place`.
     """
     for name, declared in fields.items():
         annotation, rules = declared if isinstance(declared, tuple) else (declared, {})
+        rules = {"may_be_empty": True, "may_be_secret": True, **rules}
         value = values.get(name)
         if value is None:
             continue
@@ -304,7 +315,8 @@ def _find_fault_in_text(text: str, rules: Mapping[str, Any]) -> str | None:
         return "is empty"
     if "\0" in text or not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
         return "holds a character that no file can hold"
-    if redact(text) != text:  # settings are stored beside every checkpoint and result
+    # settings are stored beside every checkpoint and result
+    if redact(text) != text and not rules.get("may_be_secret"):
         return "holds a password or token; give it in the environment instead"
     return None
 

@@ -30,7 +30,8 @@ from jax.sharding import Mesh
 
 from crossin_jax import cli, process, provenance
 from crossin_jax.checkpoint.fingerprint import fingerprints
-from crossin_jax.checkpoint.store import Store, read_origin
+from crossin_jax.checkpoint.store import Store, identify_start, read_origin
+from crossin_jax.checks import check
 from crossin_jax.config import Config, Train, UserError, to_dict
 from crossin_jax.data.lengths import describe_lost
 from crossin_jax.data.loader import Loader, make_loader
@@ -102,8 +103,10 @@ def train(
     """Runs one experiment to its last step and returns its folder.
 
     Raises `SystemExit` with 75 after SIGTERM and with 130 after Ctrl-C, once the current step is
-    saved. Raises `UserError` where another run is using the folder.
+    saved. Raises `UserError` for a setting that is not allowed, and where another run is using the
+    folder.
     """
+    config = check(config)
     folder = find_folder(config)
     with hosts.own_folder(folder), process.cleanup(partial(forget_refused, folder)):
         config = settle_precision(config, folder if resume else None)
@@ -116,8 +119,8 @@ def train(
             is_resumed = state is not None
             if state is None:
                 state = start_state(config, run.model, abstract, run.optimizer)
-            # Nothing is changed before this line: a run that is refused leaves the folder as it
-            # was.
+            start_weights = identify_start(store, state, is_resumed)
+            # Nothing is changed before this line: a refused run leaves the folder as it was.
             if not resume:
                 store.set_aside()
             write_config(folder, config)
@@ -148,7 +151,9 @@ def train(
                     make_up_evaluations(run, state, telemetry)
                 elif run.held_out:
                     telemetry.write({"step": 0} | run.held_out(state))
-                take_steps(run, state, store, preemption, telemetry, profiler, kill_after)
+                take_steps(
+                    run, state, store, preemption, telemetry, profiler, kill_after, start_weights
+                )
     return folder
 
 
@@ -264,6 +269,7 @@ def take_steps(
     telemetry: Telemetry,
     profiler: Profiler,
     kill_after: int | None,
+    start_weights: dict[str, str],
 ) -> None:
     """The training loop, from the step of the state to the last one."""
     config, loader, num_steps = run.config, run.loader, run.num_steps
@@ -281,6 +287,7 @@ def take_steps(
         tokenizer=provenance.identify_tokenizer(run.data.tokenizer),
         base=config.model.path,
         base_weights=fingerprints(state.frozen),
+        start_weights=start_weights,
     )
     # The data position of each step that is not reported yet: it finds the rows of a non-finite
     # loss.

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict
+from unittest import mock
 
 import huggingface_hub
 import jax
@@ -23,7 +24,7 @@ from safetensors.numpy import load_file
 from crossin_jax.checkpoint.hf import read_tensors, state_leaves
 from crossin_jax.checkpoint.open import open_model
 from crossin_jax.config import Lora, UserError
-from crossin_jax.export import export
+from crossin_jax.export import export, load_starts
 from crossin_jax.generation.model import load_model
 from crossin_jax.report.summary import Block, Estimate, Row
 from tests.checkpoint.runs import (
@@ -255,6 +256,22 @@ def test_an_export_carries_the_tokenizer_that_was_used(format, own, full, low_ra
     assert settings == json.loads((source / "tokenizer_config.json").read_text())
     loaded = quiet(transformers.AutoTokenizer.from_pretrained, out)
     assert loaded("x3" if own else "w3").input_ids == [6]
+
+
+def test_the_rounding_of_modules_trained_in_full_counts(low_rank, tmp_path, capsys):
+    """`lm_head` is trained beside the adapter: its update decides too if bfloat16 is enough."""
+    opened = open_model(low_rank, progress=False)
+    ((trained, start),) = load_starts(opened)
+    np.testing.assert_array_equal(trained, read_trained(low_rank, 10)["lm_head/weight"])
+    base = load_file(low_rank.parent / "base/model.safetensors")["lm_head.weight"]
+    np.testing.assert_array_equal(np.asarray(start).reshape(-1), base.reshape(-1))
+    seen = []
+    with mock.patch(
+        "crossin_jax.models.lora.measure_rounding", lambda *given: seen.append(given) or 0.25
+    ):
+        export(low_rank, "merged", tmp_path / "out", "bfloat16")
+    ((_, dtype, saved),) = seen
+    assert (dtype, len(saved)) == ("bfloat16", 1) and "0.250" in capsys.readouterr().out
 
 
 def test_an_exported_adapter_says_everything_that_peft_needs(low_rank, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 
 from crossin_jax import files
 from crossin_jax.config import UserError
-from crossin_jax.files import check_output, write_whole
+from crossin_jax.files import check_fields, check_output, check_value, write_whole
 
 
 @pytest.fixture
@@ -205,3 +205,16 @@ def test_a_small_file_reserves_little_memory(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8 << 20
+
+
+@pytest.mark.parametrize("text", ["", "https://me:secret@host/x", "a long token of this machine"])
+def test_a_text_of_an_outside_file_may_be_anything(text, monkeypatch):
+    """Many of its fields are read by other programs only. A setting is judged: it is stored."""
+    monkeypatch.setenv("MY_TOKEN", "a long token of this machine")
+    check_fields({"name": text, "list": [text]}, {"name": str, "list": list[str]}, "file.json")
+    with pytest.raises(UserError, match=r"is empty|password or token"):
+        check_value("name", text, str, {})
+    with pytest.raises(UserError, match=r"file\.json: name=3 is a int; it takes str"):
+        check_fields({"name": 3}, {"name": str}, "file.json")
+    with pytest.raises(UserError, match="is not one of a, b"):
+        check_fields({"name": text}, {"name": (str, {"choices": ("a", "b")})}, "file.json")

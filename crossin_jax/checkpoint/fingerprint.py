@@ -14,7 +14,7 @@ somebody who wants two models to look alike.
 
 import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from crossin_jax.parallel.mesh import leaf_name
 
 # bytes of an element → the integer that holds its bits
 WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+SEPARATOR = " or "  # of the fingerprints of one array in two precisions
 SEAL = "fingerprints"  # the item of a checkpoint that holds the fingerprints of all others
 SMALL_ITEMS = ("data", "config", "provenance")  # the items that are one JSON file each
 
@@ -42,7 +43,7 @@ def fingerprint(tree: Any) -> str:
     on device.
     """
     leaves = flatten(tree)
-    sums = _read_sums(leaves, {})
+    sums = _read_sums(leaves)
     return content_hash(
         sorted(
             [name, list(leaf.shape), str(leaf.dtype), *sums[name]] for name, leaf in leaves.items()
@@ -55,29 +56,71 @@ def fingerprints(tree: Any) -> dict[str, str]:
     digits.
     """
     leaves = flatten(tree)
-    sums = _read_sums(leaves, {})
+    sums = _read_sums(leaves)
     return {name: _describe(leaf.dtype, leaf.shape, sums[name]) for name, leaf in leaves.items()}
+
+
+def fingerprints_to_read(tree: Any) -> dict[str, str]:
+    """`fingerprints` for readers of another precision: float32 arrays also have that of their
+    rounding to bfloat16.
+    """
+    leaves = flatten(tree)
+    wide = {name: leaf for name, leaf in leaves.items() if leaf.dtype == jnp.float32}
+    rounded = _read_sums(wide, wide)
+    return {
+        name: SEPARATOR.join(
+            [
+                known,
+                *(
+                    [_describe(jnp.bfloat16, wide[name].shape, rounded[name])]
+                    if name in wide
+                    else []
+                ),
+            ]
+        )
+        for name, known in fingerprints(leaves).items()
+    }
+
+
+def find_unlike(expected: Mapping[str, str], leaves: Mapping[str, Any]) -> list[str]:
+    """The names of arrays that are not what `fingerprints_to_read` saw, in whatever precision they
+    can be compared.
+    """
+    read = {
+        name: {known.partition("[")[0]: known for known in expected[name].split(SEPARATOR)}
+        for name in expected.keys() & leaves.keys()
+    }
+    chosen = {
+        name: known.get(str(leaves[name].dtype)) or next(iter(known.values()), "")
+        for name, known in read.items()
+    }
+    return find_changed(chosen, {name: leaves[name] for name in chosen})[0]
 
 
 def find_changed(expected: Mapping[str, str], tree: Any) -> tuple[list[str], list[str]]:
     """The names of arrays whose content is not the expected one, and of those that cannot be
     compared.
 
-    An array that was stored in bfloat16 and is read in float32 is compared in bfloat16, which loses
-    nothing. Other pairs of types cannot be compared.
+    An array that was stored in bfloat16 and is read in float32 is compared in bfloat16. Other
+    pairs of types cannot be compared.
     """
     leaves = flatten(tree)
-    casts, skipped = {}, []
+    widened, skipped = set(), []
     for name, leaf in leaves.items():
         stored, now = expected.get(name, "").partition("[")[0], str(leaf.dtype)
         if (stored, now) == ("bfloat16", "float32"):
-            casts[name] = jnp.bfloat16
+            widened.add(name)
         elif stored not in ("", now):
             skipped.append(name)
+    # The scales of a quantized weight go with it: only one of both precisions has them.
+    scales = {name.removesuffix("weight") + "scale" for name in skipped}
+    skipped += sorted((expected.keys() | leaves.keys()) & scales - set(skipped))
     compared = {name: leaf for name, leaf in leaves.items() if name not in skipped}
     found = {
-        name: _describe(casts.get(name, compared[name].dtype), compared[name].shape, sums)
-        for name, sums in _read_sums(compared, casts).items()
+        name: _describe(
+            jnp.bfloat16 if name in widened else compared[name].dtype, compared[name].shape, sums
+        )
+        for name, sums in _read_sums(compared, widened).items()
     }
     names = (expected.keys() | found.keys()) - set(skipped)
     return sorted(name for name in names if expected.get(name) != found.get(name)), skipped
@@ -95,33 +138,38 @@ def _describe(dtype: Any, shape: Iterable[int], sums: tuple[int, int]) -> str:
     return f"{jnp.dtype(dtype)}{list(shape)}:{sums[0]:08x}{sums[1]:08x}"
 
 
-def _read_sums(leaves: dict[str, jax.Array], casts: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """The two sums of each array, on the host."""
+def _read_sums(
+    leaves: dict[str, jax.Array], widened: Collection[str] = ()
+) -> dict[str, tuple[int, int]]:
+    """The two sums of each array, on the host; those of `widened` are summed as bfloat16."""
     sums = {}
     for name, leaf in leaves.items():
         place = leaf.sharding
         # Sums are whole on every device, so that every host can read them.
         is_on_mesh = isinstance(place, NamedSharding)
         everywhere = NamedSharding(place.mesh, PartitionSpec()) if is_on_mesh else None
-        sums[name] = _make_program(everywhere, casts.get(name))(leaf)
+        sums[name] = _make_program(everywhere, name in widened)(leaf)
     return {name: tuple(map(int, pair)) for name, pair in jax.device_get(sums).items()}
 
 
 @functools.lru_cache(maxsize=8)
-def _make_program(everywhere: NamedSharding | None, cast: Any) -> Any:
+def _make_program(everywhere: NamedSharding | None, is_widened: bool) -> Any:
     # One small program for each shape: a weight and its moments share it. One program for all
     # arrays of a run would compile several times as long.
-    return jax.jit(functools.partial(_sum_hashes, cast=cast), out_shardings=everywhere)
+    return jax.jit(functools.partial(_sum_hashes, is_widened=is_widened), out_shardings=everywhere)
 
 
-def _sum_hashes(leaf: jax.Array, cast: Any) -> tuple[jax.Array, jax.Array]:
-    """Two uint32 sums of the hashes of an array, or of what a cast makes of it.
+def _sum_hashes(leaf: jax.Array, is_widened: bool) -> tuple[jax.Array, jax.Array]:
+    """Two uint32 sums of the hashes of an array; `is_widened`: of float32 rounded to bfloat16.
 
     One reduction has both results: for two reductions the CPU compiler writes all hashes to memory
     and takes 12 times as long.
     """
-    leaf = leaf if cast is None else leaf.astype(cast)
-    mixed = _bits(leaf) ^ element_index(leaf.shape) * np.uint32(0x9E3779B9)
+    bits = _bits(leaf)
+    # A float32 rounded to bfloat16, to the nearest and if in doubt to the even one. A cast would do
+    # the same, but devices may flush the smallest numbers to zero.
+    bits = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16 if is_widened else bits
+    mixed = bits ^ element_index(leaf.shape) * np.uint32(0x9E3779B9)
     # One round of MurmurHash3's finalizer. Each step can be undone, so that one changed element
     # always shows.
     mixed = (mixed ^ (mixed >> 16)) * np.uint32(0x85EBCA6B)

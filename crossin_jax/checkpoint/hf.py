@@ -5,6 +5,7 @@ pickle is refused.
 import contextlib
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from crossin_jax.checkpoint.weights import (
     write_leaves,
 )
 from crossin_jax.config import UserError
-from crossin_jax.files import check_fields, join_some, read_json
+from crossin_jax.files import allows, check_fields, join_some, read_json
 from crossin_jax.models.modules import OUTER
 from crossin_jax.models.quantize import kind_of
 from crossin_jax.models.spec import ModelSpec, spec_from_hf, spec_to_hf
@@ -47,6 +48,8 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "prompt.json",
 )
+# What an export of ours knows of itself: its weights by content, and the run that they are of.
+ORIGIN = "origin.json"
 # A folder of further chat templates, by name.
 CHAT_TEMPLATES = "additional_chat_templates"
 # Fields of config.json that the spec does not hold and an export keeps.
@@ -84,10 +87,12 @@ def resolve_folder(path: str | os.PathLike, revision: str | None = None) -> Path
         )
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         at = f" at revision {revision}" if revision else ""
+        at_revision = ["--revision", revision] if revision else []
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(
             f"{path}{at}: not found locally, and the Hub download failed ({reason})\non a "
-            f"machine with network run `hf download {path}` and pass the folder that it prints"
+            f"machine with network run `{shlex.join(['hf', 'download', str(path), *at_revision])}` "
+            "and pass the folder that it prints"
         ) from error
 
 
@@ -95,6 +100,23 @@ def read_model_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file of a model folder; `UserError` where it is absent or damaged."""
     remedy = "take it from the model's own repository"
     return read_json(file, expect=dict, what="a file of a model", remedy=remedy)
+
+
+def read_export(folder: Path) -> dict[str, Any]:
+    """What `export` wrote of itself into a folder; empty for other folders. Its parts `weights` and
+    `base_weights` map the names of arrays to their fingerprints.
+    """
+    if not (folder / ORIGIN).is_file():
+        return {}
+    origin = read_model_json(folder / ORIGIN)
+    parts = {"weights": dict[str, str], "base_weights": dict[str, str]}
+    origin = {**{part: {} for part in parts}, **{k: v for k, v in origin.items() if v is not None}}
+    for part, declared in parts.items():
+        if not allows(declared, origin[part]):
+            raise UserError(
+                f"{folder / ORIGIN}: {part} is damaged; delete the file, or export anew"
+            )
+    return origin
 
 
 def read_spec(folder: str | os.PathLike) -> ModelSpec:
@@ -186,10 +208,12 @@ def _no_weights(folder: Path) -> str:
     pickles = sorted(
         p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")
     )
-    convert = (
-        'python -c "from transformers import AutoModelForCausalLM as M; '
-        f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}-safetensors')\""
+    code = (
+        "from transformers import AutoModelForCausalLM as M; "
+        f"M.from_pretrained({str(folder)!r}, dtype='auto')"
+        f".save_pretrained({f'{folder}-safetensors'!r})"
     )
+    convert = shlex.join(["python", "-c", code])
     if pickles:
         return (
             f"{folder}: {pickles[0]} is a pickle, which runs code when it is opened; refused\n"
@@ -386,6 +410,7 @@ def save_model(
     token_ids: dict[str, Any] | None = None,
     answer_ends: Sequence[int] = (),
     card: str | None = None,
+    origin: dict[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
 ) -> None:
@@ -394,6 +419,7 @@ def save_model(
     `state` (one or several) holds the weights without adapters; `dtype` None keeps theirs. Token
     ids and generation settings come from `source`, the folder of the base model; `token_ids` and
     the ids that end an answer, `answer_ends`, go before them. `tokenizer` None is that of `source`.
+    `origin` is for `read_export`.
     """
     with (
         atomic_folder(folder)
@@ -432,8 +458,15 @@ def save_model(
             generation["eos_token_id"] = list(answer_ends) if answer_ends[1:] else answer_ends[0]
         write_json(target / "generation_config.json", generation)
         copy_tokenizer(tokenizer or source, target)
-        if card:
-            (target / "README.md").write_text(card, encoding="utf-8")
+        describe(target, card, origin)
+
+
+def describe(target: Path, card: str | None, origin: dict[str, Any] | None) -> None:
+    """Writes what an export says of itself: README.md for people, origin.json for programs."""
+    if card:
+        (target / "README.md").write_text(card, encoding="utf-8")
+    if origin:
+        write_json(target / ORIGIN, origin)
 
 
 def copy_tokenizer(source: str | os.PathLike | None, target: Path) -> None:

@@ -12,6 +12,7 @@ Shape letters: B batch rows · T positions · V vocabulary.
 
 import dataclasses
 import functools
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from jax.sharding import Mesh
 from crossin_jax import config as settings
 from crossin_jax.checkpoint import peft
 from crossin_jax.checkpoint.fingerprint import find_changed, find_damage, flatten, read_seal
-from crossin_jax.checkpoint.hf import read_spec, resolve_folder
+from crossin_jax.checkpoint.hf import read_export, read_spec, resolve_folder
 from crossin_jax.checkpoint.store import (
     USE_ANOTHER,
     describe_damage,
@@ -44,6 +45,7 @@ from crossin_jax.training.state import (
     abstract_model,
     check_base,
     load_base,
+    load_start,
     model_spec,
     resolve_precision,
 )
@@ -74,8 +76,12 @@ class LoadedModel:
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The tokenizer that belongs to the model; `UserError` where there is none."""
-        known = self.opened_tokenizer is not None
-        return self.opened_tokenizer if known else open_tokenizer(self.config)
+        if self.opened_tokenizer is not None:
+            return self.opened_tokenizer
+        tokenizer = open_tokenizer(self.config)
+        if place := self.config.model.tokenizer or self.base:
+            warn_of_changed_tokenizer(Path(place).expanduser(), tokenizer)
+        return tokenizer
 
     @functools.cached_property
     def _logits(self) -> Any:
@@ -157,12 +163,15 @@ def open_model(
     spec = model_spec(local)
     abstract = abstract_model(config, spec, mesh)
     if run is None:
-        state = load_base(local, abstract.trainable, abstract.frozen, progress=progress)
+        state = load_start(local, abstract.trainable, abstract.frozen, progress=progress)
         return LoadedModel(config, spec, abstract.graphdef, nnx.merge_state(*state), mesh, base)
     trainable, frozen = read_trained(folder, abstract), abstract.frozen
     if jax.tree.leaves(frozen):
         (frozen,) = load_base(local, frozen, progress=progress)
-        check_base(config, frozen, origin, folder)
+        if not check_base(config, frozen, origin, folder):
+            # Compared as it was in training, which takes another reading.
+            as_trained = abstract_model(read_config(source), spec, mesh).frozen
+            check_base(config, load_base(local, as_trained, progress=False)[0], origin, folder)
     state = nnx.merge_state(trainable, frozen)
     return LoadedModel(
         config, spec, abstract.graphdef, state, mesh, base, run, step, origin, tokenizer
@@ -204,6 +213,17 @@ def check_same_tokenizer(
         raise UserError(
             f"{name}: the tokenizer there is not the one that {place} was trained with\n"
             "bring that tokenizer back; its files lie beside the base model or in the run's folder"
+        )
+
+
+def warn_of_changed_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Says where the tokenizer in a folder that `export` wrote is not the one that it wrote."""
+    # No error: another version of transformers may list other special tokens.
+    if read_export(folder).get("tokenizer") not in (None, identify_tokenizer(tokenizer)):
+        logging.warning(
+            "%s: the tokenizer there is not the one that was exported; texts may have other tokens "
+            "than in training",
+            folder,
         )
 
 

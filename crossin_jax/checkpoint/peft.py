@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from crossin_jax.checkpoint.hf import (
     atomic_folder,
     copy_tokenizer,
+    describe,
     fill,
     misfits,
     read_model_json,
@@ -214,13 +216,17 @@ def find_base(folder: Path) -> Path:
     another.
     """
     named = drop_nulls(read_model_json(folder / CONFIG))
-    base, remedy = named.get("base_model_name_or_path"), f"--base=BASE --model={folder}"
+    check_fields(named, {"base_model_name_or_path": str, "revision": str}, str(folder / CONFIG))
+    base, remedy = (
+        named.get("base_model_name_or_path"),
+        f"--base=BASE {shlex.quote(f'--model={folder}')}",
+    )
     if not base:
         raise UserError(
             f"{folder / CONFIG}: base_model_name_or_path is missing; pass the base model: {remedy}"
         )
     try:
-        return resolve_folder(base, named.get("revision"))
+        return resolve_folder(base, named.get("revision") or None)
     except UserError as error:
         raise UserError(
             f"{folder / CONFIG} names the base model {base!r}, which cannot be opened here; pass "
@@ -325,6 +331,7 @@ def save_adapter(
     revision: str | None = None,
     tokenizer: str | os.PathLike | None = None,
     card: str | None = None,
+    origin: dict[str, Any] | None = None,
     multimodal: bool = False,
     progress: bool = True,
 ) -> None:
@@ -333,7 +340,7 @@ def save_adapter(
 
     `lora` is as `models.lora.resolve` gives it. Tied embeddings that were trained are stored under
     both names and marked, so that PEFT ties them too. `multimodal`: the base is the text part of a
-    larger model.
+    larger model. `origin` is for `hf.read_export`.
     """
     # 1. What the file holds: low-rank pairs, and whole modules
     keys = adapter_keys(spec, lora.targets, lora.rank, use_dora=lora.use_dora) | saved_keys(
@@ -373,8 +380,7 @@ def save_adapter(
             return
         write_json(target / CONFIG, config)
         copy_tokenizer(tokenizer, target)
-        if card:
-            (target / "README.md").write_text(card, encoding="utf-8")
+        describe(target, card, origin)
 
 
 def _config_for_peft(

@@ -30,6 +30,7 @@ from crossin_jax.checkpoint.fingerprint import (
     find_changed,
     find_changed_item,
     find_damage,
+    fingerprints,
     flatten,
     make_seal,
     measure_files,
@@ -420,3 +421,11 @@ def read_origin(folder: Path) -> dict[str, Any]:
     """The provenance of a checkpoint; empty where an early version wrote none."""
     is_there = (folder / "provenance" / "metadata").is_file() or (folder / SEAL).is_dir()
     return read_item(folder, "provenance") if is_there else {}
+
+
+def identify_start(store: Store, state: TrainState, is_resumed: bool) -> dict[str, str]:
+    """What a run began to train, by content: weights of a base, of an adapter, or random ones."""
+    if not is_resumed:
+        return fingerprints(state.trainable)
+    # Empty where an earlier version began the run.
+    return read_origin(store.folder / str(int(state.step))).get("start_weights", {})

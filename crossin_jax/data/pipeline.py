@@ -169,7 +169,7 @@ def read_prompt(path: str | Path, revision: str | None = None) -> dict[str, Any]
         {name: value for name, value in values.items() if not isinstance(value, dict)},
         {
             "template": str,
-            "system": (str, {"may_be_empty": True}),
+            "system": str,
             "tokenization": (str, {"choices": ("joint", "apart")}),
         },
         str(file),

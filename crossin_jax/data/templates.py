@@ -123,10 +123,7 @@ def _make_template(values: dict[str, Any], name: str) -> Template:
                 f"{name}: template has no {key!r}{hint(key, known)}; fields: "
                 f"{', '.join(sorted(known))}"
             )
-    fields = {
-        field.name: (field.type, {"may_be_empty": True}) for field in dataclasses.fields(Template)
-    }
-    check_fields(values, fields, name)
+    check_fields(values, {field.name: field.type for field in dataclasses.fields(Template)}, name)
     values = {key: value for key, value in values.items() if value is not None}
     for key in ("prompt_input", "prompt_no_input"):
         if "{instruction}" not in values.get(key, ""):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from crossin_jax.config import Architecture, UserError, hint
-from crossin_jax.files import check_fields
+from crossin_jax.models.fields import check_types
 from crossin_jax.models.modules import Scale, layer_modules
 from crossin_jax.models.rope import Rope, drop_nulls, need, read_rope, rope_to_hf
 
@@ -192,37 +192,6 @@ _SOFT_CAPS = {
     "attn_logit_softcapping": "attention_soft_cap",
     "final_logit_softcapping": "final_soft_cap",
 }
-_COUNT, _POSITIVE = (int, {"at_least": 1}), (float, {"above": 0, "at_most": 1e15})
-# Types and limits of the fields that are read, wherever they stand; other fields are not looked at.
-_PARTS = ("text_config", "rope_scaling", "rope_parameters", "full_attention", "sliding_attention")
-_TYPES = {
-    "model_type": str,
-    "layer_types": list[str],
-    "no_rope_layers": (list[int], {"may_repeat": True}),
-    "no_rope_layer_interval": (int, {"at_least": 1}),
-    "quantization_config": dict,
-    "num_hidden_layers": (int, {"at_least": 1, "at_most": 10_000}),
-    "max_window_layers": (int, {"at_least": 0}),
-    "rope_type": str,
-    "type": str,
-    **dict.fromkeys(_PARTS, dict),
-    **dict.fromkeys(("hidden_act", "hidden_activation"), str),
-    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "head_dim"), _COUNT),
-    **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), _COUNT),
-    **dict.fromkeys(("max_position_embeddings", "sliding_window"), _COUNT),
-    **dict.fromkeys(("sliding_window_pattern", "original_max_position_embeddings"), _COUNT),
-    **dict.fromkeys(("rms_norm_eps", "rope_theta", "rope_local_base_freq"), _POSITIVE),
-    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), _POSITIVE),
-    **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor"), _POSITIVE),
-    **dict.fromkeys(("partial_rotary_factor", "query_pre_attn_scalar"), _POSITIVE),
-    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), bool),
-    **dict.fromkeys(("use_sliding_window", "truncate"), bool),
-    **dict.fromkeys(("attention_factor", "beta_fast", "beta_slow"), _POSITIVE),
-    **dict.fromkeys(("mscale", "mscale_all_dim"), (float, {"at_least": 0})),
-    **dict.fromkeys(
-        ("short_factor", "long_factor"), (list[float], {"above": 0, "may_repeat": True})
-    ),
-}
 _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -296,7 +265,12 @@ def spec_from_hf(config: dict[str, Any], place: str) -> ModelSpec:
     or bias that is not supported, for a quantized checkpoint, and for a missing field, before any
     weight is read.
     """
-    _check_types(config, place)
+    own = {
+        name: family.defaults.keys() - _FIELDS.keys()
+        for name, family in FAMILIES.items()
+        if not family.text_model
+    }
+    check_types(config, place, own)
     config = drop_nulls(config)
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
@@ -374,14 +348,6 @@ def _check_supported(config: dict[str, Any], place: str) -> None:
                 f"{place}: {name}=true is not supported for {config['model_type']}; no supported "
                 "checkpoint has it"
             )
-
-
-def _check_types(config: dict[str, Any], place: str) -> None:
-    """Raises `UserError` for a value of the wrong type or size, also in parts of config.json."""
-    check_fields(config, _TYPES, place)
-    for name in _PARTS:
-        if isinstance(part := config.get(name), dict):
-            _check_types(part, f"{place}: {name}")
 
 
 def _read_activation(config: dict[str, Any], family: Family, place: str) -> str:

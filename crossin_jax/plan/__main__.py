@@ -84,7 +84,7 @@ def _tune(config: Config, topology: Topology, arguments: Any) -> int:
         change = describe_change(plan.change) or "the configuration as it is"
         print(f"{render(plan)}\n\nproposed: {change}")
         if arguments.out:
-            print(f"to train with it: {train_command(sys.argv, arguments.out)}")
+            print(f"to train with it: {train_command(sys.orig_argv, arguments.out)}")
     else:
         print("nothing fits: take more chips, LoRA, or model.param_dtype=bfloat16")
     return 0 if plan and plan.fits else 1
@@ -92,10 +92,8 @@ def _tune(config: Config, topology: Topology, arguments: Any) -> int:
 
 def train_command(argv: list[str], out: str) -> str:
     """The command that trains what this command line planned, with the proposal in `out`."""
-    config = [f"--config={cli.flag_value(argv, 'config')}"]
-    changes = [argument for argument in argv if argument.startswith("--config.")]
     program = ["python", "-m", "crossin_jax.train"]
-    return shlex.join([*program, *config, *changes, f"--tuned={out}"])
+    return shlex.join([*program, *cli.list_config_flags(argv), f"--tuned={out}"])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -212,7 +213,9 @@ def cross_xquad(config: Config, arguments: Any) -> None:
     out = output_path(config, arguments, "cross_xquad.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, rows)
-    print(f"wrote {len(rows)} items to {out}; evaluate with --config.evaluation.benchmarks={out},")
+    names = f"('{out}',)" if "," in str(out) else f"{out},"
+    flag = shlex.quote(f"--config.evaluation.benchmarks={names}")
+    print(f"wrote {len(rows)} items to {out}; evaluate with {flag}")
 
 
 def open_translator(config: Config, max_new_tokens: int) -> tuple[Any, str]:

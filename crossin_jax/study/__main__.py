@@ -20,6 +20,7 @@ from crossin_jax.config import Study, UserError
 from crossin_jax.study.cost import print_costs
 from crossin_jax.study.run import (
     cell_keys,
+    check_cells,
     check_folders,
     is_done,
     run_study,
@@ -100,6 +101,12 @@ def read_study(arguments: Any) -> Study:
     if arguments.languages:
         options["languages"] = tuple(arguments.languages)
     study = cli.call_config_file(arguments.config, "get_study", **options)
+    if not isinstance(study, Study):
+        raise UserError(
+            f"--config={arguments.config}: get_study() returns {type(study).__name__}, not "
+            "crossin_jax.config.Study"
+        )
+    study = check_cells(study)
     return with_budget(study, arguments.budget) if arguments.budget else study
 
 

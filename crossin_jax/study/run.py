@@ -55,6 +55,7 @@ WRITTEN = (
 
 def run_study(study: Study, chosen: slice = slice(None)) -> list[Run]:
     """Brings the chosen cells up to date; returns the results of every evaluated cell that is."""
+    study = check_cells(study)
     keys = cell_keys(study)
     check_folders(study, chosen)
     for cell in study.cells[chosen]:
@@ -74,6 +75,19 @@ def read_runs(cells: Iterable[Cell]) -> list[Run]:
     """The results of cells; the model before tuning, which several of them hold, is there once."""
     runs = (run for cell in cells for run in read_results(find_folder(cell) / "evaluation"))
     return without_repeats(runs)
+
+
+def check_cells(study: Study) -> Study:
+    """The study with canonical language codes in every cell; `UserError` at the first fault, with
+    its cell.
+    """
+    cells = []
+    for cell in study.cells:
+        try:
+            cells.append(dataclasses.replace(cell, config=check(cell.config)))
+        except UserError as fault:
+            raise UserError(f"study {study.name}: cell {cell.name}: {fault}") from None
+    return dataclasses.replace(study, cells=tuple(cells))
 
 
 def find_folder(cell: Cell) -> Path:
@@ -148,7 +162,7 @@ def is_done(cell: Cell, keys: dict[str, str]) -> bool:
 
 def evaluation_key(cell: Cell, keys: dict[str, str]) -> str:
     """A hash of the trained weights' key and of how they are evaluated."""
-    return content_hash([keys[cell.name], settings.to_dict(cell.config)["evaluation"]])
+    return content_hash([keys[cell.name], settings.to_dict(check(cell.config))["evaluation"]])
 
 
 def run_cell(cell: Cell, keys: dict[str, str], study: Study) -> None:
@@ -277,7 +291,7 @@ def with_budget(study: Study, budget: str) -> Study:
 def cell_keys(study: Study) -> dict[str, str]:
     """A hash per cell of everything that decides its trained weights, what it needs included."""
     keys: dict[str, str] = {}
-    for cell in study.cells:
+    for cell in check_cells(study).cells:
         missing = [name for name in cell.needs if name not in keys]
         if missing:
             raise UserError(
@@ -286,7 +300,7 @@ def cell_keys(study: Study) -> dict[str, str]:
             )
         decides = {
             name: value
-            for name, value in flatten_dict(settings.to_dict(check(cell.config))).items()
+            for name, value in flatten_dict(settings.to_dict(cell.config)).items()
             if not name.startswith(MAY_CHANGE)
         }
         keys[cell.name] = content_hash(
@@ -318,6 +332,7 @@ def write_report(study: Study) -> Path | None:
     """Writes the report of every evaluated cell that is done, prints its tables, and returns its
     page.
     """
+    study = check_cells(study)
     keys, out = cell_keys(study), Path(study.output_dir)
     done = evaluated(study, keys)
     if not done:

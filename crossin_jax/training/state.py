@@ -5,7 +5,6 @@ restored.
 import contextlib
 import dataclasses
 import json
-import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,15 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from crossin_jax.checkpoint.fingerprint import find_changed
-from crossin_jax.checkpoint.hf import load_weights, read_spec, resolve_folder, state_leaves
+from crossin_jax.checkpoint.fingerprint import find_changed, find_unlike
+from crossin_jax.checkpoint.hf import (
+    ORIGIN,
+    load_weights,
+    read_export,
+    read_spec,
+    resolve_folder,
+    state_leaves,
+)
 from crossin_jax.checkpoint.peft import load_adapter, read_adapter
 from crossin_jax.checkpoint.store import list_steps
 from crossin_jax.config import Config, UserError
@@ -54,14 +60,15 @@ def model_spec(config: Config) -> ModelSpec:
     return spec
 
 
-def check_base(config: Config, frozen: Any, origin: dict[str, Any], place: Path) -> None:
+def check_base(config: Config, frozen: Any, origin: dict[str, Any], place: Path) -> bool:
     """Refuses frozen weights that are not those which the checkpoint in `place`, of provenance
     `origin`, was trained on.
 
-    A checkpoint of an earlier version does not know them; then nothing is compared.
+    False where some are in another precision than in training and could not be compared. A
+    checkpoint of an earlier version knows nothing of its base; then nothing is compared.
     """
     if not jax.tree.leaves(frozen) or "base_weights" not in origin:
-        return
+        return True
     changed, skipped = find_changed(origin["base_weights"], frozen)
     if changed:
         raise UserError(
@@ -69,12 +76,44 @@ def check_base(config: Config, frozen: Any, origin: dict[str, Any], place: Path)
             f"({len(changed)} of {len(origin['base_weights'])} arrays differ)\n"
             "bring back that base model, or train on this one with another output_dir"
         )
-    if skipped and jax.process_index() == 0:
-        logging.warning(
-            "%s: the base model is read in another precision than in training, so it cannot be "
-            "compared with the one there",
-            place,
-        )
+    return not skipped
+
+
+def load_start(config: Config, *states: Any, progress: bool = True) -> Any:
+    """`load_base` for weights of no checkpoint: folders that `export` wrote are checked."""
+    states = load_base(config, *states, progress=progress)
+    check_export(resolve_folder(config.model.path, config.model.revision), states)
+    if config.lora and config.lora.path:
+        check_export(resolve_folder(config.lora.path), states)
+    return states
+
+
+def check_export(folder: Path, states: Any) -> None:
+    """Refuses weights that are not those which an export of ours wrote to `folder`, or on which its
+    adapter was trained.
+
+    What cannot be compared in the precision it is read in is passed over, and so are other folders.
+    """
+    origin = read_export(folder)
+    if not origin:
+        return
+    leaves = {
+        path: leaf for path, leaf in state_leaves(states).items() if isinstance(leaf, jax.Array)
+    }
+    for part, fault, remedy in (
+        ("weights", "is not what was exported", "export it again, or bring it back from a copy"),
+        (
+            "base_weights",
+            "of the base model is not what the adapter was trained on",
+            f"bring that base model back: {origin.get('base') or 'see README.md there'}",
+        ),
+    ):
+        if changed := find_unlike(origin[part], leaves):
+            raise UserError(
+                f"{folder}: {changed[0]} {fault} "
+                f"({len(changed)} of {len(origin[part])} arrays differ)\n"
+                f"{remedy}; or delete {folder / ORIGIN} to use it as it is"
+            )
 
 
 def build(config: Config, spec: ModelSpec, key: jax.Array, **options: Any) -> Transformer:
@@ -215,7 +254,7 @@ def start_state(
     trainable, frozen = model.trainable, model.frozen
     drawn = trainable
     if config.model.path is not None:
-        trainable, frozen = load_base(config, trainable, frozen)
+        trainable, frozen = load_start(config, trainable, frozen)
         drawn = (
             nnx.filter_state(model.trainable, Adapter)
             if config.lora and not config.lora.path

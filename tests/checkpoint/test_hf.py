@@ -432,7 +432,8 @@ def test_a_damaged_config(tmp_path, text, words):
 
 def test_a_hub_id_without_network_says_what_to_do():
     with pytest.raises(
-        UserError, match=r"(?s)nobody/nothing at revision v1: .*`hf download nobody/nothing`"
+        UserError,
+        match=r"(?s)nobody/nothing at revision v1: .*`hf download nobody/nothing --revision v1`",
     ):
         resolve_folder("nobody/nothing", "v1")
     for path in ("./nothing", "/nothing/at/all", "a/b/c", "some where"):

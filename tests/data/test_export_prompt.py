@@ -160,6 +160,40 @@ def test_an_exported_folder_is_asked_as_the_run(format, low_rank, tmp_path):
     assert on_base.renderer.hash == run.renderer.hash
 
 
+MARKED = (
+    "{% for m in messages %}w50 {{ m.content }} w51 {% endfor %}"
+    "{% if add_generation_prompt %}w52{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", ["chat", "plain", "custom"])
+def test_an_export_answers_as_its_run(template, low_rank, tmp_path):
+    """Word for word, without any flag: in the model's own chat template and in the user's."""
+    shutil.copytree(low_rank.parent, tmp_path / "all")
+    base, run = tmp_path / "all/base", tmp_path / "all/run"
+    (base / "chat_template.jinja").write_text(MARKED)
+    name = template
+    if template == "custom":
+        name = str(tmp_path / "mine.json")
+        (tmp_path / "mine.json").write_text(
+            json.dumps(
+                {"prompt_input": "{instruction} {input}", "prompt_no_input": "w9 {instruction}"}
+            )
+        )
+    edit_config(run, 0, "model", path=str(base))
+    edit_config(run, 0, "data", template=name)
+    questions = [("w3 w5 w8", ""), ("w7", "w11"), ("w20 w21", "")]
+    answers = {}
+    for place in ("run", "merged", "peft"):
+        folder = run if place == "run" else tmp_path / place
+        if place != "run":
+            export(run, place, folder, "float32" if place == "merged" else None)
+        asked = load_chat_model(str(folder))
+        assert asked.renderer.template_name != "alpaca"
+        answers[place] = asked.answer(questions, max_new_tokens=6)
+    assert answers["run"] == answers["merged"] == answers["peft"] and any(answers["run"])
+
+
 def test_an_exported_model_is_evaluated_as_it_was_trained(low_rank, tmp_path):
     prompt = {"template": CUSTOM, "system": None, "tokenization": "joint"}
     (tmp_path / "mine.json").write_text(json.dumps(CUSTOM))

@@ -14,13 +14,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from crossin_jax import provenance
+from crossin_jax.checkpoint.fingerprint import fingerprints
+from crossin_jax.checkpoint.hf import ORIGIN
 from crossin_jax.checkpoint.open import open_model
 from crossin_jax.checkpoint.store import Store, list_steps
-from crossin_jax.config import Lora, UserError
+from crossin_jax.config import Config, Lora, Mesh, Model, UserError
 from crossin_jax.evaluate import find_differences
 from crossin_jax.export import export
 from crossin_jax.generation.model import load_model
+from crossin_jax.parallel.mesh import make_mesh
 from crossin_jax.train import train
+from crossin_jax.training.state import abstract_model, load_base, load_start, model_spec
 from crossin_jax.training.step import TrainState
 from tests.checkpoint.runs import make_run, write_tokenizer
 from tests.checkpoint.test_store import ABSTRACT, assert_step, every_setting, make_state, write_run
@@ -35,13 +40,14 @@ def stored(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("stored") / "run", every_setting())
 
 
+def make_config(base):
+    """Settings that adapt the weights in a folder."""
+    return Config(model=Model(path=str(base), frozen_dtype="float32"), lora=LORA)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A LoRA run on a base, with provenance as `train` writes it; do not write into it."""
-    from crossin_jax import provenance
-    from crossin_jax.checkpoint.fingerprint import fingerprints
-    from crossin_jax.training.state import abstract_model, load_base
-
     folder = tmp_path_factory.mktemp("identity")
     config = make_run(folder, lora=LORA, steps=(9,))
     opened = open_model(folder / "run", progress=False)
@@ -230,16 +236,14 @@ def test_another_base_is_refused_by_the_name_of_its_first_weight(name, run, tmp_
     export(folder, "merged", tmp_path / "out")
 
 
-def test_the_base_is_known_in_other_precisions_and_on_other_meshes(run, tmp_path, caplog):
-    """A run in bfloat16 that is opened in float32 is compared; what cannot be compared is said."""
-    from crossin_jax.config import Mesh
-    from crossin_jax.parallel.mesh import make_mesh
-
+def test_the_base_is_known_in_other_precisions_and_on_other_meshes(run, tmp_path):
+    """What cannot be compared in the precision asked for is read once more, as in training."""
     folder = copy_with_base(run, tmp_path)
     open_model(folder, mesh=make_mesh(Mesh(fsdp=8)), progress=False)
-    assert not [line for line in caplog.messages if "cannot be compared" in line]
     open_model(folder, frozen_dtype="bfloat16", progress=False)
-    assert any("cannot be compared" in line for line in caplog.messages)
+    change_base(tmp_path, "model.norm.weight", flip_last_bit)
+    with pytest.raises(UserError, match="norm/weight is not what"):
+        open_model(folder, frozen_dtype="bfloat16", progress=False)
 
 
 def test_another_tokenizer_is_refused_unless_it_is_asked_for(run, tmp_path):
@@ -271,6 +275,119 @@ def test_a_run_is_not_continued_on_another_base(pretrained, tmp_path):
         train(config)
     assert (tmp_path / "run/metrics.jsonl").read_text() == before
     assert not (tmp_path / "run/checkpoints/2").exists()
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_the_base_of_a_quantized_run_is_known_in_its_exports(kind, tmp_path):
+    """An export reads the base in bfloat16; the base is compared in the precision of the run."""
+    config = make_run(tmp_path, lora=LORA, frozen_dtype=kind)
+    opened = open_model(tmp_path / "run", progress=False)
+    (frozen,) = load_base(config, abstract_model(config, opened.spec, opened.mesh).frozen)
+    for file in tmp_path.glob("run/checkpoints/*/provenance/metadata"):
+        known = {"base_weights": fingerprints(frozen)}
+        file.write_text(json.dumps(json.loads(file.read_text()) | known))
+    as_earlier_version(tmp_path / "run")
+    export(tmp_path / "run", "merged", tmp_path / "merged")
+    change_base(tmp_path, "model.layers.1.mlp.down_proj.weight", lambda w: w * 1.5)
+    with pytest.raises(UserError, match=r"layers/down_proj/(weight|scale) is not what .*/0 was"):
+        export(tmp_path / "run", "merged", tmp_path / "out")
+
+
+# ---- Exports
+
+
+@pytest.fixture(scope="module")
+def exports(run, tmp_path_factory):
+    """The run's base, and its adapter and merged model as `export` writes them; read only."""
+    folder = tmp_path_factory.mktemp("exports")
+    shutil.copytree(run.parent / "base", folder / "base")
+    export(run, "peft", folder / "adapter")
+    export(run, "merged", folder / "merged")
+    return folder
+
+
+def change_tensor(file, change):
+    """Changes the last tensor of a safetensors file."""
+    tensors = load_file(file)
+    name = sorted(tensors)[-1]
+    save_file(tensors | {name: change(tensors[name])}, file, metadata={"format": "pt"})
+
+
+OPENED = {
+    "adapter": lambda folder, **options: open_model(
+        folder / "base", adapter=str(folder / "adapter"), progress=False, **options
+    ),
+    "merged": lambda folder, **options: open_model(folder / "merged", progress=False, **options),
+}
+
+
+@pytest.mark.parametrize(
+    ("opened", "file", "words"),
+    [
+        ("merged", "merged/model.safetensors", "norm/weight is not what was exported"),
+        ("adapter", "adapter/adapter_model.safetensors", "lora_b is not what was exported"),
+        (
+            "adapter",
+            "base/model.safetensors",
+            "norm/weight of the base model is not what the adapter was trained on",
+        ),
+    ],
+)
+def test_a_changed_export_is_named(opened, file, words, exports, tmp_path):
+    """One flipped bit, in the weights of the export or in an adapter's base; more in bfloat16."""
+    folder = shutil.copytree(exports, tmp_path / "copy")
+    for dtype, change in (("float32", flip_last_bit), ("bfloat16", lambda tensor: -tensor)):
+        change_tensor(folder / file, change)
+        with pytest.raises(UserError, match=words) as error:
+            OPENED[opened](folder, dtype=dtype)
+        assert len(str(error.value).splitlines()) == 2
+    (folder / opened / ORIGIN).unlink()
+    OPENED[opened](folder)
+
+
+def test_what_cannot_be_compared_in_an_export_is_read(exports):
+    """And what can be in two precisions is; an export may be adapted again."""
+    for opened in OPENED.values():
+        for dtype in ("bfloat16", "float32", None):
+            opened(exports, dtype=dtype)
+        opened(exports, frozen_dtype="nf4", param_dtype="float32")
+    config = make_config(exports / "merged")
+    abstract = abstract_model(config, model_spec(config), make_mesh(Mesh(), jax.devices()[:1]))
+    load_start(config, abstract.trainable, abstract.frozen)
+
+
+def test_another_tokenizer_in_an_export_is_said(exports, tmp_path, caplog):
+    folder = shutil.copytree(exports / "merged", tmp_path / "merged")
+    assert open_model(folder, progress=False).tokenizer and "tokenizer there" not in caplog.text
+    write_tokenizer(folder, first="x")
+    assert open_model(folder, progress=False).tokenizer
+    assert f"{folder}: the tokenizer there is not the one that was exported" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ['{"weights": []}', '{"base_weights": {"a": 1}}', "{", "[]"])
+def test_a_damaged_origin_is_refused(damage, exports, tmp_path):
+    folder = shutil.copytree(exports / "merged", tmp_path / "merged")
+    (folder / ORIGIN).write_text(damage)
+    with pytest.raises(UserError, match=re.escape(ORIGIN)):
+        open_model(folder, progress=False)
+
+
+def test_a_run_knows_the_weights_that_it_began_with(pretrained, tmp_path):
+    """Where every weight is trained too, and still after it was continued."""
+    config = config_in(tmp_path / "run", str(pretrained / "model"))
+    config.lora = None
+    config.train = dataclasses.replace(config.train, steps=2, checkpoint_every=1)
+    train(config)
+    shutil.rmtree(tmp_path / "run/checkpoints/2")
+    train(config)
+    first, second = (
+        json.loads((tmp_path / f"run/checkpoints/{step}/provenance/metadata").read_text())
+        for step in (1, 2)
+    )
+    opened = open_model(pretrained / "model", dtype="float32", progress=False)
+    assert first["start_weights"] == fingerprints(opened.state)
+    assert second["start_weights"] == first["start_weights"] and first["base_weights"] == {}
     jax.clear_caches()
 
 

@@ -13,7 +13,13 @@ from flax import nnx
 
 from crossin_jax.config import Lora, UserError
 from crossin_jax.models.layers import Adapter, dropout
-from crossin_jax.models.lora import is_trainable, merge, resolve, start_magnitudes
+from crossin_jax.models.lora import (
+    is_trainable,
+    measure_rounding,
+    merge,
+    resolve,
+    start_magnitudes,
+)
 from tests.models.models import GEMMA, LLAMA, MISTRAL, QWEN, make_model, make_tokens
 
 TOKENS = make_tokens(2, 12)
@@ -183,3 +189,20 @@ def test_released_code_compatible_leaves_q_proj_alone():
 def test_names_that_match_nothing_or_twice_are_refused(lora, words):
     with pytest.raises(UserError, match=words):
         resolve(lora, LLAMA)
+
+
+def test_rounding_counts_what_was_trained_in_full():
+    """What is lost of modules beside the adapter, or of the adapter: whichever is more."""
+    rng = np.random.default_rng(0)
+    model = make_model(LLAMA, lora=Lora(rank=3))
+    alone = measure_rounding(model, "bfloat16")
+    assert 0 < alone < 0.1 and measure_rounding(model, "float32") == 0
+    before = rng.standard_normal((64, 32), dtype=np.float32)
+    for step in (1e-4, 1.0):
+        after = before + step * rng.standard_normal((64, 32), dtype=np.float32)
+        rounded = after.astype(jnp.bfloat16).astype(np.float32)
+        error, update = np.sum((rounded - after) ** 2), np.sum((after - before) ** 2)
+        saved = [(jnp.asarray(after), jnp.asarray(before))]
+        both = measure_rounding(model, "bfloat16", saved)
+        np.testing.assert_allclose(both, max(alone, np.sqrt(error / update)), rtol=1e-4)
+        assert (both > 0.1) == (step < 0.1)

@@ -151,6 +151,36 @@ def test_what_is_not_supported_is_refused_by_name(config, changes, words):
     assert str(error.value).startswith("folder/config.json") and str(error.value).count("\n") <= 2
 
 
+UNREAD = {
+    "Llama-3.1-8B": {"sliding_window": 0, "query_pre_attn_scalar": "x", "no_rope_layers": {}},
+    "gemma-2b": {"hidden_act": "", "use_sliding_window": "no", "rope_local_base_freq": -1},
+    "Mistral-7B-v0.1": {"max_window_layers": -1, "final_logit_softcapping": 0},
+    "gemma-2-27b": {"hidden_act": "https://me:secret@host", "sliding_window_pattern": 0},
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_what_only_other_families_read_is_not_judged(name):
+    """transformers passes over it too. The same values are refused where they are read."""
+    config = next(c for full, (c, _) in CHECKPOINTS.items() if full.endswith(f"/{name}"))
+    assert read(copy.deepcopy(config) | UNREAD[name]) == read(copy.deepcopy(config))
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "words"),
+    [
+        (MISTRAL_V1, {"sliding_window": 0}, "sliding_window=0 must be at least 1"),
+        (GEMMA3_4B, {"text_config": {"query_pre_attn_scalar": "x"}}, "query_pre_attn_scalar='x'"),
+        (LLAMA31_8B, {"hidden_act": ""}, "activation '' is not supported"),
+        (LLAMA31_8B, {"rope_scaling": {"rope_type": "", "factor": 2.0}}, "rope type ''"),
+        (LLAMA31_8B, {"model_type": ""}, "model_type='' is not supported"),
+    ],
+)
+def test_what_is_read_is_judged(config, changes, words):
+    with pytest.raises(UserError, match=words):
+        read(copy.deepcopy(config) | changes)
+
+
 def test_a_missing_field_is_named():
     for field in (
         "hidden_size",

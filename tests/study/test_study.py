@@ -83,6 +83,22 @@ def test_a_study_runs_goes_on_and_reruns_what_changed(study, monkeypatch, capsys
     assert trained == ["tiny_lora", "other", "other", "other"]
 
 
+def test_cells_may_name_languages_in_any_way(study, monkeypatch):
+    """A study's own configurations do not come from the command line; a fault names its cell."""
+    seen = []
+    monkeypatch.setattr(program, "fill_folder", lambda cell, config, *_: seen.append(config))
+    named = study()
+    for cell in named.cells:
+        cell.config.data = dataclasses.replace(cell.config.data, languages=("English", "zho_Hans"))
+    run_study(dataclasses.replace(named, cells=named.cells[:1]))
+    assert [config.data.languages for config in seen] == [("en", "zh")]
+    assert cell_keys(named) == cell_keys(study())
+    named.cells[1].config.data.pivot = "Englisch?"
+    for function in (run_study, cell_keys):
+        with pytest.raises(UserError, match=r"study tiny: cell b: data\.pivot"):
+            function(named)
+
+
 def snapshot(folder: Path) -> dict[str, bytes]:
     """Every file below a folder."""
     return {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}

@@ -11,7 +11,7 @@ from crossin_jax.config import Config, Lora, Mesh, Model, UserError
 from crossin_jax.export import export
 from crossin_jax.models.lora import TARGETS
 from crossin_jax.parallel.mesh import leaf_name, make_mesh
-from crossin_jax.train import set_up
+from crossin_jax.train import set_up, train
 from crossin_jax.training.optim import make_optimizer
 from crossin_jax.training.state import (
     abstract_model,
@@ -176,3 +176,28 @@ def test_every_program_computes_in_the_same_precision_and_says_so(adapted):
     assert run.provenance["precision"] == "float32"
     with pytest.raises(UserError, match="auto, float32 or bfloat16"):
         open_model(adapted, dtype="float16")
+
+
+# ---- Settings from Python
+
+
+def test_a_run_from_python_may_name_languages_in_any_way(tmp_path, monkeypatch):
+    """`train(config)` checks its settings as the command line does, before it makes a folder."""
+    seen = []
+
+    def look(config, folder):
+        seen.append(config.data.languages)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("crossin_jax.train.set_up", look)
+    config = config_in(tmp_path / "run")
+    config.data = dataclasses.replace(config.data, languages=("English", "zho_Hans", "español"))
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    assert seen == [("en", "zh", "es")]
+    for changes in ({"languages": ("Englisch?",)}, {"length": -1}):
+        config = config_in(tmp_path / "refused")
+        config.data = dataclasses.replace(config.data, **changes)
+        with pytest.raises(UserError, match=f"data.{next(iter(changes))}"):
+            train(config)
+    assert not (tmp_path / "refused").exists()
