@@ -87,12 +87,13 @@ def test_cells_may_name_languages_in_any_way(study, monkeypatch):
     """A study's own configurations do not come from the command line; a fault names its cell."""
     seen = []
     monkeypatch.setattr(program, "fill_folder", lambda cell, config, *_: seen.append(config))
-    named = study()
-    for cell in named.cells:
-        cell.config.data = dataclasses.replace(cell.config.data, languages=("English", "zho_Hans"))
+    named, coded = study(), study()
+    for cells, languages in ((named, ("English", "zho_Hans")), (coded, ("en", "zh"))):
+        for cell in cells.cells:
+            cell.config.data = dataclasses.replace(cell.config.data, languages=languages)
     run_study(dataclasses.replace(named, cells=named.cells[:1]))
     assert [config.data.languages for config in seen] == [("en", "zh")]
-    assert cell_keys(named) == cell_keys(study())
+    assert cell_keys(named) == cell_keys(coded)
     named.cells[1].config.data.pivot = "Englisch?"
     for function in (run_study, cell_keys):
         with pytest.raises(UserError, match=r"study tiny: cell b: data\.pivot"):
