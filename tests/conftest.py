@@ -16,7 +16,12 @@ if WORKER is None:  # else what the first process set is inherited
     )
     # Later ones do not know the flag, and an unknown flag ends the process.
     if version("jaxlib").startswith("0.10."):
-        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+        # Eight devices share two cores: where another program takes those for 40 s, XLA would end
+        # the process.
+        os.environ["XLA_FLAGS"] += (
+            " --xla_cpu_use_fusion_emitters=false"
+            " --xla_cpu_collective_call_terminate_timeout_seconds=300"
+        )
     # A program that two tests share is compiled once.
     _CACHE = tempfile.TemporaryDirectory(prefix="crossin_jax_tests_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name

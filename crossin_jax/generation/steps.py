@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from crossin_jax.generation.sampling import Sampling, draw
 from crossin_jax.models.transformer import Cache, Transformer
+from crossin_jax.parallel.mesh import constrain_residual, weights_stay
 
 # float32 numbers, so 64 MiB
 LOGITS_AT_ONCE = 1 << 24
@@ -137,6 +138,7 @@ def read_prompts(
         tokens_BT, None, real, cache=cache, attention=attention, cache_is_empty=cache_is_empty
     )
     last = jnp.take_along_axis(hidden, (lengths_B - 1)[:, None, None], axis=1)
+    last = constrain_residual(last, weights_stay(len(last), model.spec.width))
     return model.unembed(last)[:, 0], cache
 
 

@@ -45,7 +45,7 @@ from crossin_jax.models.lora import resolve
 from crossin_jax.models.modules import AXES, KEPT, Projection, fused_parts, layer_modules
 from crossin_jax.models.rope import rope_frequencies, rope_tables, rotate
 from crossin_jax.models.spec import ModelSpec
-from crossin_jax.parallel.mesh import constrain
+from crossin_jax.parallel.mesh import constrain, constrain_residual, weights_stay
 
 REMAT = ("none", "full", "dots", "offload")
 
@@ -94,18 +94,20 @@ class Block(nnx.Module):
             else (checkpoint_name(q, "q"), checkpoint_name(k, "k"), v)
         )
 
-    def feed_forward(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+    def feed_forward(self, x: jax.Array, key: jax.Array | None, stay: bool) -> jax.Array:
         """Gated feed-forward, (B, T, D)."""
         keys = (None, None) if key is None else jax.random.split(key)
         dropped = dropout(x, self.rate, keys[0])
         gate = checkpoint_name(self.gate_proj(x, dropped), "gate")
         up = checkpoint_name(self.up_proj(x, dropped), "up")
+        if stay:
+            gate, up = (constrain(y, "whole_batch", "length", "cut_mlp") for y in (gate, up))
         act = (
             jax.nn.silu(gate)
             if self.spec.activation == "silu"
             else jax.nn.gelu(gate, approximate=True)
         )
-        inner = constrain(act * up, "batch", "length", "mlp")
+        inner = constrain(act * up, "whole_batch" if stay else "batch", "length", "mlp")
         return self.down_proj(inner, dropout(inner, self.rate, keys[1]))
 
     def __call__(
@@ -115,26 +117,30 @@ class Block(nnx.Module):
         sin: jax.Array,
         attend: Callable[..., jax.Array],
         key: jax.Array | None,
+        stay: bool = False,
     ) -> jax.Array:
-        """One layer, (B, T, D); `attend` maps q, k, v to the context (B, T, N, H)."""
+        """One layer, (B, T, D); `attend` maps q, k, v to the context (B, T, N, H).
+
+        `stay`: the weights stay where they lie, see `mesh.weights_stay`.
+        """
         # Keys of dropout: attention inputs, attention output, feed-forward. A resumed run draws the
         # same masks.
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
         context = attend(*self.queries_keys_values(self.input_layernorm(x), cos, sin, keys[0]))
         context = constrain(context, "batch", "length", "heads", "head")
+        if stay:
+            context = constrain(context, "whole_batch", "length", "heads", "head")
         y = checkpoint_name(self.o_proj(context, dropout(context, self.rate, keys[1])), "output")
         # x ──norm─ attention ─(norm)─ + ──norm─ feed-forward ─(norm)─ +      (norm): Gemma 2 and 3
         # └────────────────────────────┘ └─────────────────────────────┘
         if self.spec.post_norms:
-            x = constrain(x + self.post_attention_layernorm(y), "batch", "length", "embed")
-            y = checkpoint_name(
-                self.feed_forward(self.pre_feedforward_layernorm(x), keys[2]), "down"
-            )
-            y = self.post_feedforward_layernorm(y)
+            x = constrain_residual(x + self.post_attention_layernorm(y), stay)
+            y = self.feed_forward(self.pre_feedforward_layernorm(x), keys[2], stay)
+            y = self.post_feedforward_layernorm(checkpoint_name(y, "down"))
         else:
-            x = constrain(x + y, "batch", "length", "embed")
-            y = self.feed_forward(self.post_attention_layernorm(x), keys[2])
-        return constrain(x + y, "batch", "length", "embed")
+            x = constrain_residual(x + y, stay)
+            y = self.feed_forward(self.post_attention_layernorm(x), keys[2], stay)
+        return constrain_residual(x + y, stay)
 
 
 class Transformer(nnx.Module):
@@ -244,7 +250,8 @@ class Transformer(nnx.Module):
         # The factor is rounded to the precision of the weights, as in the published models.
         if spec.scale_embedding:
             x *= jnp.asarray(math.sqrt(spec.width), x.dtype)
-        x = constrain(x, "batch", "length", "embed")
+        stay = cache is not None and weights_stay(B * T, spec.width)
+        x = constrain_residual(x, stay)
 
         # What the scan hands to each layer, beside its parameters.
         per_layer: dict[str, Any] = {"index": jnp.arange(spec.num_layers)}
@@ -280,6 +287,7 @@ class Transformer(nnx.Module):
         parameters, its number in the caches, whether it is local, and its dropout key.
         """
         spec, graphdef = self.spec, nnx.graphdef(self.layers)
+        stay = cache is not None and weights_stay(positions_BT.size, spec.width)
         tables, local_tables = (
             rope
             and rope_tables(
@@ -316,8 +324,8 @@ class Transformer(nnx.Module):
                 keys_values = read_layer(stored, layer["index"], q.dtype)
                 return attend_cached(q, *keys_values, positions_BT, cache["positions"], **rules)
 
-            x = nnx.merge(graphdef, layer["layers"])(x, cos, sin, attend_here, layer.get("key"))
-            return (x, stored), None
+            block = nnx.merge(graphdef, layer["layers"])
+            return (block(x, cos, sin, attend_here, layer.get("key"), stay), stored), None
 
         return step
 

@@ -35,6 +35,10 @@ RULES: dict[str, tuple[Any, Any]] = {
     "head": (None, None),
     "mlp": ("tensor", "tensor"),
     "rank": ("fsdp", None),
+    # Activations where weights stay, see `weights_stay`.
+    "whole_batch": (None, "data"),
+    "cut_embed": (None, "fsdp"),
+    "cut_mlp": (None, ("tensor", "fsdp")),
 }
 # Takes its mesh axis where no other dimension does: the half of a LoRA pair without "embed".
 WHERE_FREE = ("rank",)
@@ -175,6 +179,34 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, activation_spec(x.shape, axes, mesh))
+
+
+def weights_stay(num_tokens: int, width: int) -> bool:
+    """Whether the weights of a product stay where they lie, and the tokens travel instead.
+
+    The layouts are the weight-stationary ones of Pope et al., arXiv 2211.05102.
+    """
+    # A weight (X, D) is cut along D over fsdp. For its product with M tokens every chip
+    #
+    #     gathers the weight:   it receives X · D numbers, and computes M / fsdp tokens,
+    #     or keeps its columns: it computes parts of sums for all M tokens, which are added over
+    #                           the chips: it receives up to 2 · M · X numbers.
+    #
+    # So the weights stay up to M = D / 2 tokens. Decoding has one token per row. The stream
+    # between the layers is then cut along D, as the weights are:
+    #
+    #     x [M, D/fsdp] ─ q, k, v ───► added [M/fsdp, N H]    attention is by rows
+    #     y [M, D/fsdp] ◄─ o ───────── gathered [M, N H]      no sum: each chip has its columns
+    #     y [M, D/fsdp] ─ gate, up ──► added [M, F/fsdp]
+    #     x [M, D/fsdp] ◄─ down ────── gathered [M, F]
+    return 2 * num_tokens <= width
+
+
+def constrain_residual(x_BTD: jax.Array, stay: bool) -> jax.Array:
+    """Pins the stream between layers: cut by rows, or along D where the weights stay."""
+    if stay:
+        return constrain(x_BTD, "whole_batch", "length", "cut_embed")
+    return constrain(x_BTD, "batch", "length", "embed")
 
 
 def constrain_parameter(x: jax.Array, *axes: str) -> jax.Array:

@@ -90,6 +90,15 @@ def test_the_training_step_is_counted_to_the_last_product(planned):
     assert sum(train.sent_bytes.values()) > 0 and 0 < train.matrix_cycles < train.cycles
 
 
+def test_decoding_does_not_gather_the_weights(planned):
+    """32 rows of width 256: the tokens travel, see `mesh.weights_stay`."""
+    _, plan = planned
+    gathered = 2 * SPEC.num_parameters * 3 / 4  # the other chips' bfloat16 weights
+    assert 0 < sum(plan.phases["decode"].sent_bytes.values()) < gathered / 3
+    # Prompts have so many tokens that their weights are gathered, as in training.
+    assert sum(plan.phases["prefill"].sent_bytes.values()) > gathered / 3
+
+
 def test_memory_is_that_of_the_sharded_state(planned):
     _, plan = planned
     train, limit = plan.phases["train"], topology("v5e:2x2").hbm_limit
@@ -142,8 +151,8 @@ def test_prefill_and_decoding_are_the_engines(planned):
     _, plan = planned
     prefill, decode = plan.phases["prefill"], plan.phases["decode"]
     matrices, head = 3 * LAYER, 1024 * 256
-    # one prompt per chip; its one row of logits is made of sums, which are not counted
-    assert prefill.flops - prefill.kernel_flops == 2 * T * matrices
+    # One prompt per chip, and for the logits after all four a quarter of the columns of the head.
+    assert prefill.flops - prefill.kernel_flops == 2 * T * matrices + 2 * head
     # Eight rows per chip; attention of one query is made of sums too.
     assert decode.flops == 8 * 2 * (matrices + head)
     slots = T + 32  # room for prompts and for what is drawn
@@ -206,7 +215,7 @@ def test_prompts_leave_room_for_answers(tmp_path):
         config_of(tmp_path, data=Data(length=1024), evaluation=asked), slice_, ("prefill",)
     )
     prefill = plan.phases["prefill"]
-    assert prefill.flops - prefill.kernel_flops == 2 * 512 * 3 * LAYER
+    assert prefill.flops - prefill.kernel_flops == 2 * 512 * 3 * LAYER + 2 * 1024 * 256
 
 
 GIB = 2**30
