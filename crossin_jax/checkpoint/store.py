@@ -163,8 +163,8 @@ class Store:
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        """Finishes saves and releases the manager's threads; a fault under way is not covered by
-        another.
+        """Finishes saves and releases the manager's threads; it does not mask an exception that is
+        being raised.
         """
         if kind is None:
             self.wait()

@@ -89,8 +89,7 @@ def load_arrays(
         for box in request.boxes
     )
     progress = progress and to_read >= WORTH_TELLING
-    # The prediction is printed before, the peak after: what differs from it by much is a fault to
-    # report.
+    # The prediction is printed before, and the peak after: if they differ by much, report it.
     reset_peak()
     if progress:
         resident = sum(

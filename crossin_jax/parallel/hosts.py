@@ -154,8 +154,8 @@ def detect_process(
 
 
 def _host_names(cluster: Any) -> tuple[str, ...]:
-    """The host of every process, where the cluster says so; a name too few is no fault, it is only
-    shown.
+    """The host of every process, where the cluster says so. Names are only shown, so the list may
+    be short.
     """
     if "tpu" in cluster.name:
         workers = cluster._get_worker_list_in_slice()
@@ -167,7 +167,7 @@ def _host_names(cluster: Any) -> tuple[str, ...]:
         )
     if cluster.name == "slurm":
         try:
-            told = subprocess.run(
+            hosts = subprocess.run(
                 ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]],
                 capture_output=True,
                 text=True,
@@ -175,8 +175,8 @@ def _host_names(cluster: Any) -> tuple[str, ...]:
             ).stdout.split()
         except (OSError, subprocess.TimeoutExpired):
             return ()
-        tasks = cluster.get_process_count() // max(1, len(told))
-        return tuple(name for name in told for _ in range(tasks))
+        tasks = cluster.get_process_count() // max(1, len(hosts))
+        return tuple(name for name in hosts for _ in range(tasks))
     return ()
 
 
@@ -228,8 +228,8 @@ def watch_notices(url: str | None = None, *, seconds: float = 5.0) -> threading.
     """Sends this process SIGTERM when its host announces maintenance or preemption; the returned
     event ends the watch.
 
-    A notice that stands from the start is the one that an earlier start of the run has saved for:
-    it stops nothing.
+    A notice that is there at the start is ignored: the previous run has saved and ended because of
+    it.
     """
     url, over = url or metadata_url(), threading.Event()
 

@@ -432,9 +432,9 @@ FAULTS = (
         room="evaluation",
         name="clear-in-one-seed",
         what="A difference counts as clear though seeds disagree on its sign.",
-        where="crossin_jax/evaluation/stats.py:paired_change",
-        old="p < 1 - level and same_sign",
-        new="p < 1 - level",
+        where="crossin_jax/evaluation/stats.py:paired_changes",
+        old="(p_K < 1 - level) & have_same_sign_K",
+        new="p_K < 1 - level",
         tests=(
             "tests/report/test_summary.py",
             "tests/report/test_page.py",
