@@ -33,7 +33,11 @@ CHOICE_COLUMNS = tuple(
 MISSING = ("", "N/A", "nan", "NaN", "null", "None")
 QUESTIONS = ("question", "Question", "Prompt", "prompt")
 CONTEXTS = ("context", "passage", "flores_passage", "premise")
-GOLDS = ("answer", "Answer", "answerKey", "answer_index", "label")
+# The gold answer, and the number from which it counts the choices
+GOLDS = {
+    "correct_answer_num": 1,
+    **dict.fromkeys(("answer", "Answer", "answerKey", "answer_index", "label"), 0),
+}
 IDS = ("id", "sample_id", "question_id")
 # XCOPA names the kind of question in place of its text. These are COPA's own words.
 COPA = {"cause": "What was the cause of this?", "effect": "What happened as a result?"}
@@ -212,13 +216,12 @@ def _check_choices(choices: Any, place: str) -> None:
 
 def _gold(row: Row, labels: Sequence[str] | None) -> Any:
     """The gold answer as `find_gold` reads it; an index where it names a column or label."""
-    if "mc_answer1" in row:  # Belebele counts from 1, and may write the number as a text
-        number = str(row.get("correct_answer_num")).strip()
-        return int(number) - 1 if number.isdigit() else None
     name = next((name for name in GOLDS if not _is_missing(row.get(name))), None)
     if name is None:
         return None
     gold = row[name]
+    if GOLDS[name] and str(gold).strip().isdigit():  # the number may be a text
+        return int(gold) - GOLDS[name]
     if isinstance(gold, float) and gold.is_integer():
         gold = int(gold)  # a column with an empty cell makes numbers of pandas floats
     if not isinstance(gold, str):

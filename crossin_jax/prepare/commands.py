@@ -143,7 +143,8 @@ def audit(config: Config, arguments: Any) -> None:
     data = open_pipeline(config)
     languages = config.evaluation.languages or config.data.languages
     benchmarks = [
-        load_benchmark(name, languages, seed=config.seed) for name in config.evaluation.benchmarks
+        load_benchmark(name, languages, seed=config.seed, split=config.evaluation.split)
+        for name in config.evaluation.benchmarks
     ]
     report = make_audit(data.mixture, data.renderer, config.data, benchmarks)
     folder = output_path(config, arguments, "audit")

@@ -1,5 +1,7 @@
 """Prompt frames beside SeaEval's: the harness's bare form, and wordings of the user's own."""
 
+from pathlib import Path
+
 import pytest
 
 from crossin_jax.config import UserError
@@ -74,6 +76,17 @@ def test_a_file_words_the_questions_of_xcopa(own, kind, words):
     assert make_prompt(version, own, language="zh").startswith(words)
     assert COPA[kind] in make_prompt(version, own, language="vi")
     assert COPA[kind] in make_prompt(version, "harness", language="zh")
+
+
+def test_the_example_of_the_documentation_is_the_harness_and_chinese(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    block = page.split("```toml\n")[1].split("```")[0]
+    (tmp_path / "doc.toml").write_text("\n".join(line[2:] for line in block.splitlines()))
+    name = str(tmp_path / "doc.toml")
+    assert make_prompt(STORY, name, [CITY]) == make_prompt(STORY, "harness", [CITY])
+    assert make_prompt(STORY, name, language="zh").endswith(
+        "问题：Who came?\nA. Ann\nB. Bo\n答案："
+    )
 
 
 def test_every_word_of_a_frame_is_in_its_hash(tmp_path):

@@ -59,6 +59,8 @@ COLUMNS = {
     "include as CSV": {"question": QUESTION, "answer": "2"}
     | {f"option_{letter}": text for letter, text in zip("abc", CHOICES, strict=True)},
     "mmlu": {"question": QUESTION, "choices": CHOICES, "answer": 2},
+    "belebele, numbers": {"question": QUESTION, "correct_answer_num": 3}
+    | {f"mc_answer{i}": text for i, text in enumerate(CHOICES, 1)},
     "belebele": {"question": QUESTION, "correct_answer_num": "3"}
     | {f"mc_answer{i}": text for i, text in enumerate(CHOICES, 1)},
 }

@@ -3,7 +3,9 @@ local folder in its layout.
 """
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -334,6 +336,15 @@ def test_a_few_faulty_items_of_published_data_are_left_out(hub, monkeypatch, cap
 )
 def test_short_names_in_usual_spellings(name, short):
     assert find_known(name) == short
+
+
+def test_the_documentation_names_every_short_name():
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    table = page.split("| short name |")[1].split("\n\n")[0]
+    named = re.findall(
+        r"`([a-z_0-9]+)", "".join(line.split("|")[1] for line in table.split("\n")[2:])
+    )
+    assert set(named) == {*KNOWN, "cross_world"}
 
 
 def test_names_that_cannot_be_read():
