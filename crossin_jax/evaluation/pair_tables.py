@@ -1,6 +1,6 @@
 """Measures of language pairs with their intervals, and changes against another arm: one table each.
 
-Shape letters: S seeds · R resamples · P pairs of languages · L languages.
+Shape letters: I items · L languages · C choices · P pairs of languages · R resamples · S seeds.
 """
 
 from collections.abc import Iterator, Sequence

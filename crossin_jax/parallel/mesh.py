@@ -1,4 +1,7 @@
-"""The device mesh and the one table from logical axes to mesh axes."""
+"""The device mesh and the one table from logical axes to mesh axes.
+
+Shape letters: B batch rows · T positions · D model width.
+"""
 
 import math
 from typing import Any

@@ -1,4 +1,7 @@
-"""What the model will learn, token by token: in colour on a terminal, and as one HTML page."""
+"""What the model will learn, token by token: in colour on a terminal, and as one HTML page.
+
+Shape letter: T positions of a row.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
