@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from configs.mini_study import CONDITIONS, CONTROLLED, VOLUMES, get_study, volume_table
 from crossin_jax.report import figures as study_figures
+from crossin_jax.report import heat_maps
 from crossin_jax.report.summary import OTHERS, Block, Row
 from crossin_jax.report.wording import mark, number
 from crossin_jax.study import report as study_report
@@ -298,7 +299,7 @@ def figures(blocks: Blocks) -> Iterator[tuple[str, Any]]:
     )
     yield (
         "languages",
-        study_figures.draw_languages(
+        heat_maps.draw_languages(
             {name: here[name] for name in ("LoRA", "full fine-tuning", "seven languages")}
         ),
     )

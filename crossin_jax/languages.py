@@ -323,6 +323,15 @@ def script_of(code: str) -> str:
     return Tag.get(found).maximize().script if found else "Zyyy"
 
 
+def name_script(script: str) -> str:
+    """The English name of a script, "Cyrillic" for "Cyrl"; simplified and traditional are both
+    "Han".
+    """
+    if script in ("Hans", "Hant"):
+        script = "Hani"
+    return _cldr("en").scripts.get(script, script)
+
+
 # ── files ─────────────────────────────────────────────────────────────────────────────────────────
 
 

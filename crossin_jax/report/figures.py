@@ -1,6 +1,6 @@
 """The figures of every report (matplotlib), as SVG or PNG.
 
-Bars of scores, dots of prompts, heat maps, curves over tables, and arms against a control.
+Bars of scores, dots of prompts, curves over tables, and arms against a control.
 """
 
 import functools
@@ -14,7 +14,7 @@ import numpy as np
 
 from crossin_jax.config import Contrast
 from crossin_jax.report.summary import OTHERS, Block, Row
-from crossin_jax.report.wording import describe_score, language_code, number, shorten
+from crossin_jax.report.wording import describe_score, number, shorten
 from crossin_jax.report.wording import mark as mark_of
 
 # The legend of report.html has the same colours, --c1 to --c8. After eight arms they repeat.
@@ -59,7 +59,7 @@ def draw_scores(block: Block, names: Sequence[str], arms: Sequence[str]) -> Any:
     """
     # matplotlib counts y upward, and the first arm should be on top.
     rows = block.rows[::-1]
-    figure = _figure(3.6 * len(names) + 0.8, 0.9 + 0.3 * len(rows))
+    figure = make_figure(3.6 * len(names) + 0.8, 0.9 + 0.3 * len(rows))
     panels = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
     for axes, name in zip(panels, names, strict=True):
         for y, row in enumerate(rows):
@@ -85,7 +85,7 @@ def draw_scores(block: Block, names: Sequence[str], arms: Sequence[str]) -> Any:
 def draw_prompts(block: Block, names: Sequence[str], arms: Sequence[str]) -> Any:
     """A panel per score: a dot per prompt of every arm, and a tick at the median."""
     rows = [row for row in block.rows[::-1] if len(row.prompts) > 1]
-    figure = _figure(3.6 * len(names) + 0.8, 0.9 + 0.3 * len(rows))
+    figure = make_figure(3.6 * len(names) + 0.8, 0.9 + 0.3 * len(rows))
     panels = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
     for axes, name in zip(panels, names, strict=True):
         for y, row in enumerate(rows):
@@ -95,46 +95,6 @@ def draw_prompts(block: Block, names: Sequence[str], arms: Sequence[str]) -> Any
         axes.set(title=describe_score(name))
         _tidy(axes)
     panels[0].set_yticks(range(len(rows)), [shorten(row.arm, 24) for row in rows])
-    return figure
-
-
-@styled
-def draw_agreement(block: Block) -> Any:
-    """A heat map per arm: the share of items on which two languages choose alike."""
-    rows = models_of(block)
-    labels = [shorten(language_code(code), 8) for code in block.languages]
-    size = 0.9 + 0.42 * len(labels)
-    figure = _figure(size * len(rows) + 0.4, size)
-    for axes, row in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows, strict=True):
-        values = np.array(row.agreement)
-        # A language agrees with itself: those cells are left blank.
-        np.fill_diagonal(values, np.nan)
-        _heat(axes, values, labels, labels)
-        axes.set_title(shorten(row.arm, 18), fontsize=10)
-    return figure
-
-
-@styled
-def draw_languages(blocks: dict[str, Block]) -> Any:
-    """Accuracy of every arm in every language: a heat map per table."""
-    columns = min(3, len(blocks))
-    lines = -(-len(blocks) // columns)
-    tallest = max(len(models_of(block)) for block in blocks.values())
-    widest = max(len(block.languages) for block in blocks.values())
-    width = max(3.6, 1.6 + 0.45 * widest)
-    figure = _figure(width * columns, lines * (1.1 + 0.34 * tallest))
-    grid = figure.subplots(lines, columns, squeeze=False).flat
-    for (name, block), axes in zip(blocks.items(), grid, strict=False):
-        rows = models_of(block)
-        values = [
-            [row.scores[f"accuracy/{code}"].value for code in block.languages] for row in rows
-        ]
-        labels = [shorten(language_code(code), 8) for code in block.languages]
-        _heat(axes, np.array(values), labels, [shorten(row.arm, 24) for row in rows])
-        axes.set_title(name, fontsize=10)
-    # The iterator has consumed the panels in use; what is left are the unused ones.
-    for axes in list(grid):
-        axes.set_axis_off()
     return figure
 
 
@@ -213,7 +173,7 @@ def colour_of(arm: str, arms: Sequence[str]) -> str:
     return COLOURS[list(arms).index(arm) % len(COLOURS)]
 
 
-def _figure(width: float, height: float) -> Any:
+def make_figure(width: float, height: float) -> Any:
     """A figure of a size in inches."""
     from matplotlib.figure import Figure
 
@@ -228,7 +188,7 @@ def _panels(
         block.main_score,
         *(name for name in (OTHERS, "rankc") if name in block.headline),
     ]
-    figure = _figure(4.6 * len(names) + 1.0, height)
+    figure = make_figure(4.6 * len(names) + 1.0, height)
     panels = figure.subplots(1, len(names), squeeze=False, **options)[0]
     for axes, name in zip(panels, names, strict=True):
         fill(axes, name)
@@ -242,17 +202,6 @@ def _tidy(axes: Any) -> None:
     axes.grid(alpha=0.25)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _heat(axes: Any, values: np.ndarray, columns: list[str], rows: list[str]) -> None:
-    """Fills a panel with a heat map of shares from 0 to 1 and writes each number into its cell."""
-    axes.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for (i, j), value in np.ndenumerate(values):
-        if not np.isnan(value):
-            colour = "white" if value > 0.6 else "black"
-            axes.text(j, i, number(value), ha="center", va="center", fontsize=8, color=colour)
-    axes.set_xticks(range(len(columns)), columns)
-    axes.set_yticks(range(len(rows)), rows)
 
 
 @styled

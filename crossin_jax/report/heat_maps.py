@@ -169,7 +169,9 @@ def _mark(axes: Any, marks: np.ndarray, cell: float) -> None:
     """A dot at every marked cell; below the number, where there are numbers."""
     y, x = np.nonzero(marks & ~np.eye(len(marks), dtype=bool))
     below = 0.33 if cell > 0.3 else 0
-    axes.scatter(x, y + below, s=(14 * cell) ** 2 / (4 if below else 2), color="black", linewidths=0)
+    axes.scatter(
+        x, y + below, s=(14 * cell) ** 2 / (4 if below else 2), color="black", linewidths=0
+    )
 
 
 def _group_axes(axes: Any, groups: dict[str, list[str]], *, names_only: bool) -> None:

@@ -5,9 +5,9 @@ a script shows it only by `textContent`. So no text of a benchmark or a model ca
 """
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from functools import cache
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,22 @@ from markupsafe import Markup
 from crossin_jax.evaluation.items import Benchmark
 from crossin_jax.evaluation.metrics import Mode
 from crossin_jax.evaluation.predictions import Answer, ItemAnswers, Predictions
-from crossin_jax.report import figures, wording
+from crossin_jax.report import figures, heat_maps, wording
 from crossin_jax.report.summary import Block, Run
 
 HERE = Path(__file__).parent
-# items in the list
-MAX_ITEMS = 200
+# items in the list, and their questions: 200 items in 7 languages, 33 in 42
+MAX_ITEMS, MAX_QUESTIONS = 200, 1400
 # characters of an answer and of a context
 MAX_TEXT, MAX_CONTEXT = 400, 1200
+# Blocks with figures, by benchmark and method; with more tags, only the whole benchmark has some
+MAX_DRAWN = 8
+# the heat maps of language pairs
+PAIR_HEADINGS = {
+    "rankc": "RankC of language pairs: how alike they rank the choices",
+    "agreement": "Agreement of language pairs: share of items with the same choice",
+    "agreement_right": "Agreement where one is right, of language pairs",
+}
 # answers without a clear choice that are shown per arm, language and reason
 MAX_EXAMPLES = 3
 
@@ -53,6 +61,8 @@ def build_page(
         benchmarks=group(blocks, lambda block: block.benchmark),
         by_method=lambda several: group(several, lambda block: block.method),
         draw=lambda block: draw_block(block, arms),
+        drawn=lambda several: several if len(several) <= MAX_DRAWN else several[:1],
+        shown=wording.group_scores,
         unread=[block for block in blocks if has_unread(block)],
         examples=lambda block: find_examples(block, runs),
         provenance=split_provenance(runs, provenance),
@@ -126,13 +136,24 @@ def draw_block(block: Block, arms: list[str]) -> list[tuple[str, Markup]]:
     consistency = [f"consistency_{block.size}"] if several else []
     drawn = {"Scores": figures.draw_scores(block, unique(last, "accuracy", *consistency), arms)}
     if several:
-        drawn["Accuracy by language"] = figures.draw_languages({"": block})
-        heading = "Agreement of language pairs: share of items with the same choice"
-        drawn[heading] = figures.draw_agreement(block)
+        drawn["Accuracy by language"] = heat_maps.draw_languages({"": block})
+        drawn |= draw_pairs(block)
     if any(len(row.prompts) > 1 for row in block.rows):
         heading = "Spread over the prompts: a dot each, the tick is the median"
         drawn[heading] = figures.draw_prompts(block, unique("accuracy", last), arms)
     return [(heading, inline(figure)) for heading, figure in drawn.items()]
+
+
+def draw_pairs(block: Block) -> dict[str, Any]:
+    """(heading, figure) of the measures of language pairs that the arms have, and of changes."""
+    drawn = {}
+    for name, heading in PAIR_HEADINGS.items():
+        if name == "agreement" or any(name in row.pairs for row in figures.models_of(block)):
+            drawn[heading] = heat_maps.draw_pairs(block, name)
+        if name != "agreement" and heat_maps.find_changed(block, name):
+            title = f"{wording.describe_score(name)}: change from the first model; a dot: p < 0.05"
+            drawn[title] = heat_maps.draw_pair_changes(block, name)
+    return drawn
 
 
 def unique(*names: str) -> list[str]:
@@ -195,7 +216,9 @@ def list_items(runs: Sequence[Run], texts: dict[str, Benchmark], arms: list[str]
             by_run = chosen.setdefault(predictions.benchmark, {})
             by_run.setdefault((run.name, predictions.method), predictions)
     everything = [p for by_run in chosen.values() for p in by_run.values()]
-    quota = max(1, MAX_ITEMS // max(1, len(chosen)))
+    languages = unique(*(code for p in everything for code in p.languages))
+    most = max(1, min(MAX_ITEMS, MAX_QUESTIONS // max(1, len(languages))))
+    quota = max(1, most // max(1, len(chosen)))
     return {
         "items": [
             item
@@ -215,7 +238,7 @@ def list_items(runs: Sequence[Run], texts: dict[str, Benchmark], arms: list[str]
         ],
         "languages": [
             {"id": code, "name": wording.language_name(code), "tag": wording.language_code(code)}
-            for code in unique(*(code for p in everything for code in p.languages))
+            for code in languages
         ],
     }
 
@@ -282,14 +305,17 @@ def disagreement(answers: list[ItemAnswers]) -> float:
     """The share of language pairs that choose differently, averaged over runs."""
     shares = []
     for item in answers:
-        pairs = list(combinations(item.answers.values(), 2))
         # Each candidate is drawn with the same probability: {A, B} and {A} agree in half of the
-        # draws.
-        same = sum(
-            len(set(a.candidates) & set(b.candidates)) / (len(a.candidates) * len(b.candidates))
-            for a, b in pairs
-        )
-        shares.append(1 - same / len(pairs) if pairs else 0.0)
+        # draws. Over all pairs of languages l < m, Σ p_l p_m = ((Σ p_l)² − Σ p_l²) / 2.
+        sums, squares = [0.0] * item.num_choices, [0.0] * item.num_choices
+        for answer in item.answers.values():
+            p = 1 / len(answer.candidates)
+            for c in answer.candidates:
+                sums[c] += p
+                squares[c] += p * p
+        same = sum(s * s - q for s, q in zip(sums, squares, strict=True)) / 2
+        num_pairs = math.comb(len(item.answers), 2)
+        shares.append(1 - same / num_pairs if num_pairs else 0.0)
     return sum(shares) / len(shares)
 
 

@@ -6,8 +6,10 @@ from crossin_jax.evaluation.metrics import Mode
 from crossin_jax.report.summary import Block, Estimate, Row
 from crossin_jax.report.wording import (
     KINDS_IN_WORDS,
+    MAX_SIZE,
     MODES_IN_WORDS,
     describe_score,
+    group_scores,
     language_name,
     mark,
     method_name,
@@ -69,7 +71,8 @@ def to_markdown(title: str, blocks: Sequence[Block], mode: Mode) -> str:
                 [(label(row), *format_scores(block, row)) for row in block.rows],
             ),
         ]
-        rest = [name for name in block.rows[0].scores if name not in block.headline]
+        shown = {name for names in group_scores(block.rows[0].scores).values() for name in names}
+        rest = [name for name in block.rows[0].scores if name in shown - {*block.headline}]
         if rest:
             rows = [
                 (describe_score(name), *(format_score(row, name, False) for row in block.rows))
@@ -107,9 +110,15 @@ def readings_table(block: Block) -> list[str]:
 def describe_block(block: Block) -> str:
     """The heading of a block in one line."""
     only = f", only items tagged {block.tag}" if block.tag else ""
-    items = f"{block.num_items} items, {' '.join(block.languages)}"
+    items = f"{block.num_items} items, {list_languages(block)}"
     kind = f" ({KINDS_IN_WORDS[block.kind]})" if block.kind in KINDS_IN_WORDS else ""
     return f"{block.benchmark}{only}: {method_name(block.method)}, {items}{kind}"
+
+
+def list_languages(block: Block) -> str:
+    """The codes of the languages, or their number where a line has no room for them."""
+    few = len(block.languages) <= MAX_SIZE
+    return " ".join(block.languages) if few else f"{len(block.languages)} languages"
 
 
 def label(row: Row) -> str:

@@ -1,5 +1,8 @@
 """The words and numbers that tables, figures and pages use for scores, methods and modes."""
 
+import re
+from collections.abc import Iterable
+
 from crossin_jax.languages import find_code, name_of
 from crossin_jax.report.summary import Estimate
 from crossin_jax.tables import text_width
@@ -27,6 +30,9 @@ SCORES = {
     "line_pass": "Lines pass",
     "word_pass": "Words pass",
 }
+# The largest s of consistency_s and AC3_s in tables of all scores, and how many languages are
+# named in one line
+MAX_SIZE = 12
 MODES_IN_WORDS = {
     "expectation": "Answers that fit several choices count in proportion (the exact expectation "
     "over SeaEval's random draws).",
@@ -97,6 +103,26 @@ def describe_score(name: str) -> str:
     if measure in ("line_pass", "word_pass"):
         return f"{SCORES[measure]}, {language_name(language)}"
     return f"{measure[0].upper()}{measure[1:]} to {language_name(language)}"
+
+
+def group_scores(names: Iterable[str]) -> dict[str, list[str]]:
+    """The names of scores by heading, for tables of all scores.
+
+    Of consistency and AC3, s = 2 to MAX_SIZE is shown; results.json has every s.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        measure, _, language = name.partition("/")
+        size = re.fullmatch(r"(consistency|AC3)_(\d+)", name)
+        if size and int(size[2]) > MAX_SIZE:
+            continue
+        heading = "Overall"
+        if size:
+            heading = "By number of languages s"
+        elif language and name not in SCORES:
+            heading = {"accuracy": "Accuracy by language"}.get(measure, SCORES.get(measure))
+        groups.setdefault(heading or measure, []).append(name)
+    return groups
 
 
 def mark(estimate: Estimate) -> str:

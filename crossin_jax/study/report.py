@@ -19,11 +19,12 @@ from crossin_jax.evaluation.pairs import Weights
 from crossin_jax.evaluation.predictions import Predictions
 from crossin_jax.evaluation.stats import Change
 from crossin_jax.files import write_whole
-from crossin_jax.report.figures import draw_contrast, draw_curves, draw_languages, to_svg
+from crossin_jax.report.figures import draw_contrast, draw_curves, to_svg
+from crossin_jax.report.heat_maps import draw_languages
 from crossin_jax.report.page import inline, render
 from crossin_jax.report.results import write_results
 from crossin_jax.report.summary import Block, Estimate, Row, Run
-from crossin_jax.report.text import explain_marks, format_scores
+from crossin_jax.report.text import explain_marks, format_scores, list_languages
 from crossin_jax.report.wording import MODES_IN_WORDS, describe_score, method_name, number
 from crossin_jax.tables import format_markdown
 
@@ -210,7 +211,7 @@ def to_html(
                 "arm": row.arm,
                 "seeds": count_seeds(row),
                 "items": row.num_items,
-                "languages": " ".join(block.languages),
+                "languages": list_languages(block),
                 "cells": format_scores(block, row),
             }
             tables.setdefault(name, []).append(entry)

@@ -19,7 +19,7 @@ from crossin_jax.evaluation.benchmarks import load_benchmark
 from crossin_jax.evaluation.items import Benchmark, Item, Version
 from crossin_jax.evaluation.metrics import evaluate
 from crossin_jax.evaluation.stats import bootstrap, restrict
-from crossin_jax.report import figures, wording
+from crossin_jax.report import figures, heat_maps, wording
 from crossin_jax.report.results import read_pair, read_results, write_results
 from crossin_jax.report.summary import OTHERS, Run, summarise
 from crossin_jax.report.text import print_table
@@ -354,7 +354,7 @@ def test_bars_show_scores_intervals_and_marks(world):
 
 def test_agreement_leaves_the_diagonal_blank(world):
     (block, *_) = summarise(make_runs(world))
-    figure = figures.draw_agreement(block)
+    figure = heat_maps.draw_pairs(block, "agreement")
     for panel, row in zip(figure.axes, block.rows, strict=True):
         shown = np.asarray(panel.images[0].get_array().filled(np.nan))
         assert np.isnan(np.diag(shown)).all() and len(panel.texts) == 4 * 3

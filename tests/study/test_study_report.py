@@ -12,9 +12,9 @@ from crossin_jax.report.figures import (
     differ,
     draw_contrast,
     draw_curves,
-    draw_languages,
     to_svg,
 )
+from crossin_jax.report.heat_maps import draw_languages
 from crossin_jax.report.summary import OTHERS, Run, summarise
 from crossin_jax.study.report import (
     Table,
