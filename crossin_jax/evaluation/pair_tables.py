@@ -3,7 +3,7 @@
 Shape letters: I items · L languages · C choices · P pairs of languages · R resamples · S seeds.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,12 @@ from crossin_jax.evaluation.pairs import LanguagePairs, Weights
 from crossin_jax.evaluation.predictions import Predictions
 from crossin_jax.evaluation.stats import intervals, paired_changes, weigh_items
 
+# Up to this number of languages every pair has an interval and a test: 60 languages make 1,770
+# pairs, 200 make 19,900.
+MAX_TESTED = 60
 Matrix = list[list[float]]
+# Of each field, what a language has beside itself
+DIAGONAL = {"value": 1.0, "low": 1.0, "high": 1.0, "difference": 0.0, "p": 1.0}
 # Answers by seed, one for each prompt
 BySeed = dict[int, list[Predictions]]
 
@@ -23,12 +28,13 @@ class PairTable:
     """A measure of every two languages: row and column in the order of the block's languages.
 
     `low` and `high`: 95 % interval over items. `difference` and `p`: against the first arm, by a
-    paired bootstrap; None in the first arm.
+    paired bootstrap; None in the first arm. Above MAX_TESTED languages, `low`, `high` and `p` are
+    None.
     """
 
     value: Matrix
-    low: Matrix
-    high: Matrix
+    low: Matrix | None
+    high: Matrix | None
     difference: Matrix | None = None
     p: Matrix | None = None
 
@@ -49,15 +55,21 @@ def tabulate_pairs(
     first = next(iter(arm.values()))[0]
     if not len(first.first_P):
         return {}
-    tables = {}
+    tables, is_tested = {}, first.p_ILC.shape[1] <= MAX_TESTED
     for name in _common_measures(arm):
-        has_base = bool(other) and name in _common_measures(other)
+        sides = arm, other if other and name in _common_measures(other) else {}
         columns = [
-            _estimate(_sample(arm, name, chunk), _sample(other, name, chunk) if has_base else {})
+            _estimate(*(_sample(side, name, chunk, is_tested) for side in sides))
             for chunk in first.chunks()
         ]
-        fields = [np.concatenate(parts) for parts in zip(*columns, strict=True)]
-        tables[name] = PairTable(*_matrices(first, fields))
+        tables[name] = PairTable(
+            **{
+                field: _matrix(first, np.concatenate([c[field] for c in columns]), DIAGONAL[field])
+                if columns[0][field] is not None
+                else None
+                for field in DIAGONAL
+            }
+        )
     return tables
 
 
@@ -73,31 +85,38 @@ def _common_measures(side: dict[int, list[LanguagePairs]]) -> Sequence[str]:
     return [name for name in everything[0] if all(name in names for names in everything)]
 
 
-def _sample(side: dict[int, list[LanguagePairs]], name: str, chunk: slice) -> dict[int, np.ndarray]:
-    """By seed the value of each pair and those on the resamples, (1 + R, P)."""
+def _sample(
+    side: dict[int, list[LanguagePairs]], name: str, chunk: slice, is_tested: bool
+) -> dict[int, np.ndarray]:
+    """By seed the value of each pair and, if tested, those on the resamples, (1 + R, P)."""
     samples = {}
     for seed, several in side.items():
-        weights_1RI = weigh_items(len(several[0].p_ILC), seed)
+        weights_1RI = weigh_items(len(several[0].p_ILC), seed)[: None if is_tested else 1]
         prompts = [pairs.measure(name, chunk).weigh(weights_1RI) for pairs in several]
         samples[seed] = prompts[0] if len(prompts) == 1 else np.median(prompts, axis=0)
     return samples
 
 
-def _estimate(samples: dict[int, np.ndarray], base: dict[int, np.ndarray]) -> list[np.ndarray]:
-    """value, low, high and, beside a base with a common seed, difference and p; each (P,)."""
+def _estimate(
+    samples: dict[int, np.ndarray], base: dict[int, np.ndarray]
+) -> dict[str, np.ndarray | None]:
+    """The fields of a table, each (P,)."""
     mean_1RP = np.mean(list(samples.values()), axis=0)
-    fields = [mean_1RP[0], *intervals(mean_1RP[1:])]
-    if changes := paired_changes(samples, base):
-        difference_P, _, _, p_P, _ = changes
-        fields += [difference_P, p_P]
+    fields = dict.fromkeys(DIAGONAL) | {"value": mean_1RP[0]}
+    common = [seed for seed in samples if seed in base]
+    if common:
+        fields["difference"] = np.mean([samples[s][0] - base[s][0] for s in common], axis=0)
+    if len(mean_1RP) > 1:
+        fields["low"], fields["high"] = intervals(mean_1RP[1:])
+        if changes := paired_changes(samples, base):
+            fields["difference"], fields["p"] = changes[0], changes[3]
     return fields
 
 
-def _matrices(pairs: LanguagePairs, fields: Sequence[np.ndarray]) -> Iterator[Matrix]:
-    """Each field (P,) as a symmetric matrix; a language agrees with itself and does not change."""
+def _matrix(pairs: LanguagePairs, values_P: np.ndarray, diagonal: float) -> Matrix:
+    """The values of pairs as a symmetric matrix."""
     num_languages = pairs.p_ILC.shape[1]
-    for values_P, diagonal in zip(fields, (1.0, 1.0, 1.0, 0.0, 1.0), strict=False):
-        matrix_LL = np.full((num_languages, num_languages), diagonal)
-        matrix_LL[pairs.first_P, pairs.second_P] = values_P
-        matrix_LL[pairs.second_P, pairs.first_P] = values_P
-        yield matrix_LL.tolist()
+    matrix_LL = np.full((num_languages, num_languages), diagonal)
+    matrix_LL[pairs.first_P, pairs.second_P] = values_P
+    matrix_LL[pairs.second_P, pairs.first_P] = values_P
+    return matrix_LL.tolist()

@@ -66,26 +66,46 @@ def draw_languages(blocks: dict[str, Block]) -> Any:
 
 def _draw_lines(blocks: dict[str, Block]) -> Any:
     """All tables below each other, their languages in lines of equal cells, by script."""
-    lines = []  # (title, block, languages, the scripts' first columns)
-    for title, block in blocks.items():
-        for group, several in group_languages(block.languages).items():
-            for start in range(0, len(several), LINE):
-                heading = " · ".join(filter(None, (title, group)))
-                lines.append((heading, block, several[start : start + LINE]))
-    heights = [0.75 + 0.3 * len(models_of(block)) for _, block, _ in lines]
+    lines = [
+        (title if i == 0 else "", block, line)
+        for title, block in blocks.items()
+        for i, line in enumerate(_fill_lines(group_languages(block.languages)))
+    ]
+    heights = [0.95 + 0.3 * len(models_of(block)) for _, block, _ in lines]
     figure = make_figure(2.2 + 0.45 * LINE, sum(heights))
     grid = figure.subplots(len(lines), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, (heading, block, languages) in zip(grid, lines, strict=True):
-        _fill(axes, models_of(block), languages)
-        axes.set_title(heading, fontsize=9, loc="left")
+    for axes, (title, block, line) in zip(grid, lines, strict=True):
+        _fill(axes, models_of(block), [code for code, _ in line])
+        for column, (_, group) in enumerate(line):
+            if group:
+                axes.text(column - 0.5, -0.62, group, fontsize=8, va="bottom")
+        axes.set_title(title, fontsize=10, pad=16 if title else 6)
         axes.set_xlim(-0.5, LINE - 0.5)
         axes.spines[:].set_visible(False)
     return figure
 
 
+def _fill_lines(groups: dict[str, list[str]]) -> list[list[tuple[str, str]]]:
+    """Lines of (language, name of the script where one begins); "" is a gap between two scripts."""
+    lines: list[list[tuple[str, str]]] = [[]]
+    for group, several in groups.items():
+        if lines[-1] and len(lines[-1]) + 1 + len(several) > LINE:
+            lines.append([])
+        elif lines[-1]:
+            lines[-1].append(("", ""))
+        for i, code in enumerate(several):
+            if len(lines[-1]) == LINE:
+                lines.append([])
+            lines[-1].append((code, group if i == 0 or not lines[-1] else ""))
+    return lines
+
+
 def _fill(axes: Any, rows: Sequence[Row], languages: Sequence[str]) -> None:
-    values = [[row.scores[f"accuracy/{code}"].value for code in languages] for row in rows]
-    labels = [shorten(language_code(code), 8) for code in languages]
+    values = [
+        [row.scores[f"accuracy/{code}"].value if code else np.nan for code in languages]
+        for row in rows
+    ]
+    labels = [shorten(language_code(code), 8) if code else "" for code in languages]
     _heat(axes, np.array(values), labels, [shorten(row.arm, 24) for row in rows])
 
 
@@ -105,13 +125,18 @@ def draw_pair_changes(block: Block, name: str) -> Any:
     """A heat map per arm of what sets a measure apart from the first arm's; a dot: p < 0.05."""
     rows = find_changed(block, name)
     maps = {row.arm: np.array(row.pairs[name].difference) for row in rows}
-    marks = [np.array(row.pairs[name].p) < 0.05 for row in rows]
+    tests = [row.pairs[name].p for row in rows]
+    marks = [np.array(p) < 0.05 for p in tests if p is not None]
     return _draw_maps(block, maps, marks, are_changes=True)
 
 
 def find_changed(block: Block, name: str) -> list[Row]:
     """The arms whose pairs are compared with the first arm's."""
-    return [row for row in models_of(block) if name in row.pairs and row.pairs[name].p is not None]
+    return [
+        row
+        for row in models_of(block)
+        if name in row.pairs and row.pairs[name].difference is not None
+    ]
 
 
 def _draw_maps(
@@ -209,10 +234,9 @@ def _heat(
 ) -> None:
     """Fills a panel with a heat map and writes each number into its cell."""
     axes.imshow(values, cmap=cmap, vmin=vmin, vmax=vmax, aspect="auto")
-    dark = vmin + 0.6 * (vmax - vmin) if vmin == 0 else vmax + 1
     for (i, j), value in np.ndenumerate(values) if with_numbers else ():
         if not np.isnan(value):
-            colour = "white" if value > dark else "black"
+            colour = "white" if abs(value) > 0.6 * vmax else "black"
             axes.text(j, i, number(value), ha="center", va="center", fontsize=8, color=colour)
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
