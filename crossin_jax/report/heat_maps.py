@@ -76,6 +76,8 @@ def _draw_lines(blocks: dict[str, Block]) -> Any:
     grid = figure.subplots(len(lines), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (title, block, line) in zip(grid, lines, strict=True):
         _fill(axes, models_of(block), [code for code, _ in line])
+        places = [column for column, (code, _) in enumerate(line) if code]
+        axes.set_xticks(places, [shorten(language_code(line[i][0]), 8) for i in places])
         for column, (_, group) in enumerate(line):
             if group:
                 axes.text(column - 0.5, -0.62, group, fontsize=8, va="bottom")
@@ -105,7 +107,7 @@ def _fill(axes: Any, rows: Sequence[Row], languages: Sequence[str]) -> None:
         [row.scores[f"accuracy/{code}"].value if code else np.nan for code in languages]
         for row in rows
     ]
-    labels = [shorten(language_code(code), 8) if code else "" for code in languages]
+    labels = [shorten(language_code(code), 8) for code in languages]
     _heat(axes, np.array(values), labels, [shorten(row.arm, 24) for row in rows])
 
 
@@ -164,7 +166,8 @@ def _draw_maps(
         values = matrix[np.ix_(order, order)].astype(float)
         # A language agrees with itself: those cells are left blank.
         np.fill_diagonal(values, np.nan)
-        labels = [shorten(language_code(block.languages[l]), 8) for l in order]
+        shown = order if num_languages <= MANY_LANGUAGES else []
+        labels = [shorten(language_code(block.languages[l]), 8) for l in shown]
         _heat(axes, values, labels, labels, with_numbers=has_numbers, **scale)
         if marks:
             _mark(axes, marks[i][np.ix_(order, order)], cell)
@@ -200,11 +203,11 @@ def _mark(axes: Any, marks: np.ndarray, cell: float) -> None:
 
 
 def _group_axes(axes: Any, groups: dict[str, list[str]], *, names_only: bool) -> None:
-    """White lines between the scripts, their names along the top and the left."""
+    """Lines between the scripts, their names along the top and the left."""
     starts = np.cumsum([0, *map(len, groups.values())])
     for start in starts[1:-1]:
-        axes.axhline(start - 0.5, color="white", linewidth=1.5)
-        axes.axvline(start - 0.5, color="white", linewidth=1.5)
+        axes.axhline(start - 0.5, color="#444444", linewidth=0.8)
+        axes.axvline(start - 0.5, color="#444444", linewidth=0.8)
     axes.tick_params(labelsize=6.5, length=1.5)
     if names_only:
         middles = (starts[:-1] + starts[1:] - 1) / 2

@@ -245,7 +245,10 @@ def _block(
             for seed, several in given.items()
         }
         is_compared = name in arms and name != first_arm
-        row = _row(name, seeds, base_samples if is_compared else {}, mode, rankc, name in rules)
+        is_base = name in arms and name == first_arm
+        samples = base_samples if is_base else _sample(seeds, mode, rankc)
+        compared = base_samples if is_compared else {}
+        row = _row(name, seeds, samples, compared, mode, rankc, name in rules)
         if tag is None and first.kind == "parallel":
             tables = tabulate_pairs(seeds, base if is_compared else None, mode, weights=rankc)
             row = replace(row, pairs=tables)
@@ -259,12 +262,12 @@ def _block(
 def _row(
     arm: str,
     seeds: dict[int, list[Predictions]],
+    samples: dict[int, dict[str, np.ndarray]],
     base: dict[int, dict[str, np.ndarray]],
     mode: Mode,
     rankc: Weights,
     is_baseline: bool,
 ) -> Row:
-    samples = _sample(seeds, mode, rankc)
     scored = {
         seed: [separate.evaluate(p, mode, seed=seed) for p in several]
         for seed, several in seeds.items()
