@@ -125,20 +125,9 @@ def open_model(
     """
     if dtype not in (None, "auto", "float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r}: models compute in auto, float32 or bfloat16")
-    run, step, origin, tokenizer = None, None, {}, None
-    if isinstance(source, Config):
-        config = source
-    elif is_run(source):
-        if adapter is not None:
-            raise UserError(
-                f"--adapter={adapter}: {source} is a run with weights of its own; export it first"
-            )
-        run, step = find_checkpoint(source)
-        config = read_config(source)
-        # The run may have moved. Its tokenizer lies beside its checkpoints.
-        config = dataclasses.replace(config, output_dir=str(run))
-    else:
-        config = describe_weights(source, adapter, revision)
+    config, run, step = _find_source(source, adapter, revision)
+    origin, tokenizer = {}, None
+    if run is None and not isinstance(source, Config):
         if dtype == "auto":
             dtype = fast_dtype(jax.devices()[0] if mesh is None else mesh.devices.flat[0])
         if dtype:
@@ -176,6 +165,23 @@ def open_model(
     return LoadedModel(
         config, spec, abstract.graphdef, state, mesh, base, run, step, origin, tokenizer
     )
+
+
+def _find_source(
+    source: str | os.PathLike | Config, adapter: str | None, revision: str | None
+) -> tuple[Config, Path | None, int | None]:
+    """A configuration, and the run with its newest or the named step, where it is one."""
+    if isinstance(source, Config):
+        return source, None, None
+    if not is_run(source):
+        return describe_weights(source, adapter, revision), None, None
+    if adapter is not None:
+        raise UserError(
+            f"--adapter={adapter}: {source} is a run with weights of its own; export it first"
+        )
+    run, step = find_checkpoint(source)
+    # The run may have moved. Its tokenizer lies beside its checkpoints.
+    return dataclasses.replace(read_config(source), output_dir=str(run)), run, step
 
 
 def describe_weights(

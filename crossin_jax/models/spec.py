@@ -265,26 +265,8 @@ def spec_from_hf(config: dict[str, Any], place: str) -> ModelSpec:
     or bias that is not supported, for a quantized checkpoint, and for a missing field, before any
     weight is read.
     """
-    own = {
-        name: family.defaults.keys() - _FIELDS.keys()
-        for name, family in FAMILIES.items()
-        if not family.text_model
-    }
-    check_types(config, place, own)
-    config = drop_nulls(config)
-    model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        raise UserError(
-            f"{place}: model_type={model_type!r} is not supported{hint(model_type, FAMILIES)}\n"
-            "supported: "
-            + "; ".join(f"{name} ({f.note})" for name, f in FAMILIES.items() if not f.text_model)
-        )
-    _check_supported(config, place)
-    if text_model := FAMILIES[model_type].text_model:
-        config, model_type = drop_nulls(need(config, "text_config", place)), text_model
+    config, model_type = _find_family(config, place)
     family = FAMILIES[model_type]
-    config = {**_LLAMA_DEFAULTS, **family.defaults, **config}
-    _check_supported(config, place)
     # Two fields that most families leave out where they follow from others.
     N, L, D = (
         need(config, name, place)
@@ -333,6 +315,30 @@ def spec_from_hf(config: dict[str, Any], place: str) -> ModelSpec:
         **fields,
         **family.flags,
     )
+
+
+def _find_family(config: dict[str, Any], place: str) -> tuple[dict[str, Any], str]:
+    """The checked fields of the text model, with the family's defaults; and its model_type."""
+    own = {
+        name: family.defaults.keys() - _FIELDS.keys()
+        for name, family in FAMILIES.items()
+        if not family.text_model
+    }
+    check_types(config, place, own)
+    config = drop_nulls(config)
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"{place}: model_type={model_type!r} is not supported{hint(model_type, FAMILIES)}\n"
+            "supported: "
+            + "; ".join(f"{name} ({f.note})" for name, f in FAMILIES.items() if not f.text_model)
+        )
+    _check_supported(config, place)
+    if text_model := FAMILIES[model_type].text_model:
+        config, model_type = drop_nulls(need(config, "text_config", place)), text_model
+    config = {**_LLAMA_DEFAULTS, **FAMILIES[model_type].defaults, **config}
+    _check_supported(config, place)
+    return config, model_type
 
 
 def _check_supported(config: dict[str, Any], place: str) -> None:
