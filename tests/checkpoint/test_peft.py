@@ -540,6 +540,24 @@ def rename_tensors(adapter, rename):
     save_file({rename(name): array for name, array in tensors.items()}, adapter / WEIGHTS)
 
 
+@pytest.mark.parametrize(
+    ("part", "other"),
+    [
+        ("model.model.layers", "model.transformer.layers"),
+        ("model.model.layers", "model.model.language_model.layers"),
+        ("base_model.model.model.", "base_model.model."),
+        ("base_model.model.", ""),
+    ],
+)
+def test_an_adapter_whose_names_fit_nothing_is_refused(tmp_path, part, other):
+    """Servers that skip such names answer as the base does (vLLM #34186, peft #1579)."""
+    base, adapter = make_adapter(tmp_path, "released_recipe")
+    rename_tensors(adapter, lambda name: name.replace(part, other))
+    with pytest.raises(UserError, match="its tensors do not fit") as error:
+        read_adapter(adapter, read_spec(base))
+    assert "unknown" in str(error.value) or "missing" in str(error.value)
+
+
 @pytest.mark.parametrize("name", ["released_recipe", "dora_rslora", "fused"])
 @pytest.mark.parametrize("called", ["default", "run-2"])
 def test_names_of_a_saved_state_are_those_of_an_adapter(tmp_path, name, called):

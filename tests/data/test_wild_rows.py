@@ -45,6 +45,28 @@ def turns_of(corpus) -> tuple:
 ASKED = ("user", "q"), ("assistant", "a")
 
 
+# ---- Columns whose type changes from row to row
+
+
+@pytest.mark.parametrize(
+    ("first", "last"),
+    [
+        ({"input": None}, {"input": "given"}),
+        ({"meta": {"x": 1}}, {"meta": [1, "x"]}),
+        ({"tags": []}, {"tags": [{"k": 1}]}),
+        ({"score": "-0.2"}, {"score": 0.5}),
+    ],
+)
+def test_a_column_may_change_its_type(first, last, read):
+    """Others fix the type by the first rows (datasets #7222, #7322, #7092, #6106)."""
+    row = {"instruction": "q", "output": "a"}
+    corpus = read(
+        *({"id": str(i), **row, **first} for i in range(3000)), {"id": "z", **row, **last}
+    )
+    assert len(corpus) == 3001
+    assert corpus[3000].texts["en"].input == last.get("input", "")
+
+
 # ---- Chats
 
 
