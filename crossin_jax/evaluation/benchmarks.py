@@ -179,8 +179,11 @@ def _finish(benchmark: Benchmark, items: Sequence[Item]) -> Benchmark:
         note = "the choices are in another order in each language"
         log.warning(
             "%s: %s (%d of %d gold answers), so that only accuracy can be told",
-            benchmark.source, note, moved, len(items),
-        )  # fmt: skip
+            benchmark.source,
+            note,
+            moved,
+            len(items),
+        )
         benchmark = replace(benchmark, kind="separate", note=note)
     return replace(benchmark, items=tuple(items), pool=tuple(items))
 
@@ -204,8 +207,11 @@ def _collect(
     if faults:
         log.warning(
             "%s: %d of %d items are left out in every language, such as %s",
-            rows.place, len(faults), len(items) + len(faults), faults[0],
-        )  # fmt: skip
+            rows.place,
+            len(faults),
+            len(items) + len(faults),
+            faults[0],
+        )
     return items, faults
 
 

@@ -138,6 +138,10 @@ def draw_block(block: Block, arms: list[str]) -> list[tuple[str, Markup]]:
     if several:
         drawn["Accuracy by language"] = heat_maps.draw_languages({"": block})
         drawn |= draw_pairs(block)
+    elif block.kind == "separate" and all(
+        f"accuracy/{code}" in row.scores for row in block.rows for code in block.languages
+    ):  # a subset may have no items of a language
+        drawn["Accuracy by language"] = heat_maps.draw_languages({"": block})
     if any(len(row.prompts) > 1 for row in block.rows):
         heading = "Spread over the prompts: a dot each, the tick is the median"
         drawn[heading] = figures.draw_prompts(block, unique("accuracy", last), arms)

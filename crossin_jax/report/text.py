@@ -18,6 +18,8 @@ from crossin_jax.report.wording import (
 )
 from crossin_jax.tables import format_markdown, format_table
 
+# Subsets of a benchmark that the terminal shows
+MAX_SUBSETS = 12
 READING_HEADS = (
     "",
     "language",
@@ -34,12 +36,19 @@ READING_HEADS = (
 def print_table(blocks: Sequence[Block]) -> str:
     """The headline scores of every block, for the terminal.
 
-    The choice by bytes is only in results.md.
+    The choice by bytes is only in results.md, and so are subsets where a benchmark has many, such
+    as the 57 subjects of MMLU.
     """
     blocks = [block for block in blocks if block.method != "byte"]
     benchmarks = {block.benchmark for block in blocks}
+    tags: dict[str, set[str]] = {}
+    for block in blocks:
+        tags.setdefault(block.benchmark, set()).update({block.tag} if block.tag else ())
+    many = {name: len(found) for name, found in tags.items() if len(found) > MAX_SUBSETS}
     lines = []
     for block in blocks:
+        if block.tag and block.benchmark in many:
+            continue
         # The items of a tag may also be a benchmark of their own, such as cross_world/opaque, which
         # has better distractors: only that one is shown.
         if f"{block.benchmark}/{block.tag}" in benchmarks:
@@ -49,6 +58,7 @@ def print_table(blocks: Sequence[Block]) -> str:
         table = [["", *map(describe_score, block.headline)]]
         table += [[label(row), *format_scores(block, row, wide)] for row in block.rows]
         lines += [describe_block(block), *format_table(table), ""]
+    lines += [f"{name}: {count} subsets are in results.md\n" for name, count in many.items()]
     return "\n".join([*lines, explain_marks(blocks)])
 
 

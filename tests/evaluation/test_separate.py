@@ -4,6 +4,7 @@ not.
 
 import gzip
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from crossin_jax.evaluation.seaeval import write_rows
 from crossin_jax.evaluation.stats import resample
 from crossin_jax.report.results import read_results, write_results
 from crossin_jax.report.summary import Run, summarise
+from crossin_jax.report.text import print_table
 from crossin_jax.score import read_free_answers
 from tests.evaluation.test_runner import ask, make_config, tokenizer  # noqa: F401 - a fixture
 
@@ -103,6 +105,19 @@ def test_the_report_says_that_only_accuracy_is_measured(tmp_path):
     assert "not parallel: accuracy only" in (tmp_path / "results.md").read_text()
     assert "not parallel: accuracy only" in (tmp_path / "report.html").read_text()
     assert [run.predictions for run in read_results(tmp_path)] == [run.predictions for run in runs]
+
+
+def test_the_terminal_names_the_number_of_many_subsets():
+    for count in (12, 13):
+        run = separate_run()
+        items = [
+            replace(item, id=f"{item.id}/{i}", tags=(f"subject: {i}",))
+            for i in range(count)
+            for item in run.items
+        ]
+        table = print_table(summarise([Run("m", 1, [replace(run, items=tuple(items))])]))
+        assert ("subject: 3" in table) is (count == 12)
+        assert ("include: 13 subsets are in results.md" in table) is (count == 13)
 
 
 def test_stored_answers_without_a_kind_are_parallel():
