@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import time
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -12,9 +13,12 @@ import pytest
 from crossin_jax.evaluation.items import Benchmark, Item, Version
 from crossin_jax.evaluation.metrics import MAX_LISTED, evaluate
 from crossin_jax.evaluation.pair_tables import MAX_TESTED
+from crossin_jax.evaluation.pairs import measure_pairs
 from crossin_jax.evaluation.predictions import Answer, ItemAnswers, Predictions
+from crossin_jax.evaluation.seaeval import read_log, write_log
 from crossin_jax.languages import find_code, name_script, script_of
 from crossin_jax.report import page
+from crossin_jax.report.figures import draw_curves
 from crossin_jax.report.heat_maps import (
     LINE,
     OTHER,
@@ -23,7 +27,7 @@ from crossin_jax.report.heat_maps import (
     draw_pairs,
     group_languages,
 )
-from crossin_jax.report.results import write_results
+from crossin_jax.report.results import read_rules, write_results
 from crossin_jax.report.summary import Run, summarise
 from crossin_jax.report.text import describe_block
 from crossin_jax.report.wording import group_scores, number
@@ -222,3 +226,49 @@ def test_a_report_takes_seconds(count, seconds, tmp_path):
     data = json.loads(re.search(r'id="data">(.*?)</script>', html, re.DOTALL)[1])
     assert len(data["items"]) == min(25, page.MAX_QUESTIONS // count)
     assert html.count("Consistency_12") and not html.count("Consistency_13")
+
+
+# ---- What uses the measures
+
+
+def test_curves_of_a_study_have_a_panel_of_rankc(few):
+    """Where the arms have it; it shows the score at each x."""
+    figure = draw_curves("examples", {10.0: few, 20.0: few})
+    panels = {axes.get_ylabel(): axes for axes in figure.axes}
+    assert list(panels) == ["AC3_3", "Other languages", "RankC"]
+    for line, row in zip(panels["RankC"].lines[::3], few.rows, strict=True):
+        assert list(line.get_ydata()) == [row.scores["rankc"].value] * 2
+    without = replace(
+        few,
+        rows=tuple(
+            replace(row, scores={n: e for n, e in row.scores.items() if n != "rankc"})
+            for row in few.rows
+        ),
+    )
+    assert len(draw_curves("examples", {10.0: without, 20.0: without}).axes) == 2
+    assert few.headline[-1] == "rankc" and without.headline[-1] == few.main_score == "AC3_3"
+
+
+def test_a_comparison_counts_as_the_first_results_did(tmp_path):
+    runs = [Run("base", 1, [make(("en", "zh"))])]
+    write_results(tmp_path / "a", runs, mode="strict", rankc="norm1")
+    assert read_rules(tmp_path / "a") == {"mode": "strict", "rankc": "norm1"}
+    usual = {"mode": "expectation", "rankc": "softmax"}
+    assert read_rules(tmp_path / "absent") == usual
+    (tmp_path / "a" / "results.json").write_text('{"format": 1}')  # of an earlier version
+    assert read_rules(tmp_path / "a") == usual
+    (tmp_path / "a" / "results.json").write_text("[")
+    assert read_rules(tmp_path / "a") == usual
+
+
+def test_a_written_log_keeps_the_log_likelihoods(tmp_path):
+    """`score` finds the same RankC in the log as the evaluation had."""
+    predictions = make(("en", "zh", "es"), num_items=6)
+    items = questions(("en", "zh", "es"), 6).items
+    write_log(tmp_path / "log.json", items, predictions)
+    found = read_log(tmp_path / "log.json")
+    for one, other in zip(found.items, predictions.items, strict=True):
+        assert [a.scores for a in one.answers.values()] == [
+            a.scores for a in other.answers.values()
+        ]
+    assert measure_pairs(found)["rankc"] == measure_pairs(predictions)["rankc"]
