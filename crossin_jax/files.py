@@ -7,11 +7,13 @@ import gzip
 import hashlib
 import io
 import json
+import logging
 import math
 import operator
 import os
 import re
 import shlex
+import time
 import types
 import typing
 import uuid
@@ -20,10 +22,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from crossin_jax.paths import as_path, is_bucket
 from crossin_jax.process import temporary
 from crossin_jax.settings import Settings, UserError, hint, redact
 
 MAX_BYTES = 4 << 30  # of a file that is read whole
+PUT_SECONDS = 30.0  # between two puts of a growing object
 BLOCK_BYTES = 1 << 20  # that are read at once
 MAX_DEPTH = 100  # of lists and objects in a JSON value; Python's own functions fail near 1,000
 JSON_NAMES = {
@@ -41,6 +45,8 @@ def check_output(flag: str, path: Path) -> None:
     """Refuses a file that cannot be written, before hours are spent on what belongs in it."""
     if path.is_dir():
         raise UserError(f"{flag}={path}: a folder; name a file in it")
+    if is_bucket(path):  # it has no folders, and says only at a put whether it may be written
+        return
     if path.exists() and not path.is_file():  # replacing /dev/null would break the machine
         raise UserError(f"{flag}={path}: not a regular file; name another")
     if not path.parent.is_dir():
@@ -53,9 +59,54 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Replaces a file, or leaves the old one; several processes and hosts may write the same at
     once.
     """
+    content = content.encode() if isinstance(content, str) else content
+    if is_bucket(path):
+        path.write_bytes(content)
+        return
     with temporary(path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")) as part:
-        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        part.write_bytes(content)
         os.replace(part, path)
+
+
+class Lines:
+    """A text file to which lines are added; each is in the file at once.
+
+    A bucket cannot add to an object. There the whole text is put again, at most every `PUT_SECONDS`
+    and by `flush`.
+    """
+
+    def __init__(self, file: Any):
+        self._bucket = file if is_bucket(file) else None
+        self._put_at = time.monotonic()
+        if self._bucket:
+            self._text = [file.read_text()] if file.is_file() else []
+            self._is_put = True
+        else:
+            self._file = file.open("a")
+
+    def write(self, line: str) -> None:
+        """Adds a line, without its end."""
+        if not self._bucket:
+            self._file.write(line + "\n")
+            self._file.flush()
+            return
+        self._text.append(line + "\n")
+        self._is_put = False
+        if time.monotonic() - self._put_at > PUT_SECONDS:
+            try:
+                self.flush()
+            except OSError as error:  # the text is kept, and the next put has it
+                self._put_at = time.monotonic()
+                logging.warning("%s: not written now: %s", self._bucket, error.strerror)
+
+    def flush(self) -> None:
+        """Returns when every line is in the file; raises OSError where it cannot be written."""
+        if self._bucket and not self._is_put:
+            self._bucket.write_text("".join(self._text))
+            self._is_put, self._put_at = True, time.monotonic()
+
+    def close(self) -> None:
+        self.flush() if self._bucket else self._file.close()
 
 
 def read_bytes(path: str | Path, *, remedy: str = "") -> bytes:
@@ -80,9 +131,24 @@ def open_unpacked(path: str | Path) -> BinaryIO:
     called.
     """
     check_regular(path)
-    with open(path, "rb") as start:
-        is_compressed = start.read(2) == b"\x1f\x8b"
-    return gzip.open(path, "rb") if is_compressed else open(path, "rb")
+    file = as_path(path).open("rb")
+    start = file.read(2)
+    file.seek(0)
+    if start != b"\x1f\x8b":
+        return file
+    return typing.cast(BinaryIO, _Unpacked(file))
+
+
+class _Unpacked(gzip.GzipFile):
+    """A compressed file that is closed together with the file below it."""
+
+    def __init__(self, file: BinaryIO):
+        super().__init__(fileobj=file)
+        self._below = file
+
+    def close(self) -> None:
+        super().close()
+        self._below.close()
 
 
 @contextlib.contextmanager
@@ -92,7 +158,7 @@ def explain_faults(path: str | Path, remedy: str = "") -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        start = "" if Path(path).is_absolute() else f"; paths start at {Path.cwd()}"
+        start = "" if as_path(path).is_absolute() else f"; paths start at {Path.cwd()}"
         raise UserError(f"{path}: no such file{hint}{start}") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: damaged gzip ({error}); copy or write the file again") from None
@@ -196,7 +262,7 @@ def check_regular(path: str | Path) -> None:
     """Refuses what is there but is no file: a folder, or a pipe or device, which could be read for
     ever.
     """
-    path = Path(path)
+    path = as_path(path)
     if path.is_dir():
         raise UserError(f"{path}: a folder; name a file in it")
     if path.exists() and not path.is_file():

@@ -16,7 +16,6 @@ rows {"prompt": …} (or "instruction" and "input", or "messages"); the same com
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -29,6 +28,7 @@ from crossin_jax.generation.chat import ChatModel, Prompt, load_chat_model
 from crossin_jax.generation.prompts_file import answer_file, read_messages, read_rows
 from crossin_jax.generation.sampling import make_sampling
 from crossin_jax.ownership import own_output
+from crossin_jax.paths import as_path, is_bucket
 
 RESET = "/reset"
 
@@ -123,11 +123,11 @@ def main(arguments: Any) -> None:
         for name in ("max_new_tokens", "temperature", "top_k", "top_p", "stop")
     }
     if many:
-        out = Path(arguments.out).expanduser()
+        out = as_path(arguments.out)
         with own_output(out):
             count = answer_file(
                 speaker,
-                Path(arguments.prompts).expanduser(),
+                as_path(arguments.prompts),
                 out,
                 seed=arguments.seed,
                 batch_size=arguments.batch_size,
@@ -166,7 +166,11 @@ def check_ways(arguments: Any) -> None:
         raise UserError(f"--input goes with --prompt, not with {ways[0]}")
     if arguments.prompts:
         read_rows(arguments.prompts)
-        check_output("--out", Path(arguments.out).expanduser())
+        if is_bucket(arguments.out):  # it grows by one answer at a time
+            raise UserError(
+                f"--out={arguments.out}: answers go to a file of this machine; name one"
+            )
+        check_output("--out", as_path(arguments.out))
     if arguments.messages:
         read_messages(arguments.messages)
 

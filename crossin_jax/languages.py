@@ -8,7 +8,6 @@ is first asked for.
 """
 
 import functools
-import glob
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from crossin_jax.config import UserError
+from crossin_jax.paths import as_path, find_paths
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,20 +345,20 @@ def find_files(
     mmlu_ZH-CN.json. A file that has the code itself in its name goes before others;
     `with_varieties` as in `match_spellings`.
     """
-    whole = str(Path(pattern).expanduser())
+    whole = as_path(pattern)
     if "{lang}" not in pattern:
         named = [
             (path.name[: -len(ending)], path)
-            for path in sorted(Path(whole).iterdir())
+            for path in sorted(whole.iterdir())
             if (ending := next((e for e in endings if path.name.endswith(e)), None))
         ]
         languages = {stem: read_ending(stem) for stem, _ in named}
     else:
-        parts = [re.escape(part) for part in whole.split("{lang}")]
+        parts = [re.escape(part) for part in str(whole).split("{lang}")]
         # each place has the same spelling: {lang}/train.{lang}.jsonl
         form = re.compile(parts[0] + "(?P<lang>[^/]+)" + "(?P=lang)".join(parts[1:]))
-        paths = sorted(glob.glob("*".join(map(glob.escape, whole.split("{lang}")))))
-        named = [(match["lang"], Path(path)) for path in paths if (match := form.fullmatch(path))]
+        paths = find_paths(pattern.replace("{lang}", "*"))
+        named = [(match["lang"], path) for path in paths if (match := form.fullmatch(str(path)))]
         languages = {stem: find_code(stem) for stem, _ in named}
     return {
         code: [path for stem, path in named if stem in stems]

@@ -2,7 +2,8 @@
 ends.
 
 The file is the lock. Its owner rewrites it every few seconds, so it works where locks do not: on
-file systems that several hosts share, and on mounted buckets.
+file systems that several hosts share, and in buckets, where it is an object that only one process
+can create.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from crossin_jax.config import UserError
+from crossin_jax.paths import absolute, is_bucket
 from crossin_jax.process import cleanup, leave
 
 OWNER = ".owner.json"
@@ -32,16 +34,18 @@ def own(folder: Path, name: str = OWNER) -> Iterator[None]:
     that uses it.
 
     The owner is written in a file of the folder, and gives a sign of life every `BEAT` seconds by
-    rewriting it. This needs no locks, so it works on shared file systems and mounted buckets. An
+    rewriting it. This needs no locks, so it works on shared file systems and in buckets. An
     owner on this machine that no longer runs is known at once; one on another host is given
     `SILENCE` seconds. If the block fails in a folder that this call made and nothing was written,
     the folder is removed.
     """
-    folder = folder.expanduser().resolve()
+    folder = absolute(folder)
     if folder / name in Owner.held:  # a study owns the folder of the cell that it trains
         yield
         return
-    new = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    new = []  # a bucket has no folders
+    if not is_bucket(folder):
+        new = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     owner = Owner(folder / name)
 
     def release() -> None:
@@ -91,6 +95,8 @@ class Owner:
             owner = read_owner(self._file)
             if owner is None:
                 continue  # it was released between our two calls
+            if owner["token"] == self._self["token"]:
+                break  # a bucket has our file, and its answer was lost
             if is_alive(owner, self._file):
                 refuse(owner, self._file)
             if read_owner(self._file) == owner:
@@ -109,6 +115,9 @@ class Owner:
         # Always of the same length and written in place by one call: a reader on another host sees
         # an open file change at once, but a renamed one only when its directory cache expires.
         text = json.dumps(self._self | {"beat": f"{self._beats:012}"}) + "\n"
+        if is_bucket(self._file):  # one put each; the bucket itself refuses a second owner
+            (self._file.create if flags & os.O_EXCL else self._file.write_bytes)(text.encode())
+            return
         file = os.open(self._file, flags | os.O_WRONLY, 0o644)
         try:
             os.write(file, text.encode())

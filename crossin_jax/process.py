@@ -180,6 +180,9 @@ def remove(path: Path) -> None:
     folder.
     """
     for _ in range(20):
+        if hasattr(path, "rmtree"):  # in a bucket
+            path.rmtree(missing_ok=True)
+            return
         if not path.is_dir():
             path.unlink(missing_ok=True)
             return

@@ -38,6 +38,7 @@ from crossin_jax.evaluation.seaeval import Row, answers_in, predictions_of, read
 from crossin_jax.evaluation.stats import bootstrap
 from crossin_jax.files import check_output
 from crossin_jax.languages import canonical
+from crossin_jax.paths import as_path
 from crossin_jax.provenance import commit
 from crossin_jax.tables import format_table as format_columns
 
@@ -80,7 +81,7 @@ def main(options: Any) -> int:
     if not options.log and options.answers:
         if options.alignments:
             raise UserError("--alignments has no effect on --answers; leave it out")
-        return score_answers(Path(options.answers).expanduser(), options.out)
+        return score_answers(as_path(options.answers), options.out)
     if not options.log:
         raise UserError(
             "--log is missing; name the log to score, FILE.json or FILE.json.gz, or --answers"
@@ -89,8 +90,7 @@ def main(options: Any) -> int:
         if value not in known:
             raise UserError(f"--{flag}={value}: not one of {', '.join(known)}{hint(value, known)}")
     log, out, alignments = (
-        Path(path).expanduser() if path else None
-        for path in (options.log, options.out, options.alignments)
+        as_path(path) if path else None for path in (options.log, options.out, options.alignments)
     )
     assert log is not None
     check_outputs(log, {"--out": out, "--alignments": alignments})
@@ -142,7 +142,7 @@ def score_answers(path: Path, out: str | None) -> int:
     """Prints and writes the pass rates of free answers, by whatever of model, task and source the
     rows have.
     """
-    target = Path(out).expanduser() if out else None
+    target = as_path(out) if out else None
     check_outputs(path, {"--out": target})
     columns, answers = read_free_answers(path)
     rates = measure_groups(answers)

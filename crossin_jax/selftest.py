@@ -7,9 +7,9 @@ nothing survives in memory; the children of all hosts find each other as those o
 
 import json
 import os
-import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ import orbax.checkpoint as ocp
 
 from crossin_jax.checkpoint.fingerprint import find_damage
 from crossin_jax.checkpoint.store import read_item
+from crossin_jax.paths import absolute, is_bucket, move
+from crossin_jax.process import remove
 
 STEPS, SAVED, KILLED = 6, 3, 4  # a run of six steps, saved after the third, killed after the fourth
 KILLED_LOG = "metrics.killed.jsonl"  # what the killed run recorded
@@ -42,11 +44,12 @@ def run_selftest(
     code: 0 or 1.
     """
     jax.config.update("jax_platforms", "cpu")  # the accelerator belongs to the children
-    folder = Path(output_dir).expanduser().resolve()
+    folder = absolute(output_dir)
     folder = folder.with_name(folder.name + ".selftest")
     start = start or start_child
+    logs = Path(tempfile.gettempdir()) if is_bucket(folder) else folder.parent
     if process == 0:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
     for name, kill, expected in (
         ("whole", [], 0),
         ("cut", [f"--kill_after={KILLED}"], None),
@@ -55,11 +58,11 @@ def run_selftest(
         say(process, f"{'continuing' if name == 'cut' and not kill else 'running'} {folder / name}")
         code = start(
             [f"--config.output_dir={folder / name}", *kill],
-            folder.with_name(f"{folder.name}.{process}.log"),
+            logs / f"{folder.name}.{process}.log",
         )
         if kill and process == 0 and (folder / name / "metrics.jsonl").exists():
             # The continued run cuts its log to the checkpoint that it continues.
-            os.replace(folder / name / "metrics.jsonl", folder / name / KILLED_LOG)
+            move(folder / name / "metrics.jsonl", folder / name / KILLED_LOG)
         if code == 2 or expected == 0 and code or expected is None and code >= 0:
             say(process, f"FAILED: a run ended with {code}; its output is above")
             return code or 1
@@ -77,7 +80,7 @@ def run_selftest(
         "position and losses equal those of the uninterrupted run bit by bit",
     )
     if process == 0:
-        shutil.rmtree(folder)
+        remove(folder)
     return 0
 
 

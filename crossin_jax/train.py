@@ -30,7 +30,7 @@ from jax.sharding import Mesh
 
 from crossin_jax import cli, process, provenance
 from crossin_jax.checkpoint.fingerprint import fingerprints
-from crossin_jax.checkpoint.store import Store, identify_start, read_origin
+from crossin_jax.checkpoint.store import Store, identify_start, list_steps, read_origin
 from crossin_jax.checks import check
 from crossin_jax.config import Config, Train, UserError, to_dict
 from crossin_jax.data.lengths import describe_lost
@@ -40,6 +40,7 @@ from crossin_jax.files import write_whole
 from crossin_jax.guests import open_guest
 from crossin_jax.parallel import hosts
 from crossin_jax.parallel.mesh import check_batch, make_mesh
+from crossin_jax.paths import as_path
 from crossin_jax.training.held_out import HeldOut
 from crossin_jax.training.optim import make_optimizer, make_schedule
 from crossin_jax.training.state import (
@@ -304,6 +305,7 @@ def take_steps(
             if must_stop or is_last or is_save_due(config.train, step, saved_at):
                 # The report comes first: it raises where a checkpoint would hide a non-finite loss.
                 telemetry.report(schedule(step - 1))
+                telemetry.flush()
                 store.save(state, loader.get_state(), source)
                 saved_at = time.monotonic()
             if must_stop:
@@ -365,7 +367,7 @@ def is_save_due(train: Train, step: int, saved_at: float) -> bool:
 
 def describe_saved(folder: Path) -> str:
     """The newest whole checkpoint of a run."""
-    steps = [int(path.name) for path in folder.glob("checkpoints/*") if path.name.isdigit()]
+    steps = list_steps(folder / "checkpoints")
     return f"step {max(steps)} is saved" if steps else "nothing is saved yet"
 
 
@@ -378,12 +380,12 @@ def describe_command() -> str:
 
 def find_folder(config: Config) -> Path:
     """The folder of the run, `output_dir`."""
-    if "://" in config.output_dir:
+    if "://" in config.output_dir and not config.output_dir.startswith("gs://"):
         raise UserError(
-            f"output_dir={config.output_dir}: not a folder; a bucket can be mounted as one, "
-            "see docs/tpu.md"
+            f"output_dir={config.output_dir}: checkpoints go to a folder or to gs://; name one, "
+            "and copy the results afterwards"
         )
-    return Path(config.output_dir).expanduser()
+    return as_path(config.output_dir)
 
 
 def forget_refused(folder: Path) -> None:
@@ -416,7 +418,7 @@ def keep_compiled(folder: str = COMPILATION_CACHE) -> None:
     precedence.
     """
     if folder and not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(Path(folder).expanduser()))
+        jax.config.update("jax_compilation_cache_dir", str(as_path(folder)))
 
 
 def read_window(words: list[str]) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ LAYERS = (
         "process",
         "ownership",
         "files",
+        "paths",
         "tables",
         "guests",
         "models.modules",

@@ -90,3 +90,15 @@ def adapted(pretrained) -> Path:
     from tests.helpers import config_in
 
     return train(config_in(pretrained.parent / "adapted", str(pretrained / "model")))
+
+
+@pytest.fixture(scope="session")
+def storage():
+    """The proxy before a server of Google's storage, with the bucket "tests"; S3 runs beside it.
+
+    One pair serves the session: gcsfs, s3fs and TensorStore keep the address that they saw first.
+    """
+    from tests.buckets import amazon_storage, google_storage
+
+    with google_storage() as proxy, amazon_storage():
+        yield proxy

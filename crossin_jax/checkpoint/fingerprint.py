@@ -27,6 +27,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from crossin_jax.files import content_hash
 from crossin_jax.models.layers import element_index
 from crossin_jax.parallel.mesh import leaf_name
+from crossin_jax.paths import is_bucket, measure_files
 
 # bytes of an element → the integer that holds its bits
 WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
@@ -272,22 +273,15 @@ def read_sizes(checkpoints: Path) -> dict[str, dict[str, int]]:
     return {step: sizes for step, sizes in noted.items() if isinstance(sizes, dict)}
 
 
-def measure_files(folder: Path) -> dict[str, int]:
-    """{path below the folder: bytes} of every file."""
-    return {
-        str(file.relative_to(folder)): file.stat().st_size
-        for file in folder.rglob("*")
-        if file.is_file()
-    }
-
-
 def find_unreadable(state: Path) -> list[str]:
     """The values below a checkpoint's `state` folder that cannot be read; empty if there is no such
     folder.
     """
     if not (state / "manifest.ocdbt").is_file():
         return []
-    base = {"driver": "file", "path": f"{state.resolve()}/"}
+    base: Any = {"driver": "file", "path": f"{state.resolve()}/"}
+    if is_bucket(state):
+        base = f"{state}/"
     try:
         values = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
         keys = values.list().result()

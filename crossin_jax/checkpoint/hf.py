@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import shlex
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,33 +24,21 @@ from crossin_jax.checkpoint.weights import (
     write_leaves,
 )
 from crossin_jax.config import UserError
+from crossin_jax.data.pipeline import CHAT_TEMPLATES, TOKENIZER_FILES
 from crossin_jax.files import allows, check_fields, join_some, read_json
 from crossin_jax.models.modules import OUTER
 from crossin_jax.models.quantize import kind_of
 from crossin_jax.models.spec import ModelSpec, spec_from_hf, spec_to_hf
 from crossin_jax.ownership import own_output
+from crossin_jax.paths import UNFINISHED, as_path, check_finished, is_bucket, marked_folder
 from crossin_jax.process import remove, temporary
 
 INDEX = SINGLE + ".index.json"
 # What is downloaded from the Hub: neither pickles nor weights in other formats.
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt")
 HUB_NOT = ("consolidated*", "original/*", "onnx/*", "*/*.safetensors")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "prompt.json",
-)
 # What an export of ours knows of itself: its weights by content, and the run that they are of.
 ORIGIN = "origin.json"
-# A folder of further chat templates, by name.
-CHAT_TEMPLATES = "additional_chat_templates"
 # Fields of config.json that the spec does not hold and an export keeps.
 _KEPT_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
 # How the names of the two ends of a tied matrix end.
@@ -64,7 +51,9 @@ def resolve_folder(path: str | os.PathLike, revision: str | None = None) -> Path
     """A local folder as it is, or a Hub id downloaded (weights, configuration, tokenizer) at a
     revision.
     """
-    folder = Path(path).expanduser()
+    folder = as_path(path)
+    if is_bucket(path):
+        check_finished(folder)
     if folder.is_dir():
         return folder
     # "org/name" or "name" may be on the Hub; "./name" and "a/b/c" are places here that do not
@@ -121,7 +110,7 @@ def read_export(folder: Path) -> dict[str, Any]:
 
 def read_spec(folder: str | os.PathLike) -> ModelSpec:
     """The spec in config.json, checked against the folder's tokenizer; reads no weight."""
-    folder = Path(folder)
+    folder = as_path(folder)
     spec = spec_from_hf(read_model_json(folder / "config.json"), str(folder / "config.json"))
     if (folder / "tokenizer.json").is_file():
         check_vocabulary(folder / "tokenizer.json", spec, str(folder / "config.json"))
@@ -157,7 +146,7 @@ def read_tensors(folder: str | os.PathLike) -> dict[str, Tensor]:
     """Every tensor of a folder by name, from one file or from the shards of its index; headers
     only.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     if (folder / SINGLE).is_file():
         return read_header(str(folder / SINGLE))
     if not (folder / INDEX).is_file():
@@ -325,7 +314,7 @@ def load_weights(folder: str | os.PathLike, state: Any, *, progress: bool = True
     `scale` beside it are quantized on the way, a layer at a time; adapters are left as they are. An
     untied `lm_head` over a tied checkpoint starts as a copy of the embedding.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     spec = read_spec(folder)
     matched = match_tensors(read_tensors(folder), spec, str(folder))
     if spec.tie_embeddings:
@@ -373,7 +362,9 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 
 def check_absent(path: str | os.PathLike) -> Path:
     """The absolute path of a folder to be written; `UserError` where something is there already."""
-    target = Path(path).expanduser().absolute()
+    target = as_path(path).absolute()
+    if is_bucket(target) and (target / UNFINISHED).exists():
+        return target
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: exists already; delete it or choose another folder")
     return target
@@ -386,6 +377,10 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """
     target = check_absent(path)
     with own_output(target):
+        if is_bucket(target):
+            with marked_folder(target):
+                yield target
+            return
         part = target.with_name(f".{target.name}.partial")
         remove(part)  # of a process that was killed
         part.mkdir()
@@ -424,7 +419,7 @@ def save_model(
     with (
         atomic_folder(folder)
         if jax.process_index() == 0
-        else contextlib.nullcontext(Path(folder)) as target
+        else contextlib.nullcontext(as_path(folder)) as target
     ):
         leaves = state_leaves(state)
         write_leaves(
@@ -440,7 +435,7 @@ def save_model(
             return
         # The rest of the base's config.json describes the base; what the spec says of the model may
         # differ.
-        old = read_model_json(Path(source) / "config.json") if source else {}
+        old = read_model_json(as_path(source) / "config.json") if source else {}
         old = {**old, **old.get("text_config", {})}
         kept = {name: old[name] for name in _KEPT_FIELDS if old.get(name) is not None} | (
             token_ids or {}
@@ -452,8 +447,8 @@ def save_model(
         write_json(target / "config.json", {**spec_to_hf(spec), **kept, "torch_dtype": stored})
         ids = {name: value for name, value in kept.items() if name.endswith("token_id")}
         generation = {"_from_model_config": True, **ids}
-        if source and (Path(source) / "generation_config.json").is_file():
-            generation = read_model_json(Path(source) / "generation_config.json")
+        if source and (as_path(source) / "generation_config.json").is_file():
+            generation = read_model_json(as_path(source) / "generation_config.json")
         if answer_ends:
             generation["eos_token_id"] = list(answer_ends) if answer_ends[1:] else answer_ends[0]
         write_json(target / "generation_config.json", generation)
@@ -471,8 +466,10 @@ def describe(target: Path, card: str | None, origin: dict[str, Any] | None) -> N
 
 def copy_tokenizer(source: str | os.PathLike | None, target: Path) -> None:
     """Copies the tokenizer's files of a folder."""
-    for file in [Path(source) / name for name in TOKENIZER_FILES] if source else ():
+    for file in [as_path(source) / name for name in TOKENIZER_FILES] if source else ():
         if file.is_file():
-            shutil.copyfile(file, target / file.name)
-    if source and (Path(source) / CHAT_TEMPLATES).is_dir():
-        shutil.copytree(Path(source) / CHAT_TEMPLATES, target / CHAT_TEMPLATES)
+            (target / file.name).write_bytes(file.read_bytes())
+    if source and (folder := as_path(source) / CHAT_TEMPLATES).is_dir():
+        (target / CHAT_TEMPLATES).mkdir()
+        for file in folder.iterdir():
+            (target / CHAT_TEMPLATES / file.name).write_bytes(file.read_bytes())

@@ -39,6 +39,7 @@ from crossin_jax.config import Config, UserError
 from crossin_jax.data.pipeline import open_tokenizer
 from crossin_jax.models.spec import ModelSpec
 from crossin_jax.parallel.mesh import fast_dtype, make_mesh
+from crossin_jax.paths import as_path
 from crossin_jax.provenance import identify_tokenizer
 from crossin_jax.training.state import (
     AbstractModel,
@@ -80,7 +81,7 @@ class LoadedModel:
             return self.opened_tokenizer
         tokenizer = open_tokenizer(self.config)
         if place := self.config.model.tokenizer or self.base:
-            warn_of_changed_tokenizer(Path(place).expanduser(), tokenizer)
+            warn_of_changed_tokenizer(as_path(place), tokenizer)
         return tokenizer
 
     @functools.cached_property

@@ -40,6 +40,7 @@ from crossin_jax.files import check_fields, join_some
 from crossin_jax.models.modules import OUTER, TARGETS
 from crossin_jax.models.rope import drop_nulls
 from crossin_jax.models.spec import ModelSpec
+from crossin_jax.paths import as_path
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Settings of PEFT that change the model and have no counterpart here; "off" values are accepted.
@@ -365,7 +366,7 @@ def save_adapter(
     with (
         atomic_folder(folder)
         if jax.process_index() == 0
-        else contextlib.nullcontext(Path(folder)) as target
+        else contextlib.nullcontext(as_path(folder)) as target
     ):
         write_leaves(
             target,

@@ -15,6 +15,7 @@ several hosts begin to read it, and the item `fingerprints` knows every array an
 import contextlib
 import json
 import logging
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,13 @@ from crossin_jax.checkpoint.fingerprint import (
     fingerprints,
     flatten,
     make_seal,
-    measure_files,
     read_seal,
     read_sizes,
 )
 from crossin_jax.config import Config, UserError
 from crossin_jax.files import write_whole
 from crossin_jax.parallel import hosts
+from crossin_jax.paths import absolute, as_path, is_bucket, measure_files, move
 from crossin_jax.training.step import TrainState
 
 # fields that may differ between a checkpoint and the run that continues it
@@ -63,6 +64,7 @@ MAY_CHANGE = (
 )
 
 
+COMMITTED = "commit_success.txt"  # what Orbax writes last into a checkpoint in a bucket
 USE_ANOTHER = "use another step, or bring the folder back from a copy"
 
 
@@ -75,7 +77,7 @@ class Store:
 
     def __init__(self, output_dir: str | Path, *, config: Config | None = None):
         """Opens the checkpoints for reading, or with a configuration for writing too."""
-        self.folder = Path(output_dir).expanduser().resolve() / "checkpoints"
+        self.folder = absolute(output_dir) / "checkpoints"
         self._config = config
         writes = (
             {"max_to_keep": config.train.keep, "keep_period": config.train.keep_every}
@@ -117,7 +119,7 @@ class Store:
             for shard in leaf.addressable_shards
             if shard.replica_id == 0
         )
-        free = shutil.disk_usage(self.folder).free
+        free = math.inf if is_bucket(self.folder) else shutil.disk_usage(self.folder).free
         if hosts.any_process(needed > free):
             self._raise_unwritten(OSError(f"it needs {needed:,} bytes, {free:,} are free"))
         try:
@@ -233,7 +235,8 @@ class Store:
                 fault = error
             if not hosts.any_process(fault is not None):
                 for bad in damaged if jax.process_index() == 0 else []:
-                    shutil.move(self.folder / str(bad), self.folder.parent / f"damaged-{bad}")
+                    place = self.folder.parent / f"damaged-{bad}"
+                    move(self.folder / str(bad), place, marker=COMMITTED)
                 hosts.barrier("damaged checkpoints are set aside")
                 self._manager.reload()
                 return restored
@@ -264,10 +267,10 @@ class Store:
             place.mkdir(parents=True)
             for name in (*map(str, steps), "files.json"):
                 if (self.folder / name).exists():
-                    shutil.move(self.folder / name, place / name)
+                    move(self.folder / name, place / name, marker=COMMITTED)
             for name in ("metrics.jsonl", "tensorboard"):
                 if (run / name).exists():
-                    shutil.move(run / name, place.parent / name)
+                    move(run / name, place.parent / name)
             logging.warning(
                 "%s: starts anew; its earlier checkpoints (%s) are now in %s",
                 run,
@@ -309,13 +312,22 @@ def describe_damage(lost: list[str]) -> str:
 def list_steps(checkpoints: Path) -> list[int]:
     """The steps in a folder of checkpoints, damaged ones included, oldest first."""
     return sorted(
-        int(path.name) for path in checkpoints.glob("*") if is_step(path) and not is_junk(path)
+        int(path.name)
+        for path in checkpoints.glob("*")
+        if is_step(path) and not is_junk(path) and is_committed(path)
     )
 
 
 def is_step(path: Path) -> bool:
     """Whether a name is that of a step, as this module writes it."""
     return path.name.isdecimal() and path.name.isascii() and path.name == str(int(path.name))
+
+
+def is_committed(path: Path) -> bool:
+    """Whether a checkpoint was written to its end: a folder has its name only then, in a bucket an
+    object says so.
+    """
+    return not is_bucket(path) or (path / COMMITTED).exists()
 
 
 def is_junk(path: Path) -> bool:
@@ -333,7 +345,7 @@ def move_junk(checkpoints: Path) -> None:
         place = checkpoints.parent / f"no-checkpoint-{path.name}"
         while place.exists():
             place = place.with_name(place.name + "+")
-        shutil.move(path, place)
+        move(path, place)
         logging.warning("%s holds no checkpoint; it is now %s", path, place)
     if hosts.any_process(bool(junk)):
         hosts.barrier("what is no checkpoint is moved")
@@ -374,7 +386,7 @@ def flatten_dict(values: Any, prefix: str = "") -> dict[str, Any]:
 
 def is_run(path: str | Path) -> bool:
     """Whether a path is a run folder or one of its `checkpoints/STEP` folders."""
-    folder = Path(path).expanduser()
+    folder = as_path(path)
     return (folder / "checkpoints").is_dir() or (
         folder.name.isdigit() and folder.resolve().parent.name == "checkpoints"
     )
@@ -382,7 +394,7 @@ def is_run(path: str | Path) -> bool:
 
 def find_checkpoint(path: str | Path) -> tuple[Path, int]:
     """(run folder, step) for a run folder or for one of its `checkpoints/STEP` folders."""
-    folder = Path(path).expanduser().resolve()
+    folder = absolute(path)
     if folder.name.isdigit() and folder.parent.name == "checkpoints":
         run = folder.parent.parent
         steps = [step for step in list_steps(folder.parent) if step == int(folder.name)]

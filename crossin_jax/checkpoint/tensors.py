@@ -16,6 +16,7 @@ import numpy as np
 
 from crossin_jax.config import UserError
 from crossin_jax.files import allows, decode_text, join_some, parse_json
+from crossin_jax.paths import as_path, is_bucket
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -25,6 +26,9 @@ DTYPES = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 # Bytes per read: small enough for the cache, where the NaN check and the cast cost nothing more.
 CHUNK = 4 << 20
+MIN_REQUEST = (
+    1 << 20
+)  # bytes for which a bucket is asked; less is read together with what lies around
 MAX_HEADER = 100_000_000  # bytes; the limit of the format's own reader
 # What the header says of a tensor.
 _ENTRY = {"dtype": str, "shape": list[int], "data_offsets": list[int]}
@@ -74,8 +78,8 @@ def read_header(path: str) -> dict[str, Tensor]:
     safetensors.
     """
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
+        size = as_path(path).stat().st_size
+        with as_path(path).open("rb") as file:
             start = file.read(8)
             if len(start) < 8:
                 raise UserError(
@@ -89,7 +93,7 @@ def read_header(path: str) -> dict[str, Tensor]:
                 )
             text = file.read(length)
     except OSError as error:
-        raise UserError(f"{path}: {os.strerror(error.errno or 0)}") from error
+        raise UserError(f"{path}: {error.strerror}") from error
     hint = "; the length in its first 8 bytes is wrong or this is not a safetensors file"
     place = f"{path}, its header"
     header = parse_json(decode_text(text, place), place, dict, "a header", hint)
@@ -169,7 +173,7 @@ class Reader:
         Boxes that tile one larger box (the shards of one host) are read as that box, so that a
         shard along the innermost dimension does not cost one read per row.
         """
-        if tensor.file not in self._files:
+        if not is_bucket(tensor.file) and tensor.file not in self._files:
             self._files[tensor.file] = os.open(tensor.file, os.O_RDONLY)
         parts = [(box, out) for box, out in parts if out.size]
         if not parts:
@@ -184,7 +188,9 @@ class Reader:
             for part in parts:
                 yield from self.plan(tensor, [part])
             return
-        step = max(1, CHUNK // (volume(hull[1:]) * tensor.dtype.itemsize))
+        # Of a bucket, rows are read whole: see `_fill`.
+        row = math.prod(tensor.shape[1:]) if is_bucket(tensor.file) else volume(hull[1:])
+        step = max(1, CHUNK // (row * tensor.dtype.itemsize))
         for start in range(*hull[0], step):
             rows = ((start, min(start + step, hull[0][1])), *hull[1:])
             yield functools.partial(self._read, tensor, rows, parts)
@@ -230,12 +236,33 @@ class Reader:
         )
         run = (box[inner][1] - box[inner][0]) * strides[inner]
         buffer = memoryview(chunk.reshape(-1).view(np.uint8))
+        count = math.prod(stop - start for start, stop in box[:inner])
+        if count > 1 and is_bucket(tensor.file) and run < MIN_REQUEST:
+            self._fill_from_whole_rows(tensor, box, chunk)
+            return
         for i, index in enumerate(np.ndindex(*(stop - start for start, stop in box[:inner]))):
             offset = first + sum(n * stride for n, stride in zip(index, strides, strict=False))
             self._pread(tensor, buffer[i * run : (i + 1) * run], offset)
 
+    def _fill_from_whole_rows(self, tensor: Tensor, box: Box, chunk: np.ndarray) -> None:
+        """Reads all between the first and the last number of a box, by one request, and keeps the
+        box.
+        """
+        whole = ((box[0]), *((0, size) for size in tensor.shape[1:]))
+        rows = np.empty([stop - start for start, stop in whole], tensor.dtype)
+        self._fill(tensor, whole, rows)
+        chunk[...] = rows[(slice(None), *(slice(*side) for side in box[1:]))]
+
     def _pread(self, tensor: Tensor, buffer: memoryview, offset: int) -> None:
         done = 0
+        if is_bucket(tensor.file):
+            data = as_path(tensor.file).read_range(offset, offset + len(buffer))
+            if len(data) != len(buffer):
+                raise UserError(
+                    f"{tensor.file}: ends inside {tensor.name}; it changed while it was read"
+                )
+            buffer[:] = data
+            return
         while done < len(buffer):
             count = os.preadv(self._files[tensor.file], [buffer[done:]], offset + done)
             if not count:
@@ -261,7 +288,7 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are equal bit by bit."""
     if (a.code, a.shape) != (b.code, b.shape):
         return False
-    with open(a.file, "rb") as left, open(b.file, "rb") as right:
+    with as_path(a.file).open("rb") as left, as_path(b.file).open("rb") as right:
         left.seek(a.start)
         right.seek(b.start)
         sizes = [CHUNK] * (a.nbytes // CHUNK) + [a.nbytes % CHUNK]
@@ -282,7 +309,7 @@ def write_tensors(
         header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
+    with as_path(path).open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, code, shape, fetch in entries:
             array = np.ascontiguousarray(fetch())
@@ -291,5 +318,7 @@ def write_tensors(
             )
             file.write(memoryview(array.reshape(-1).view(np.uint8)))
             progress(array.nbytes)
+        if is_bucket(path):
+            return
         file.flush()
         os.fsync(file.fileno())

@@ -26,9 +26,11 @@ from tqdm import tqdm
 from crossin_jax.checkpoint.hf_map import Key, summarize
 from crossin_jax.checkpoint.tensors import CHUNK, CODES, Box, Reader, Tensor, volume, write_tensors
 from crossin_jax.models.quantize import kind_of, quantize
+from crossin_jax.paths import is_bucket
 
 SINGLE = "model.safetensors"
 SHARD_BYTES = 5_000_000_000
+REQUESTS = 32  # to a bucket, at a time
 WORKERS = min(4, os.cpu_count() or 1)
 Jobs = Iterable[Callable[[], int]]
 
@@ -89,6 +91,9 @@ def load_arrays(
         for box in request.boxes
     )
     progress = progress and to_read >= WORTH_TELLING
+    # A request to a bucket takes long to begin, so many are under way at a time.
+    is_remote = any(is_bucket(request.tensors[0].file) for request in requests)
+    workers = REQUESTS if is_remote else WORKERS
     # The prediction is printed before, and the peak after: if they differ by much, report it.
     reset_peak()
     if progress:
@@ -101,12 +106,12 @@ def load_arrays(
         staging = 0 if all(request.is_zero_copy for request in requests) else largest
         print(
             f"{place}: reading {_size(to_read)}; host memory will peak at about "
-            f"{_size(predict_peak(resident, staging))}",
+            f"{_size(predict_peak(resident, staging, workers))}",
             file=sys.stderr,
         )
     with (
         Reader() as reader,
-        ThreadPoolExecutor(WORKERS) as pool,
+        ThreadPoolExecutor(workers) as pool,
         tqdm(
             total=to_read,
             unit="B",
@@ -286,13 +291,13 @@ def _status(field: str) -> int | None:
         return None
 
 
-def predict_peak(resident: int, staging: int) -> int:
+def predict_peak(resident: int, staging: int, workers: int = WORKERS) -> int:
     """Host memory that a load will take: what the process holds, what stays on the host, and what
     passes through it.
 
     `staging` is the largest tensor where arrays go to accelerators, else 0.
     """
-    return resident_bytes() + resident + staging + WORKERS * CHUNK
+    return resident_bytes() + resident + staging + workers * CHUNK
 
 
 def resident_bytes() -> int:

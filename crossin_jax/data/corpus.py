@@ -20,6 +20,7 @@ from crossin_jax.data.readers import File, find_files
 from crossin_jax.data.records import UNREAD, Record, Text, TextReader, as_row, digest, hash_key
 from crossin_jax.guests import open_guest
 from crossin_jax.languages import canonical_list
+from crossin_jax.paths import as_path
 from crossin_jax.process import temporary
 
 CACHE_BYTES = 64 << 20  # sources larger than this go to the cache folder
@@ -282,7 +283,7 @@ def load_corpus(
             Corpus(source.name, records, place=f"the embedded world ({source.split})"), source
         )
     files = find_files(source, codes)
-    size = sum(os.path.getsize(file.path) for file in files if file.layout != "hub")
+    size = sum(as_path(file.path).stat().st_size for file in files if file.layout != "hub")
     if size <= CACHE_BYTES and not any(file.layout == "hub" for file in files):
         import pyarrow as pa
 
@@ -301,7 +302,9 @@ def load_corpus(
             *(
                 stat(p)
                 for p in (
-                    sorted(Path(f.path).rglob("*")) if Path(f.path).is_dir() else [Path(f.path)]
+                    sorted(as_path(f.path).rglob("*"))
+                    if as_path(f.path).is_dir()
+                    else [as_path(f.path)]
                 )
                 if p.is_file()
             ),

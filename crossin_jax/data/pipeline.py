@@ -17,8 +17,22 @@ from crossin_jax.data.prompts import Renderer
 from crossin_jax.data.templates import load_template
 from crossin_jax.files import check_fields, read_json, write_whole
 from crossin_jax.guests import open_guest
+from crossin_jax.paths import as_path, fetch_files, is_bucket
 
 PROMPT_FILE = "prompt.json"  # in an exported folder
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    PROMPT_FILE,
+)
+CHAT_TEMPLATES = "additional_chat_templates"  # a folder of further chat templates, by name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +103,7 @@ def open_tokenizer(config: Config, corpora: dict[str, Corpus] | None = None) -> 
     """
     if config.model.tokenizer or config.model.path:
         return load_tokenizer(config.model.tokenizer or config.model.path, config.model.revision)
-    folder = Path(config.output_dir).expanduser() / "tokenizer"
+    folder = as_path(config.output_dir) / "tokenizer"
     if not (folder / "tokenizer_config.json").is_file():
         corpora = load_corpora(config.data, config.seed) if corpora is None else corpora
         components = config.data.components
@@ -113,7 +127,10 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers
 
-    folder = Path(path).expanduser()
+    folder = as_path(path)
+    if is_bucket(path):
+        names = (*TOKENIZER_FILES, "config.json", "generation_config.json", f"{CHAT_TEMPLATES}/*")
+        folder = fetch_files(folder, names)
     name = str(folder) if folder.exists() else path
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
@@ -237,9 +254,9 @@ def train_tokenizer(lines: Iterable[str], vocab_size: int, folder: str | Path) -
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1_000_000,
     }
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    as_path(folder).mkdir(parents=True, exist_ok=True)
     for file, content in (
         ("tokenizer.json", tokenizer.to_str(pretty=True)),
         ("tokenizer_config.json", json.dumps(settings, indent=2)),
     ):
-        write_whole(Path(folder) / file, content)
+        write_whole(as_path(folder) / file, content)

@@ -21,6 +21,7 @@ from crossin_jax.files import (
     refuse_utf16,
 )
 from crossin_jax.languages import find_files as find_language_files
+from crossin_jax.paths import as_path, is_bucket
 
 ENDINGS = {
     ".jsonl": "jsonl",
@@ -90,7 +91,7 @@ def find_files(source: Source, codes: Sequence[str]) -> list[File]:
                 f"{missing[0]!r}; add it, or leave {missing[0]!r} out of the languages"
             )
         return _one_per_language(source, found, place)
-    path = Path(source.path).expanduser()
+    path = as_path(source.path)
     if not path.exists():
         near = (
             hint(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
@@ -289,7 +290,7 @@ def _read_json(file: File) -> Iterator[tuple[int, Any]]:
     if _holds_lines(file):
         yield from read_json_lines(path)
         return
-    if Path(path).stat().st_size > WHOLE_FILE_BYTES:
+    if as_path(path).stat().st_size > WHOLE_FILE_BYTES:
         yield from _stream_json(path)
         return
     content = read_json(path)
@@ -448,7 +449,8 @@ def _read_parquet(source: File) -> Iterator[tuple[int, Any]]:
 
     path = source.path
     try:
-        file, number = pyarrow.parquet.ParquetFile(path, memory_map=True), 0
+        content = as_path(path).open("rb") if is_bucket(path) else path
+        file, number = pyarrow.parquet.ParquetFile(content, memory_map=True), 0
         for batch in file.iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 yield (number := number + 1), row

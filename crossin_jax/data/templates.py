@@ -8,7 +8,6 @@ import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -18,6 +17,7 @@ from jinja2.visitor import NodeTransformer
 
 from crossin_jax.config import UserError, hint
 from crossin_jax.files import check_fields, read_json
+from crossin_jax.paths import as_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def load_template(name: str | dict[str, Any], place: str = "data.template") -> T
         return None
     if name in TEMPLATES:
         return TEMPLATES[name]
-    path = Path(name).expanduser()
+    path = as_path(name)
     if not path.is_file():
         raise UserError(
             f"{place}={name!r} is no file and none of {', '.join((*TEMPLATES, 'chat'))}"

@@ -24,6 +24,7 @@ from crossin_jax.evaluation.items import LETTERS, MASK, Version
 from crossin_jax.evaluation.layouts import COPA, LABEL
 from crossin_jax.files import check_fields, content_hash, decode_text, read_bytes, read_json
 from crossin_jax.languages import find_code
+from crossin_jax.paths import as_path
 
 HARNESS = "harness"
 GAP = "___"  # what a question shows in the place of the answer
@@ -173,14 +174,14 @@ def read_frame(name: str) -> dict[str, Wording]:
     """The wordings of a frame by language code; "default" is for every other language."""
     if name == HARNESS:
         return {"default": Wording()}
-    path = Path(name).expanduser()
+    path = as_path(name)
     # The file is asked for with every question, and it may change between two evaluations.
     return _read_file(name, path.stat().st_mtime_ns if path.exists() else 0)
 
 
 @functools.lru_cache(maxsize=64)
 def _read_file(name: str, _: int) -> dict[str, Wording]:
-    path = Path(name).expanduser()
+    path = as_path(name)
     if path.suffix == ".json":
         tables = read_json(path, expect=dict, what="a frame")
     else:

@@ -1,11 +1,14 @@
 """Answers on disk as they come, so that an interrupted evaluation has lost none of them."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from crossin_jax.files import Lines
 
 
 def ask_missing(
@@ -26,11 +29,10 @@ def ask_missing(
         answers = ask(left, lambda k, answer: None)
     else:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a", encoding="utf-8") as lines:
+        with contextlib.closing(Lines(file)) as lines:
 
             def finished(k: int, answer: Any) -> None:
-                lines.write(json.dumps([left[k], answer]) + "\n")
-                lines.flush()
+                lines.write(json.dumps([left[k], answer]))
 
             answers = ask(left, finished)
     known |= dict(zip(left, answers, strict=True))

@@ -6,9 +6,9 @@ Their columns are read by layout (`layouts.py`), so an entry says nothing about 
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from crossin_jax.config import UserError, hint
+from crossin_jax.paths import as_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ def split_name(name: str) -> tuple[str | None, str]:
 
 def refuse_unknown(name: str) -> UserError:
     """The error for a name that is no benchmark, with the nearest name or file."""
-    path = Path(name).expanduser()
+    path = as_path(name)
     files = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
     near = hint(path.name, [*KNOWN, "cross_world", *files])
     return UserError(

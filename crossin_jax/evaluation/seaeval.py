@@ -16,6 +16,7 @@ from crossin_jax.evaluation.items import Item
 from crossin_jax.evaluation.predictions import Answer, ItemAnswers, Predictions
 from crossin_jax.files import read_json, write_whole
 from crossin_jax.languages import find_code, name_of
+from crossin_jax.paths import as_path
 
 Row = dict[str, Any]
 
@@ -40,7 +41,7 @@ def read_rows(path: str | Path, *, few_shot: bool | None = None) -> list[Row]:
     A few-shot answer is cut at its first line break: the model goes on with questions of its own.
     `few_shot` None goes by the file's name.
     """
-    path = Path(path)
+    path = as_path(path)
     if few_shot is None:
         few_shot = bool(re.search(r"(few|five)[-_ ]?shot", path.name.lower()))
     rows = read_json(path, expect=list, what="a log")
@@ -174,7 +175,7 @@ def answers_in(rows: Sequence[Row], language: str) -> list[tuple[list[str], str,
 
 def write_json(path: str | Path, value: Any) -> None:
     """Writes a JSON file whole or not at all, compressed where its name ends in .gz."""
-    path = Path(path)
+    path = as_path(path)
     raw = (
         json.dumps(value, ensure_ascii=False, indent=1).encode("utf-8", errors="surrogatepass")
         + b"\n"
@@ -231,7 +232,7 @@ def write_rows(path: str | Path, items: Sequence[Item], predictions: Predictions
                 row |= {"choices": list(version.choices), "answer": version.choices[version.answer]}
             row |= {"model_prediction": _written(answers[item.id][language])}
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    write_whole(Path(path), "".join(lines).encode("utf-8", "surrogatepass"))
+    write_whole(as_path(path), "".join(lines).encode("utf-8", "surrogatepass"))
 
 
 def _written(answer: Answer) -> str:

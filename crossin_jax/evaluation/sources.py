@@ -9,6 +9,7 @@ from crossin_jax.config import UserError
 from crossin_jax.data.readers import ENDINGS, File, read_rows
 from crossin_jax.evaluation.layouts import Row
 from crossin_jax.languages import find_code, find_files, match_spellings, read_ending
+from crossin_jax.paths import as_path
 
 NAMES = tuple(ending + packed for ending in ENDINGS for packed in ("", ".gz"))
 
@@ -51,7 +52,7 @@ def read_path(name: str, codes: Sequence[str], split: str) -> Rows | None:
     """
     if "{lang}" in name.partition(":")[2]:
         return read_hub(name, codes, split)
-    path = Path(name.replace("{split}", split)).expanduser()
+    path = as_path(name.replace("{split}", split))
     if "{lang}" in name:
         label = path.stem.replace("{lang}", "").rstrip("_-. ") or path.parent.name
         if label == split:
@@ -106,7 +107,7 @@ def has_split(name: str, codes: Sequence[str], split: str) -> bool:
     import datasets
 
     place, _, configuration = name.partition(":")
-    path = Path(name).expanduser()
+    path = as_path(name)
     if "{split}" in name or (path / split).is_dir():
         # a file of the first language stands for all
         try:
@@ -186,7 +187,7 @@ def _read_tree(name: str, path: Path, codes: Sequence[str]) -> Rows:
 
 def _is_clone(place: str) -> bool:
     """Whether a folder is a data set in the Hub's layout: its README lists configurations."""
-    readme = Path(place).expanduser() / "README.md"
+    readme = as_path(place) / "README.md"
     return readme.is_file() and "\nconfigs:" in readme.read_text(encoding="utf-8", errors="replace")
 
 
@@ -215,7 +216,7 @@ def _find_configurations(place: str, pattern: str, codes: Sequence[str]) -> dict
 def _find_hub_files(place: str, pattern: str, codes: Sequence[str]) -> dict[str, Path]:
     import huggingface_hub
 
-    folder = Path(place).expanduser()
+    folder = as_path(place)
     try:
         if folder.is_dir():
             names = [str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()]

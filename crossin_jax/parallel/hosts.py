@@ -312,7 +312,7 @@ def check_shared(folder: Path) -> None:
         raise UserError(
             f"output_dir={folder} is not shared: process {', '.join(blind[:8])} cannot see what 0 "
             "writes\n"
-            "mount one file system on all hosts (docs/tpu.md) and put output_dir there"
+            "put output_dir into a bucket (docs/tpu.md), or on a file system of all hosts"
         )
 
 

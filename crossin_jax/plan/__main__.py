@@ -15,7 +15,6 @@ import json
 import shlex
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ from absl import flags
 from crossin_jax import cli
 from crossin_jax.config import Config, UserError
 from crossin_jax.files import check_output
+from crossin_jax.paths import as_path
 from crossin_jax.plan.plan import describe_change, find_change, make_plan, render
 from crossin_jax.plan.topology import Topology, open_topology
 
@@ -49,7 +49,7 @@ def main(config: Config, arguments: Any) -> int:
     jax.config.update("jax_platforms", "cpu")
     topology = open_topology(arguments.topology)
     if arguments.out:
-        check_output("--out", Path(arguments.out))
+        check_output("--out", as_path(arguments.out))
     if arguments.out and not arguments.tune:
         raise UserError("--out is for the proposal of --tune; add --tune, or leave it out")
     if arguments.tune:

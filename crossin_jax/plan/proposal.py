@@ -8,6 +8,7 @@ from typing import Any
 from crossin_jax.checks import check
 from crossin_jax.config import Config, UserError, to_dict
 from crossin_jax.files import check_fields, read_json, write_whole
+from crossin_jax.paths import as_path
 from crossin_jax.training.state import model_spec
 
 # Settings that decide the memory and the time of a step, beside the model and the tuned settings. A
@@ -50,7 +51,8 @@ def write_proposal(path: str | Path, config: Config, change: dict[str, Any], **a
         name: _value(config, name) for name in (*SIZES, *TUNED)
     }
     write_whole(
-        Path(path), json.dumps({"settings": change, "made_for": made_for, **about}, indent=1) + "\n"
+        as_path(path),
+        json.dumps({"settings": change, "made_for": made_for, **about}, indent=1) + "\n",
     )
 
 

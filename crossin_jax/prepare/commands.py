@@ -1,6 +1,7 @@
 """The commands of `python -m crossin_jax.prepare`."""
 
 import dataclasses
+import io
 import json
 import os
 import shlex
@@ -17,6 +18,7 @@ from crossin_jax.data.mixture import Mixture, load_corpora
 from crossin_jax.data.records import to_turn
 from crossin_jax.files import read_json, write_whole
 from crossin_jax.ownership import own, own_output
+from crossin_jax.paths import as_path, is_bucket
 from crossin_jax.process import temporary
 from crossin_jax.tables import format_table
 
@@ -30,6 +32,7 @@ def build(config: Config, arguments: Any) -> None:
     """Writes one epoch of the mixture and its manifest."""
     mixture = Mixture(config.data, load_corpora(config.data, config.seed), config.seed)
     path = output_path(config, arguments, "data") / f"mixture.{arguments.format}"
+    refuse_bucket(path.parent)
     manifest_path = path.with_name("manifest.json")
     manifest = mixture.manifest() | {"file": path.name}
     if is_current(path, manifest_path, manifest):
@@ -123,7 +126,7 @@ def preview(config: Config, arguments: Any) -> None:
     pairs = view.take(data.mixture, data.renderer, arguments.n)
     rows, length = view.first_rows(windows), config.data.length
     if arguments.html:
-        write_whole(Path(arguments.html), view.to_html(data.renderer, pairs, rows, length))
+        write_whole(as_path(arguments.html), view.to_html(data.renderer, pairs, rows, length))
         print(f"wrote {arguments.html}")
         return
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -151,7 +154,9 @@ def audit(config: Config, arguments: Any) -> None:
     with own(folder):
         write_json(folder / "audit.json", report)
         write_whole(folder / "audit.md", audit_report.to_markdown(report))
-        audit_report.draw(report, folder / "audit.png")
+        with io.BytesIO() as image:
+            audit_report.draw(report, image)
+            write_whole(folder / "audit.png", image.getvalue())
     print(audit_report.to_text(report))
     print(f"wrote audit.json, audit.md and audit.png in {folder}")
 
@@ -163,6 +168,7 @@ def translate(config: Config, arguments: Any) -> None:
 
     source = find_source(config, arguments.source)
     out = output_path(config, arguments, f"{source.name}.jsonl")
+    refuse_bucket(out)
     corpus = load_corpus(source, config.data.languages, seed=config.seed)
     if arguments.command:
         translator, engine = run_command(arguments.command), arguments.command
@@ -177,7 +183,16 @@ def translate(config: Config, arguments: Any) -> None:
 
 def output_path(config: Config, arguments: Any, default: str) -> Path:
     """What --out names, or else a place in the output folder of the configuration."""
-    return Path(arguments.out or Path(config.output_dir) / default).expanduser()
+    return as_path(arguments.out or as_path(config.output_dir) / default)
+
+
+def refuse_bucket(out: Path) -> None:
+    """Refuses to write into a bucket what is written piece by piece."""
+    if is_bucket(out):
+        raise UserError(
+            f"{out}: this is written piece by piece, to a folder of this machine; name one with "
+            "--out, and copy the result into the bucket"
+        )
 
 
 def write_json(path: Path, value: Any) -> None:

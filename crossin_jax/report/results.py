@@ -7,7 +7,6 @@ docs/evaluation.md explains every score in it.
 
 import gzip
 import json
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -22,6 +21,7 @@ from crossin_jax.evaluation.pairs import Weights
 from crossin_jax.evaluation.predictions import Predictions, decode, encode
 from crossin_jax.evaluation.stats import LEVEL, NUM_RESAMPLES
 from crossin_jax.files import read_json, write_whole
+from crossin_jax.paths import as_path, move
 from crossin_jax.report.page import build_page
 from crossin_jax.report.summary import UNTUNED, Block, Run, summarise
 from crossin_jax.report.text import to_markdown
@@ -48,7 +48,7 @@ def write_results(
     model. `rankc`: the weights of RankC. `benchmarks` give the page its questions; without them it
     has only those of Cross-World. Raises UserError if the folder cannot be written.
     """
-    folder, title = Path(folder), title or "Cross-lingual evaluation"
+    folder, title = as_path(folder), title or "Cross-lingual evaluation"
     blocks = summarise(runs, baselines, mode, rankc=rankc)
     results = {
         "format": FORMAT,
@@ -93,7 +93,7 @@ def write_results(
 
 def read_results(folder: str | Path) -> list[Run]:
     """The runs that `write_results` wrote into a folder, with their answers."""
-    file = Path(folder) / ANSWERS
+    file = as_path(folder) / ANSWERS
     if not file.exists():
         raise UserError(f"{file} does not exist; give a folder that evaluate wrote its results to")
     try:
@@ -121,7 +121,7 @@ def read_rules(folder: str | Path) -> dict[str, Any]:
     """How a folder's answers were counted: `mode` and `rankc` for `write_results`."""
     usual = {"mode": "expectation", "rankc": "softmax"}
     try:
-        stored = json.loads((Path(folder) / "results.json").read_bytes())
+        stored = json.loads((as_path(folder) / "results.json").read_bytes())
         return {name: stored.get(name, value) for name, value in usual.items()}
     except (OSError, ValueError, AttributeError):
         return usual
@@ -198,7 +198,7 @@ def keep_other_model(folder: Path, weights: str) -> Path | None:
     place.mkdir()
     for name in ("results.json", "results.md", "report.html", ANSWERS, "logs", "comparison"):
         if (folder / name).exists():
-            shutil.move(folder / name, place / name)
+            move(folder / name, place / name)
     return place
 
 

@@ -12,13 +12,13 @@ changed.
 """
 
 import functools
-import glob
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from crossin_jax.config import Config, iterate_fields
+from crossin_jax.paths import as_path, find_paths, is_bucket
 
 Inputs = dict[str, dict[str, list[Any]]]
 NAMING = ("path", "tokenizer", "template", "benchmarks")  # the fields whose values may be paths
@@ -53,7 +53,7 @@ def find_changed_input(config: Config, part: str, known: Any) -> str | None:
             continue
         for name in sorted(before.keys() | files.keys()):
             if name not in before or name not in files or before[name][-1] != files[name][-1]:
-                return str(Path(place, name)) if name else place
+                return str(as_path(place) / name) if name else place
     return None
 
 
@@ -71,7 +71,7 @@ def list_files(place: str) -> Iterator[tuple[str, Path]]:
 
     Hidden files and Markdown are left out: a note beside weights changes no result.
     """
-    start = Path(place).expanduser()
+    start = as_path(place)
     if start.is_file():
         yield "", start
     elif start.is_dir():
@@ -81,13 +81,14 @@ def list_files(place: str) -> Iterator[tuple[str, Path]]:
             if file.is_file() and not is_hidden and file.suffix != ".md":
                 yield str(name), file
     elif "{lang}" in place:
-        pattern = glob.escape(str(start)).replace("{lang}", "*")
-        yield from ((match, Path(match)) for match in sorted(glob.glob(pattern)))
+        yield from ((str(file), file) for file in find_paths(place.replace("{lang}", "*")))
 
 
 def _identify(file: Path, known: list[Any] | None) -> list[Any]:
     stat = file.stat()
     seen = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    if is_bucket(file):  # the bucket keeps a checksum of each object
+        return [*seen, stat.content]
     is_known = isinstance(known, list) and len(known) == 4 and known[:3] == seen
     return known if is_known else [*seen, _hash_file(file, *seen)]
 

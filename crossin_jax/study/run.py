@@ -25,6 +25,7 @@ from crossin_jax.files import content_hash, write_whole
 from crossin_jax.ownership import OWNER
 from crossin_jax.parallel import hosts
 from crossin_jax.parallel.mesh import make_mesh
+from crossin_jax.paths import absolute, as_path
 from crossin_jax.report.results import read_results, without_repeats, write_results
 from crossin_jax.report.summary import UNTUNED, Run
 from crossin_jax.report.text import print_table
@@ -92,14 +93,14 @@ def check_cells(study: Study) -> Study:
 
 def find_folder(cell: Cell) -> Path:
     """The folder of a cell."""
-    return Path(cell.config.output_dir).expanduser()
+    return as_path(cell.config.output_dir)
 
 
 def check_folders(study: Study, chosen: slice) -> None:
     """Refuses folders that two cells share and folders that hold what this study did not make,
     before anything runs.
     """
-    report = Path(study.output_dir).expanduser().resolve()
+    report = absolute(study.output_dir)
     seen: dict[Path, str] = {}
     for cell in study.cells:
         folder = find_folder(cell).resolve()
@@ -193,7 +194,7 @@ def run_cell(cell: Cell, keys: dict[str, str], study: Study) -> None:
                 inputs = identify_inputs(config, "training")
                 write_key(folder / "key.json", keys[cell.name], study=study.name, inputs=inputs)
             hosts.barrier("the folder is marked")
-        fill_folder(cell, config, folder, keys, Path(study.output_dir).expanduser())
+        fill_folder(cell, config, folder, keys, as_path(study.output_dir))
 
 
 def delete_results(folder: Path) -> None:
@@ -333,7 +334,7 @@ def write_report(study: Study) -> Path | None:
     page.
     """
     study = check_cells(study)
-    keys, out = cell_keys(study), Path(study.output_dir)
+    keys, out = cell_keys(study), as_path(study.output_dir)
     done = evaluated(study, keys)
     if not done:
         return None

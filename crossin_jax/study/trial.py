@@ -30,6 +30,7 @@ from crossin_jax.evaluation.runner import count_prompts, load_benchmarks, run_be
 from crossin_jax.export import export
 from crossin_jax.files import content_hash
 from crossin_jax.parallel.mesh import make_mesh
+from crossin_jax.paths import as_path
 from crossin_jax.study.run import find_folder, resolve_budget
 from crossin_jax.train import set_up, train
 
@@ -87,7 +88,7 @@ class Trial:
         config = self._at_scratch(cell)
         config = resolve_budget(dataclasses.replace(cell, config=config))
         with quiet():
-            run = set_up(config, Path(config.output_dir))
+            run = set_up(config, as_path(config.output_dir))
         epochs = run.num_steps / run.loader.steps_per_epoch
         benchmarks = load_benchmarks(config)
         counts = count_prompts(config, benchmarks)

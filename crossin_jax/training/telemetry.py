@@ -15,7 +15,8 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from crossin_jax.files import write_whole
+from crossin_jax.files import Lines, write_whole
+from crossin_jax.paths import LocalFolder, is_bucket
 
 # dense bfloat16 peak per chip, FLOP/s, from the makers' data sheets; by the start of
 # `device.device_kind`
@@ -92,7 +93,7 @@ class Telemetry:
         verb = "continues from the checkpoint" if start else "begins anew"
         print(f"step {start}/{num_steps} {verb} in {folder}", file=sys.stderr, flush=True)
         cut_records(folder / "metrics.jsonl", start)
-        self._lines = (folder / "metrics.jsonl").open("a")
+        self._lines = Lines(folder / "metrics.jsonl")
         self._bar = None  # a log file gets a line per report instead
         if sys.stderr.isatty():
             self._bar = tqdm(
@@ -109,8 +110,9 @@ class Telemetry:
         if use_tensorboard:
             from tensorboardX import SummaryWriter
 
+            self._board_folder = LocalFolder(folder / "tensorboard")
             # The purge hides what an earlier start of the run wrote after its last checkpoint.
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+            self._board = SummaryWriter(str(self._board_folder.path), purge_step=start + 1)
         if use_wandb:
             self._wandb = _start_wandb(name, folder, config)
 
@@ -170,8 +172,7 @@ class Telemetry:
         if not self._active:
             return
         step = record["step"]
-        self._lines.write(json.dumps(record) + "\n")
-        self._lines.flush()
+        self._lines.write(json.dumps(record))
         scalars = {k: v for k, v in record.items() if isinstance(v, float)}
         for key, value in scalars.items():
             if self._board:
@@ -186,6 +187,15 @@ class Telemetry:
             words = " ".join(f"{word} {text}" for word, text in shown.items())
             print(f"step {step}/{self._num_steps} {words}", file=sys.stderr, flush=True)
 
+    def flush(self) -> None:
+        """Brings everything so far into the bucket; on a disk it is there already."""
+        if not self._active:
+            return
+        self._lines.flush()
+        if self._board and self._board_folder.is_copy:
+            self._board.flush()
+            self._board_folder.upload()
+
     def close(self) -> None:
         """Flushes and closes every sink."""
         if not self._active:
@@ -193,6 +203,8 @@ class Telemetry:
         for sink in (self._bar, self._lines, self._board):
             if sink is not None:  # a progress bar without a total counts as false
                 sink.close()
+        if self._board:
+            self._board_folder.close()
         if self._wandb:
             self._wandb.finish()
 
@@ -201,7 +213,7 @@ class Profiler:
     """JAX's profiler from after the first to after the second step of its window, on process 0."""
 
     def __init__(self, window: tuple[int, ...], folder: Path):
-        self._window, self._folder = window if jax.process_index() == 0 else (), folder
+        self._window, self._place = window if jax.process_index() == 0 else (), folder
         self._running = False
 
     def after(self, step: int, metrics: Any) -> None:
@@ -212,15 +224,18 @@ class Profiler:
         if inside != self._running:
             jax.block_until_ready(metrics)
             if inside:
-                jax.profiler.start_trace(str(self._folder))
+                self._folder = LocalFolder(self._place)
+                jax.profiler.start_trace(str(self._folder.path))
             else:
                 jax.profiler.stop_trace()
+                self._folder.close()
             self._running = inside
 
     def close(self) -> None:
         """Writes what was profiled so far where the run ends inside the window."""
         if self._running:
             jax.profiler.stop_trace()
+            self._folder.close()
 
 
 def cut_records(file: Path, step: int) -> None:
@@ -268,5 +283,9 @@ def _start_wandb(name: str, folder: Path, config: dict[str, Any]) -> Any:
         logging.warning("--wandb is set but wandb is not installed; metrics go to %s only", folder)
         return None
     return wandb.init(
-        project="crossin_jax", name=name, dir=str(folder), config=config, resume="allow"
+        project="crossin_jax",
+        name=name,
+        dir=None if is_bucket(folder) else str(folder),
+        config=config,
+        resume="allow",
     )

@@ -30,17 +30,7 @@ if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
   python=python3.11
   sudo add-apt-repository -y ppa:deadsnakes/ppa && sudo apt-get install -y -qq python3.11 python3.11-venv
 fi
-PYTHON=$python {HOME}/scripts/setup.sh tpu"""  # noqa: E501
-MOUNT = """set -e
-if ! command -v gcsfuse >/dev/null; then
-  keys=/usr/share/keyrings/cloud.google.asc packages=https://packages.cloud.google.com/apt
-  curl -fsS $packages/doc/apt-key.gpg | sudo tee $keys >/dev/null
-  echo "deb [signed-by=$keys] $packages gcsfuse-$(lsb_release -c -s) main" |
-    sudo tee /etc/apt/sources.list.d/gcsfuse.list
-  sudo apt-get update -qq && sudo apt-get install -y -qq gcsfuse
-fi
-mkdir -p ~/bucket
-mountpoint -q ~/bucket || gcsfuse --implicit-dirs BUCKET ~/bucket"""
+PYTHON=$python {HOME}/scripts/setup.sh tpu gcs"""  # noqa: E501
 
 
 def main() -> int:
@@ -82,10 +72,7 @@ def parse() -> argparse.Namespace:
     )
     for verb in (create, status, delete):
         verb.add_argument("--queued", action="store_true", help="through a queued resource")
-    setup = verbs.add_parser(
-        "setup", help="send the committed files, install, mount a bucket on all workers"
-    )
-    setup.add_argument("--bucket", help="mounted at ~/bucket on every worker, for output_dir")
+    verbs.add_parser("setup", help="send the committed files and install them on all workers")
     run = verbs.add_parser("run", help="start a command on all workers, in the background")
     run.add_argument(
         "command", nargs=argparse.REMAINDER, help="e.g. python -m crossin_jax.train --config …"
@@ -150,14 +137,11 @@ def status(arguments: argparse.Namespace) -> list[list[str]]:
 
 def setup(arguments: argparse.Namespace) -> list[list[str]]:
     """The committed files, unpacked and installed on every worker."""
-    commands = [
+    return [
         ["git", "archive", "--format=tar.gz", f"--output=/tmp/{ARCHIVE}", "HEAD"],
         gcloud(arguments, "tpu-vm", "scp", f"/tmp/{ARCHIVE}", f"{arguments.name}:", "--worker=all"),
         ssh(arguments, INSTALL),
     ]
-    if arguments.bucket:
-        commands.append(ssh(arguments, MOUNT.replace("BUCKET", shlex.quote(arguments.bucket))))
-    return commands
 
 
 def run(arguments: argparse.Namespace) -> list[list[str]]:

@@ -835,11 +835,56 @@ links.setdefault(process, link)
         what="A file is cut where its writing is cut: the old one is gone.",
         where="crossin_jax/files.py:write_whole",
         old="""
-part.write_bytes(content.encode() if isinstance(content, str) else content)
+part.write_bytes(content)
 os.replace(part, path)
 """,
-        new="path.write_bytes(content.encode() if isinstance(content, str) else content)",
+        new="path.write_bytes(content)",
         tests=("tests/test_files.py",),
+    ),
+    Fault(
+        room="programs",
+        name="a-save-without-its-mark",
+        what="In a bucket, a checkpoint that was never finished counts as the newest one.",
+        where="crossin_jax/checkpoint/store.py:is_committed",
+        old="not is_bucket(path) or (path / COMMITTED).exists()",
+        new="True",
+        tests=("tests/test_buckets.py",),
+    ),
+    Fault(
+        room="programs",
+        name="metrics-after-the-save",
+        what="In a bucket, a run that is killed after a save has lost its metrics up to the save.",
+        where="crossin_jax/train.py:take_steps",
+        old="telemetry.flush()",
+        new="pass",
+        tests=("tests/test_buckets.py",),
+    ),
+    Fault(
+        room="programs",
+        name="two-owners-of-a-bucket",
+        what="In a bucket, a second process takes the folder of a living owner.",
+        where="crossin_jax/ownership.py:Owner._write",
+        old="self._file.create if flags & os.O_EXCL else self._file.write_bytes",
+        new="self._file.write_bytes",
+        tests=("tests/test_buckets.py",),
+    ),
+    Fault(
+        room="programs",
+        name="half-an-export",
+        what="In a bucket, a model is read whose export was killed.",
+        where="crossin_jax/paths.py:check_finished",
+        old="(folder / UNFINISHED).exists()",
+        new="False",
+        tests=("tests/test_buckets.py",),
+    ),
+    Fault(
+        room="programs",
+        name="stale-listings",
+        what="A listing that is kept hides what other processes write into a bucket.",
+        where="crossin_jax/paths.py:_configure",
+        old='known.setdefault("use_listings_cache", False)',
+        new='known.setdefault("use_listings_cache", True)',
+        tests=("tests/test_paths.py", "tests/test_buckets.py"),
     ),
     Fault(
         room="programs",

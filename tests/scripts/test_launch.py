@@ -85,8 +85,8 @@ def dry_run(*arguments: str, where: tuple[str, ...] = WHERE) -> list[list[str]]:
             "--zone=us-east5-b",
         ),
         (
-            ("fetch", "bucket/runs/mine", "runs"),
-            "tpu-vm scp --recurse mine:bucket/runs/mine runs --worker=0 --zone=us-east5-b",
+            ("fetch", "runs/mine", "runs"),
+            "tpu-vm scp --recurse mine:runs/mine runs --worker=0 --zone=us-east5-b",
         ),
         (("delete",), "tpu-vm delete mine --quiet --zone=us-east5-b"),
         (("delete", "--queued"), "queued-resources delete mine --force --quiet --zone=us-east5-b"),
@@ -99,7 +99,7 @@ def test_a_dry_run_prints_the_command(arguments, command):
 def test_the_project_is_named_in_every_command():
     for arguments in (
         ("create", "--type=v4-8"),
-        ("setup", "--bucket=b"),
+        ("setup",),
         ("run", "true"),
         ("stop",),
     ):
@@ -176,14 +176,13 @@ def test_setup_sends_the_committed_files_and_installs_them(room, monkeypatch):
     """The installer itself is a stand-in; the archive, the copies and the shell around it are
     real.
     """
-    commands = dry_run("setup", "--bucket=b")
+    commands = dry_run("setup")
     assert [command[:4] for command in commands[1:]] == [
         ["gcloud", "compute", "tpus", "tpu-vm"]
-    ] * 3
+    ] * 2
     scripts = [command[-2].removeprefix("--command=") for command in commands[2:]]
     for script in scripts:
         assert subprocess.run(["bash", "-n", "-c", script]).returncode == 0
-    assert "gcsfuse --implicit-dirs b ~/bucket" in scripts[1]
     (room / "bin/git").write_text(
         '#!/bin/sh\necho git "$@" >>$ROOM/calls\ntar -czf /tmp/crossin_jax.tar.gz -C $ROOM/src .\n'
     )
@@ -192,7 +191,9 @@ def test_setup_sends_the_committed_files_and_installs_them(room, monkeypatch):
     (room / "src/scripts/setup.sh").write_text('#!/bin/sh\necho "$PYTHON $@" >$HOME/installed\n')
     (room / "src/scripts/setup.sh").chmod(0o755)
     pod("setup")
-    assert [(room / worker / "installed").read_text() for worker in "01"] == ["python3 tpu\n"] * 2
+    assert [(room / worker / "installed").read_text() for worker in "01"] == [
+        "python3 tpu gcs\n"
+    ] * 2
     assert (
         "git archive --format=tar.gz --output=/tmp/crossin_jax.tar.gz HEAD"
         in (room / "calls").read_text()
