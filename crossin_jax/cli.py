@@ -61,7 +61,9 @@ def _run(
     run_flag: tuple[str, Callable[[str], Config]] | None,
 ) -> None:
     argv = sys.argv
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns of what is as intended
+    logger = logging.getLogger("absl")
+    logger.setLevel(logging.ERROR)  # Orbax warns of what is as intended
+    logger.addFilter(is_news)
     # set by JAX where it finds no chips, but on Kubernetes also where there are some
     if os.environ.get("TPU_SKIP_MDS_QUERY") and not glob.glob("/dev/accel*") + glob.glob(
         "/dev/vfio/[0-9]*"
@@ -104,6 +106,11 @@ def _run(
         if (reason := explain(error)) is None:
             raise
         fail(f"a bucket could not be read or written: {reason}")
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """False for the tracebacks that Orbax's threads log of what they raise: it is reported again."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 def check_platforms(names: str) -> None:

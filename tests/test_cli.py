@@ -1,5 +1,6 @@
 """Command lines: overrides are typed; a typo costs one line and exit code 2, never a traceback."""
 
+import logging
 import os
 import re
 import subprocess
@@ -407,3 +408,18 @@ def test_the_environment_is_looked_at_before_anything_is_loaded():
     )
     assert done.returncode == 2 and "JAX_PLATFORMS=no_such_platform" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "has_traceback", "is_shown"),
+    [
+        ("/x/orbax/checkpoint/futures.py", True, False),
+        ("/x/orbax/checkpoint/futures.py", False, True),
+        ("/x/jax/compiler.py", True, True),
+    ],
+)
+def test_what_a_thread_of_orbax_raises_is_reported_once(path, has_traceback, is_shown):
+    """As an error of one to three lines, without the thread's own traceback."""
+    trace = (ValueError, ValueError("full"), None) if has_traceback else None
+    record = logging.LogRecord("absl", logging.ERROR, path, 1, "raised", (), trace)
+    assert cli.is_news(record) == is_shown
