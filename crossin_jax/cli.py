@@ -109,7 +109,7 @@ def _run(
 
 
 def is_news(record: logging.LogRecord) -> bool:
-    """False for the tracebacks that Orbax's threads log of what they raise: it is reported again."""
+    """False for tracebacks that Orbax's threads log of what they raise: it is reported again."""
     return not (record.exc_info and "orbax" in record.pathname)
 
 
