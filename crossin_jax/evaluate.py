@@ -43,6 +43,7 @@ from crossin_jax.paths import as_path
 from crossin_jax.report.results import keep_other_model, read_pair, read_rules, write_results
 from crossin_jax.report.summary import UNTUNED, Block, Run
 from crossin_jax.report.text import print_table
+from crossin_jax.tables import STYLES
 from crossin_jax.training.state import describe_precision
 
 log = logging.getLogger(__name__)
@@ -208,6 +209,7 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "limit", None, "short for --config.evaluation.limit: first items of each benchmark"
     )
+    flags.DEFINE_enum("format", "text", STYLES, "how the tables are printed")
     flags.DEFINE_list("languages", None, "short for --config.evaluation.languages, e.g. en,zh")
     flags.DEFINE_list("prompts", None, "short for --config.evaluation.prompts, e.g. 1,3,harness")
     flags.DEFINE_string(
@@ -275,7 +277,7 @@ def main(config: Config, arguments: Any) -> None:
             return
         run = Run(name, config.seed, predictions, source)
         blocks = write_run(config, run, out, benchmarks, before=before)
-    print(print_table(blocks))
+    print(print_table(blocks, arguments.format))
     print(f"report: {out / 'report.html'}; logs in SeaEval's layout: {out / 'logs'}")
 
 
@@ -299,7 +301,11 @@ def compare(arguments: Any) -> None:
         log.warning("%s and %s: %s", arguments.compare, arguments.after, difference)
     out = as_path(arguments.out or arguments.after) / "comparison"
     title = f"{runs[0].name} and {runs[-1].name}"
-    print(print_table(write_results(out, runs, title=title, **read_rules(arguments.compare))))
+    print(
+        print_table(
+            write_results(out, runs, title=title, **read_rules(arguments.compare)), arguments.format
+        )
+    )
     print(f"report: {out / 'report.html'}")
 
 

@@ -18,7 +18,7 @@ from crossin_jax.config import Config, UserError, hint
 from crossin_jax.data.pipeline import PROMPT_FILE
 from crossin_jax.data.prompts import Renderer
 from crossin_jax.data.templates import TEMPLATES, pin_chat_template, write_chat_template
-from crossin_jax.paths import absolute, as_path
+from crossin_jax.paths import as_path
 from crossin_jax.tables import format_markdown
 
 FORMATS = ("hf", "peft", "merged")
@@ -110,7 +110,7 @@ def identify(restored: Any, state: Any, format: str, tokenizer: Path) -> dict[st
         state, base = nnx.split_state(state, lambda path, leaf: is_trainable(path, leaf, lora), ...)
     return restored.provenance | {
         "step": restored.step,
-        "base": base_name(config),
+        "base": config.model.path,
         "tokenizer": identify_tokenizer(load_tokenizer(str(tokenizer))),
         "weights": fingerprints_to_read(state_leaves(state)),
         "base_weights": fingerprints_to_read(state_leaves(base)),
@@ -131,7 +131,7 @@ def write_adapter(
         restored.spec,
         resolve(config.lora, restored.spec),
         restored.state,
-        base=base_name(config),
+        base=config.model.path,  # as given: no path of this machine goes with the adapter
         multimodal=base.get("model_type") == "gemma3",
         revision=config.model.revision,
         tokenizer=tokenizer,
@@ -270,12 +270,6 @@ def check_format(config: Config, format: str, dtype: str | None, run: Path) -> N
         )
 
 
-def base_name(config: Config) -> str | None:
-    """What an adapter names as its base: an absolute folder, or a Hub id."""
-    path = config.model.path
-    return str(absolute(path)) if path and as_path(path).is_dir() else path
-
-
 def tokenizer_folder(config: Config, restored: Any) -> Path | None:
     """Where the tokenizer's files lie."""
     from crossin_jax.checkpoint.hf import resolve_folder
@@ -334,7 +328,7 @@ def model_card(
         "language": list(config.data.languages),
         "tags": ["crossin_jax", *(["lora"] if config.lora else [])],
     }
-    if config.model.path and not as_path(config.model.path).exists():
+    if config.model.path:
         front["base_model"] = config.model.path
     kind = {
         "hf": "A model",

@@ -1,7 +1,21 @@
-"""Tables as text: aligned for a terminal, or as Markdown."""
+"""Tables as text: aligned for a terminal, as Markdown, LaTeX, or comma-separated values."""
 
+import csv
+import io
+import re
 import unicodedata
 from collections.abc import Sequence
+
+STYLES = ("text", "markdown", "latex", "csv")
+LATEX = {
+    "\0": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "−": "$-$",
+    "▲": r"$^{\uparrow}$",
+    "▼": r"$^{\downarrow}$",
+}
 
 
 def text_width(text: str) -> int:
@@ -48,6 +62,51 @@ def format_markdown(
         for row in (head, *rows)
     ]
     return [lines[0], rule, *lines[1:]]
+
+
+def format_latex(
+    head: Sequence[object], rows: Sequence[Sequence[object]], sides: str = "<"
+) -> list[str]:
+    """The lines of a LaTeX table (package booktabs); `sides` as in `format_table`."""
+    sides = sides.ljust(len(head), sides[-1])
+    columns = "".join("r" if side == ">" else "l" for side in sides[: len(head)])
+    lines = [" & ".join(map(escape_latex, row)) + r" \\" for row in (head, *rows)]
+    return [
+        rf"\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+        lines[0],
+        r"\midrule",
+        *lines[1:],
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+
+
+def escape_latex(value: object) -> str:
+    """A text in which LaTeX sees no commands; the marks of comparisons become symbols."""
+    text = str(value).replace("\\", "\0")
+    text = re.sub(r"([&%$#_{}])", r"\\\1", text)
+    for char, command in LATEX.items():
+        text = text.replace(char, command)
+    return text
+
+
+def format_csv(head: Sequence[object], rows: Sequence[Sequence[object]]) -> list[str]:
+    """The lines of a table of comma-separated values."""
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows((head, *rows))
+    return out.getvalue().splitlines()
+
+
+def render_table(
+    style: str, head: Sequence[object], rows: Sequence[Sequence[object]], sides: str = "<"
+) -> list[str]:
+    """The lines of a table in one of `STYLES`."""
+    if style == "text":
+        return format_table((head, *rows), sides)
+    if style == "csv":
+        return format_csv(head, rows)
+    return (format_markdown if style == "markdown" else format_latex)(head, rows, sides)
 
 
 def _cell(value: object) -> str:

@@ -24,6 +24,7 @@ def flags(**given) -> SimpleNamespace:
             "languages": None,
             "prompts": None,
             "untuned": None,
+            "format": "text",
             "compare": None,
             "after": None,
         }

@@ -13,9 +13,11 @@ replacement; the score of a resample is the weighted mean of the items' scores:
 All languages of an item are drawn together, because their answers depend on each other.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from statistics import NormalDist
 
 import numpy as np
 
@@ -26,6 +28,7 @@ from crossin_jax.evaluation.predictions import Predictions
 
 NUM_RESAMPLES = 2000
 LEVEL = 0.95
+SMALL = 50  # items below which intervals are widened
 # By name, the scores of the items (I,), whose mean is the score, or what weighs items itself
 ItemScores = Mapping[str, np.ndarray | Weighable]
 
@@ -110,6 +113,18 @@ def intervals(values_RK: np.ndarray, level: float = LEVEL) -> tuple[np.ndarray, 
         left_K, right_K = sorted_KR[:, below], sorted_KR[:, min(below + 1, sorted_KR.shape[1] - 1)]
         ends.append(left_K + (right_K - left_K) * (place - below))
     return ends[0], ends[1]
+
+
+def wilson(share: float, count: int, level: float = LEVEL) -> tuple[float, float]:
+    """Wilson's score interval of a proportion among `count`; source: E. B. Wilson, JASA 22 (1927).
+
+    Example: 0 of 4 gives (0, 0.49).
+    """
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    center = share + z * z / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    low, high = ((center + side * spread) / (1 + z * z / count) for side in (-1, 1))
+    return max(0.0, low), min(1.0, high)
 
 
 def paired_change(

@@ -26,6 +26,7 @@ from crossin_jax.evaluation.metrics import (
     FourScores,
     Mode,
     Scores,
+    ac3,
     item_scores,
     pair_agreement,
 )
@@ -33,6 +34,7 @@ from crossin_jax.evaluation.pair_tables import PairTable, tabulate_pairs
 from crossin_jax.evaluation.pairs import PIVOTS, Weights, measure_pairs, pair_scores
 from crossin_jax.evaluation.predictions import Predictions
 from crossin_jax.evaluation.stats import (
+    SMALL,
     Change,
     ItemScores,
     in_order_of,
@@ -40,6 +42,7 @@ from crossin_jax.evaluation.stats import (
     paired_change,
     resample,
     restrict,
+    wilson,
 )
 from crossin_jax.report.readings import Reading, read_answers
 
@@ -114,7 +117,8 @@ class Row:
 class Block:
     """All arms on one benchmark by one method.
 
-    With a `tag`, only the items that have it count. `chance` is the accuracy of blind guessing.
+    With a `tag`, only the items that have it count. `chance` is the accuracy of blind guessing,
+    `chances` are its headline consistency and AC3.
     `kind` says what is measured: see `evaluation.items.KINDS`.
     """
 
@@ -126,6 +130,7 @@ class Block:
     chance: float
     rows: tuple[Row, ...]
     kind: str = "parallel"
+    chances: dict[str, float] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -253,10 +258,26 @@ def _block(
             tables = tabulate_pairs(seeds, base if is_compared else None, mode, weights=rankc)
             row = replace(row, pairs=tables)
         rows.append(row)
-    chance = float(np.mean([1 / max(1, item.num_choices) for item in first.items]))
-    return Block(
-        benchmark, method, tag, first.languages, len(first.items), chance, tuple(rows), first.kind
+    counts = np.array([max(1, item.num_choices) for item in first.items])
+    block = Block(
+        benchmark,
+        method,
+        tag,
+        first.languages,
+        len(first.items),
+        float(np.mean(1 / counts)),
+        tuple(rows),
+        first.kind,
     )
+    if first.kind != "parallel" or len(first.languages) < 2:
+        return block
+    # s guesses among k choices agree with probability k · (1 / k) ** s.
+    agreement = float(np.mean(counts ** (1.0 - block.size)))
+    chances = {
+        f"consistency_{block.size}": agreement,
+        f"AC3_{block.size}": ac3(block.chance, agreement),
+    }
+    return replace(block, chances=chances)
 
 
 def _row(
@@ -291,7 +312,7 @@ def _row(
         arm=arm,
         seeds=tuple(seeds),
         num_items=len(next(iter(seeds.values()))[0].items),
-        scores=_estimate(samples, base, flat, scored),
+        scores=_estimate(samples, base, flat, scored, len(next(iter(seeds.values()))[0].items)),
         seed_scores={
             seed: {name: float(values_1R[0]) for name, values_1R in sample.items()}
             for seed, sample in samples.items()
@@ -309,6 +330,7 @@ def _estimate(
     base: dict[int, dict[str, np.ndarray]],
     flat: Flat,
     scored: dict[int, list[Scores]],
+    num_items: int,
 ) -> dict[str, Estimate]:
     """Every score of an arm, from its resampled scores and those of the first arm."""
     values = _medians(flat)
@@ -334,7 +356,30 @@ def _estimate(
                 {seed: sample[name] for seed, sample in base.items() if name in sample},
             ),
         )
-    return estimates
+    return estimates if num_items >= SMALL else _widen(estimates, num_items)
+
+
+def _widen(estimates: dict[str, Estimate], num_items: int) -> dict[str, Estimate]:
+    """The estimates of few items, with intervals that are right at 0 and 1 too.
+
+    A bootstrap of four wrong answers gives [0, 0]. Wilson's interval is for a proportion. It is
+    also safe for a mean of shares, such as the share of language pairs that agree: that varies less
+    than a proportion does. AC3 grows with accuracy and consistency, so its ends are those of both.
+    """
+    ends = {
+        name: wilson(estimate.value, num_items)
+        for name, estimate in estimates.items()
+        if name.split("/")[0] == "accuracy" or name.startswith("consistency_")
+    }
+    for name in estimates:
+        size = name.removeprefix("AC3_")
+        if size != name and f"consistency_{size}" in ends:
+            both = zip(ends["accuracy"], ends[f"consistency_{size}"], strict=True)
+            low, high = (ac3(*pair) for pair in both)
+            ends[name] = low, high
+    return estimates | {
+        name: replace(estimates[name], low=low, high=high) for name, (low, high) in ends.items()
+    }
 
 
 def _medians(flat: Flat) -> dict[str, list[float]]:

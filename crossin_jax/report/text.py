@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from crossin_jax.evaluation.metrics import Mode
+from crossin_jax.evaluation.stats import SMALL, Change
 from crossin_jax.report.summary import Block, Estimate, Row
 from crossin_jax.report.wording import (
     KINDS_IN_WORDS,
@@ -16,7 +17,7 @@ from crossin_jax.report.wording import (
     number,
     percent,
 )
-from crossin_jax.tables import format_markdown, format_table
+from crossin_jax.tables import format_csv, format_markdown, render_table
 
 # Subsets of a benchmark that the terminal shows
 MAX_SUBSETS = 12
@@ -33,33 +34,173 @@ READING_HEADS = (
 )
 
 
-def print_table(blocks: Sequence[Block]) -> str:
-    """The headline scores of every block, for the terminal.
+def print_table(blocks: Sequence[Block], style: str = "text") -> str:
+    """The headline scores of every benchmark, in one of `tables.STYLES`.
 
-    The choice by bytes is only in results.md, and so are subsets where a benchmark has many, such
-    as the 57 subjects of MMLU.
+    Of several ways of choosing, the primary one has its table, with differences from the first arm;
+    each other way has a line, with a note where its differences have another sign. With style "csv"
+    every score of every way is a row of one table. Of many subsets, such as the 57 subjects of
+    MMLU, only results.md has the tables.
     """
-    blocks = [block for block in blocks if block.method != "byte"]
+    if style == "csv":
+        return "\n".join(
+            format_csv(CSV_HEAD, [row for block in blocks for row in list_rows(block)])
+        )
     benchmarks = {block.benchmark for block in blocks}
     tags: dict[str, set[str]] = {}
     for block in blocks:
         tags.setdefault(block.benchmark, set()).update({block.tag} if block.tag else ())
     many = {name: len(found) for name, found in tags.items() if len(found) > MAX_SUBSETS}
     lines = []
-    for block in blocks:
-        if block.tag and block.benchmark in many:
+    for primary, others in group_ways(blocks):
+        if primary.tag and primary.benchmark in many:
             continue
         # The items of a tag may also be a benchmark of their own, such as cross_world/opaque, which
         # has better distractors: only that one is shown.
-        if f"{block.benchmark}/{block.tag}" in benchmarks:
+        if f"{primary.benchmark}/{primary.tag}" in benchmarks:
             continue
         # Only AC3 and accuracy have their range, so that a row fits on a terminal.
-        wide = ("accuracy", block.main_score)
-        table = [["", *map(describe_score, block.headline)]]
-        table += [[label(row), *format_scores(block, row, wide)] for row in block.rows]
-        lines += [describe_block(block), *format_table(table), ""]
+        wide = ("accuracy", primary.main_score)
+        table = [[label(row), *format_scores(primary, row, wide)] for row in primary.rows]
+        head = ["", *map(describe_score, primary.headline)]
+        lines += [describe_block(primary), *render_table(style, head, table)]
+        lines += describe_chance(primary)
+        if any(row.scores[name].change for row in primary.rows for name in row.scores):
+            head, table = tabulate_changes(primary)
+            lines += ["", *render_table(style, head, table)]
+        lines += [describe_way(other) for other in others]
+        lines += [note for other in others for note in compare_signs(primary, other)]
+        lines.append("")
     lines += [f"{name}: {count} subsets are in results.md\n" for name, count in many.items()]
-    return "\n".join([*lines, explain_marks(blocks)])
+    if any(len(ways) for _, ways in group_ways(blocks)):
+        lines.append(f"{WHY_PRIMARY}; see docs/evaluation.md")
+    return "\n".join([*lines, *warn_of_few(blocks), explain_marks(blocks)])
+
+
+# ---- Ways of choosing
+
+# The first of these that was asked is the primary one.
+PRIMARY = ("sum", "generate", "mean", "letter", "byte")
+WHY_PRIMARY = (
+    "the primary way is the summed log-likelihood: it needs no reader of free text and no "
+    "normalisation"
+)
+CSV_HEAD = (
+    *("benchmark", "tag", "method", "items", "arm", "seeds", "score"),
+    *(
+        "value",
+        "low",
+        "high",
+        "sd",
+        "chance",
+        "difference",
+        "difference_low",
+        "difference_high",
+        "p",
+    ),
+)
+
+
+def group_ways(blocks: Sequence[Block]) -> list[tuple[Block, list[Block]]]:
+    """(primary way of choosing, the other ways) of every benchmark and tag."""
+    groups: dict[tuple[str, str | None], list[Block]] = {}
+    for block in blocks:
+        groups.setdefault((block.benchmark, block.tag), []).append(block)
+    ranked = [
+        sorted(ways, key=lambda b: PRIMARY.index(b.method) if b.method in PRIMARY else len(PRIMARY))
+        for ways in groups.values()
+    ]
+    return [(ways[0], ways[1:]) for ways in ranked]
+
+
+def tabulate_changes(block: Block) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: difference from the first arm and p, for every score of the headline."""
+    head = [f"difference from {block.rows[0].arm} (p)", *map(describe_score, block.headline)]
+    rows = []
+    for row in block.rows:
+        changes = [row.scores[n].change if n in row.scores else None for n in block.headline]
+        if any(changes):
+            rows.append([label(row), *(format_change(change) for change in changes)])
+    return head, rows
+
+
+def format_change(change: Change | None) -> str:
+    """+.034 (.012), or a dash; p below a thousandth is (<.001)."""
+    if change is None:
+        return "–"
+    sign = "+" if change.difference >= 0 else ""
+    p = "<.001" if change.p < 0.001 else number(change.p)
+    return f"{sign}{number(change.difference)} ({p})".replace("-", "−")
+
+
+def describe_way(block: Block) -> str:
+    """Another way of choosing in one line: every arm's main score."""
+    arms = [f"{label(row)} {format_score(row, block.main_score, False)}" for row in block.rows]
+    return f"{method_name(block.method)}, {describe_score(block.main_score)}: {', '.join(arms)}"
+
+
+def compare_signs(primary: Block, other: Block) -> list[str]:
+    """A note where an arm is above the first one by one way of choosing, and below by the other."""
+    others = {row.arm: row.scores.get(primary.main_score) for row in other.rows}
+    changes = [
+        (row.arm, row.scores[primary.main_score].change, others.get(row.arm))
+        for row in primary.rows
+        if primary.main_score in row.scores
+    ]
+    arms = [
+        arm
+        for arm, change, estimate in changes
+        if change
+        and estimate
+        and estimate.change
+        and change.difference * estimate.change.difference < 0
+    ]
+    if not arms:
+        return []
+    ways = f"{method_name(primary.method)} and {method_name(other.method)}"
+    score = describe_score(primary.main_score)
+    return [f"note: {ways} disagree in sign on {score} of {', '.join(arms)}"]
+
+
+def describe_chance(block: Block) -> list[str]:
+    """What blind guessing gives, score by score; nothing where there is nothing to choose."""
+    if block.kind == "open":
+        return []
+    known = {"accuracy": block.chance} | block.chances
+    values = ", ".join(f"{describe_score(name)} {number(value)}" for name, value in known.items())
+    return [f"blind guessing: {values}"]
+
+
+def warn_of_few(blocks: Sequence[Block]) -> list[str]:
+    """A line where so few items were asked that they decide nothing."""
+    few = min((block.num_items for block in blocks), default=SMALL)
+    if few >= SMALL:
+        return []
+    return [
+        f"{few} items decide nothing: below {SMALL} items the intervals are Wilson's, for "
+        "consistency and AC3 too"
+    ]
+
+
+def list_rows(block: Block) -> list[tuple[object, ...]]:
+    """The rows of CSV_HEAD for every arm and score of a block."""
+    chances = {"accuracy": block.chance} | block.chances
+    rows = []
+    for row in block.rows:
+        for name, e in row.scores.items():
+            change = e.change
+            changed = (
+                (change.difference, change.low, change.high, change.p) if change else ("",) * 4
+            )
+            numbers = (e.value, e.low, e.high, e.sd, chances.get(name), *changed)
+            rows.append(
+                (
+                    *(block.benchmark, block.tag or "", block.method, block.num_items),
+                    *(label(row), len(row.seeds), name),
+                    *(f"{x:.6g}" if isinstance(x, float) else "" for x in numbers),
+                )
+            )
+    return rows
 
 
 def to_markdown(title: str, blocks: Sequence[Block], mode: Mode) -> str:
@@ -70,17 +211,20 @@ def to_markdown(title: str, blocks: Sequence[Block], mode: Mode) -> str:
         f"{MODES_IN_WORDS[mode]} {explain_marks(blocks)}. "
         "AC3 says little without the accuracy beside it.",
         "",
+        *(f"{' '.join(warn_of_few(blocks))}.\n" for _ in warn_of_few(blocks)),
     ]
     for block in blocks:
         lines += [
             f"## {' '.join(describe_block(block).split())}",
             "",
-            *([f"Blind guessing: {number(block.chance)}.", ""] if block.kind != "open" else []),
+            *(part for line in describe_chance(block) for part in (f"B{line[1:]}.", "")),
             *format_markdown(
                 ("", *map(describe_score, block.headline)),
                 [(label(row), *format_scores(block, row)) for row in block.rows],
             ),
         ]
+        head, changes = tabulate_changes(block)
+        lines += ["", *format_markdown(head, changes)] if changes else []
         shown = {name for names in group_scores(block.rows[0].scores).values() for name in names}
         rest = [name for name in block.rows[0].scores if name in shown - {*block.headline}]
         if rest:

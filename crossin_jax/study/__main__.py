@@ -21,13 +21,14 @@ from crossin_jax.study.cost import print_costs
 from crossin_jax.study.run import (
     cell_keys,
     check_cells,
-    check_folders,
+    check_mark,
     is_done,
     run_study,
     with_budget,
     write_report,
 )
 from crossin_jax.study.trial import try_cells
+from crossin_jax.tables import STYLES
 from crossin_jax.train import keep_compiled
 
 
@@ -48,6 +49,7 @@ def define_flags() -> None:
         False,
         "open everything, count, time a few steps and prompts, print hours per cell, and leave",
     )
+    flags.DEFINE_enum("format", "text", STYLES, "how the tables are printed")
     flags.DEFINE_bool("time", True, "time steps and prompts in a dry run; --notime only counts")
     flags.DEFINE_string(
         "topology",
@@ -75,14 +77,15 @@ def main(arguments: Any) -> None:
             jax.config.update("jax_platforms", "cpu")
             print_costs(study, done, chosen, arguments.topology)
         else:
-            check_folders(study, chosen)
             left = [cell for cell in study.cells[chosen] if cell.name not in done]
+            for cell in left:
+                check_mark(cell, study)
             print_costs(study, done, chosen, trials=try_cells(study, left, arguments.time))
         return
     start = time.time()
     if not arguments.report_only:
         run_study(study, chosen)
-    if not jax.process_index() and (page := write_report(study)):
+    if not jax.process_index() and (page := write_report(study, arguments.format)):
         print(f"{len(study.cells)} cells in {time.time() - start:.0f} s; report: {page}")
 
 

@@ -179,8 +179,8 @@ def print_costs(
         state = "done" if cost.name in done else "to do"
         shown = describe(trials[cost.name]) if cost.name in trials else f"{cost.length:>12s}"
         print(
-            f"{cost.number:3d}  {state:5s}  {cost.name:{width}s}  disk {_size(cost.disk):>9s}"
-            f"  {shown}  {_describe_plan(cost)}".rstrip()
+            f"{cost.number:3d}  {state:5s}  {cost.name:{width}s}  {shown}  "
+            f"disk {_size(cost.disk):>9s}  {_describe_plan(cost)}".rstrip()
         )
     left = [cost for cost in costs if cost.name not in done]
     hours = [cost.hours for cost in left if cost.hours is not None]

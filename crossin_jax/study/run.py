@@ -329,7 +329,7 @@ def write_key(file: Path, key: str, **more: Any) -> None:
     write_whole(file, json.dumps({"key": key, **more}))
 
 
-def write_report(study: Study) -> Path | None:
+def write_report(study: Study, style: str = "text") -> Path | None:
     """Writes the report of every evaluated cell that is done, prints its tables, and returns its
     page.
     """
@@ -358,5 +358,5 @@ def write_report(study: Study) -> Path | None:
     else:
         blocks = write_study(out, study, tables, how.mode, how.rankc)
     for name, found in blocks.items():
-        print("\n".join([f"== {name}", ""] if name else []) + print_table(found))
+        print("\n".join([f"== {name}", ""] if name else []) + print_table(found, style))
     return out / "report.html"

@@ -233,6 +233,46 @@ def readings_of(runs, code):
     }
 
 
+def chances_of(counts, size):
+    """Agreement of guesses, by listing all of them, and AC3 of that."""
+    agree = np.mean(
+        [
+            np.mean([len(set(guess)) == 1 for guess in itertools.product(range(k), repeat=size)])
+            for k in counts
+        ]
+    )
+    right = np.mean([1 / k for k in counts])
+    return {
+        f"consistency_{size}": agree,
+        f"AC3_{size}": 2 * right * agree / (right + agree + 1e-10),
+    }
+
+
+def widen(scores, count):
+    """Wilson's intervals: the shares p whose score test does not reject the value x.
+
+    Their ends solve (x - p)² = z² p (1 - p) / n. AC3 has the ends of accuracy and consistency.
+    """
+    z2 = 1.959963984540054**2 / count
+
+    def ends(x):
+        return sorted(np.roots([1 + z2, -2 * x - z2, x * x]).real)
+
+    def harmonic(pair):
+        return 2 * pair[0] * pair[1] / (sum(pair) + 1e-10)
+
+    wide = {
+        name: ends(score["value"])
+        for name, score in scores.items()
+        if name.startswith(("accuracy", "consistency_"))
+    }
+    for name in [name for name in scores if name.startswith("AC3_")]:
+        both = wide["accuracy"], wide[name.replace("AC3", "consistency")]
+        wide[name] = [harmonic(pair) for pair in zip(*both, strict=True)]
+    for name, (low, high) in wide.items():
+        scores[name] |= {"low": max(low, 0.0), "high": min(high, 1.0)}
+
+
 def row_of(arm, seeds, base, mode, is_baseline=False):
     """One arm as results.json has it; `seeds` holds its predictions by seed, one per prompt."""
     drawn, runs = draw(seeds, mode), [p for several in seeds.values() for p in several]
@@ -257,6 +297,8 @@ def row_of(arm, seeds, base, mode, is_baseline=False):
             "most": most if is_open else None,
             "change": change_of(name, drawn, base) if base else None,
         }
+    if len(runs[0].items) < 50:
+        widen(scores, len(runs[0].items))
     numbers = [tuple(p.prompt for p in several) for several in seeds.values()]
     means = {
         seed: [
@@ -415,6 +457,7 @@ def expect_block(method, tag, mode):
         "chance": np.mean([1 / i.num_choices for i in items]),
         "rows": rows,
         "kind": "parallel",
+        "chances": chances_of([i.num_choices for i in items], min(3, len(LANGUAGES))),
     }
 
 

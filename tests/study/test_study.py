@@ -324,12 +324,15 @@ def options(**given) -> SimpleNamespace:
         "report_only": False,
         "dry_run": True,
         "topology": None,
+        "time": False,
+        "format": "text",
     }
     return SimpleNamespace(**usual | given)
 
 
 @pytest.mark.parametrize(("cells", "shown"), [("0:4", range(4)), ("6:", (6, 7)), (None, range(8))])
-def test_cells_are_chosen_as_in_python(cells, shown, capsys):
+def test_cells_are_chosen_as_in_python(cells, shown, capsys, monkeypatch):
+    monkeypatch.setattr("crossin_jax.study.__main__.try_cells", lambda *_: {})
     study_main(options(seeds=["1"], cells=cells))
     lines = capsys.readouterr().out.splitlines()
     assert [int(line.split()[0]) for line in lines[:-1]] == list(shown)
@@ -357,6 +360,7 @@ def test_wrong_flags_cost_one_line(given, words):
 
 def test_the_paper_grid_has_every_cell(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("crossin_jax.study.__main__.try_cells", lambda *_: {})
     config = str(REPOSITORY / "configs/paper/table2.py")
     study_main(options(config=config))
     lines = capsys.readouterr().out.splitlines()

@@ -24,6 +24,7 @@ FLAGS = {
     "dry_run": True,
     "topology": None,
     "time": False,
+    "format": "text",
 }
 
 
