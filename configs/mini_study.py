@@ -133,7 +133,7 @@ class Base:
         return Config(
             name=self.name,
             seed=seed,
-            output_dir=f"{root}/seed{seed}/{self.name}",
+            output_dir=f"{root}/seed{seed}/{self.name}/pretrain",
             model=Model(
                 architecture=Architecture(vocab_size=self.vocab_size), compute_dtype="float32"
             ),
@@ -225,7 +225,7 @@ def tuned(
         seed=seed,
         output_dir=f"{root}/seed{seed}/{base.name}/{folder}",
         model=Model(
-            path=f"{root}/seed{seed}/{base.name}/model",
+            path=f"{root}/seed{seed}/{base.name}/pretrain/model",
             frozen_dtype="float32",
             compute_dtype="float32",
         ),

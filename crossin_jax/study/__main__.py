@@ -21,7 +21,7 @@ from crossin_jax.study.cost import print_costs
 from crossin_jax.study.run import (
     cell_keys,
     check_cells,
-    check_mark,
+    check_folders,
     is_done,
     run_study,
     with_budget,
@@ -78,8 +78,7 @@ def main(arguments: Any) -> None:
             print_costs(study, done, chosen, arguments.topology)
         else:
             left = [cell for cell in study.cells[chosen] if cell.name not in done]
-            for cell in left:
-                check_mark(cell, study)
+            check_folders(study, chosen)
             print_costs(study, done, chosen, trials=try_cells(study, left, arguments.time))
         return
     start = time.time()

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -337,6 +338,15 @@ def test_cells_are_chosen_as_in_python(cells, shown, capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert [int(line.split()[0]) for line in lines[:-1]] == list(shown)
     assert lines[-1].startswith(f"{len(shown)} of {len(shown)} cells to do")
+
+
+@pytest.mark.parametrize(
+    "config", ["quickstart.py", "mini_study.py", "paper/table2.py:16", "paper/table2.py:4"]
+)
+def test_cells_of_every_study_that_we_ship_have_folders_of_their_own(config):
+    file, _, argument = str(REPOSITORY / "configs" / config).partition(":")
+    study = runpy.run_path(file)["get_study"](*([argument] if argument else []))
+    program.check_folders(study, slice(None))
 
 
 @pytest.mark.parametrize(
