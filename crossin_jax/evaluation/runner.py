@@ -62,7 +62,11 @@ def describe_benchmarks(config: Config, benchmarks: Sequence[Benchmark]) -> dict
     shots = config.evaluation.shots
 
     def has_shots(benchmark: Benchmark) -> bool:
-        return bool(shots) and any(prompt != 0 for prompt, _ in plan_questions(config, benchmark))
+        # Prompts without choices and sentences that are scored whole have none.
+        if not shots or benchmark.kind == "open":
+            return False
+        asked = any(prompt != 0 for prompt, _ in plan_questions(config, benchmark))
+        return asked or not _scores_gaps(config, benchmark)
 
     return {
         benchmark.name: {

@@ -103,7 +103,7 @@ class ChatModel:
 
     max_length = 500
 
-    def score(self, prompts, continuations, *, over_long, progress):
+    def score(self, prompts, continuations, *, over_long, finished, progress):
         assert over_long == "skip"
         return [
             None
