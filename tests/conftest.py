@@ -1,11 +1,20 @@
 """Stricter than production: eight simulated devices, no network, rank promotion raises."""
 
 import os
+import signal
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+# A shell's background job ignores Ctrl-C, and nohup a closed terminal. Programs that the tests start
+# would inherit that, and the tests send them these signals.
+for _number, _handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 if WORKER is None:  # else what the first process set is inherited
     os.environ["JAX_PLATFORMS"] = "cpu"
     # Most of the suite's time is compilation of programs that run once: the compiler is told not to

@@ -17,8 +17,8 @@ from tests.processes import REPOSITORY
 PROGRAM = """
 import signal, sys, time
 from pathlib import Path
-# Set here, because the tests themselves may run under nohup.
-signal.signal(signal.SIGHUP, signal.SIG_IGN if sys.argv[1] == "nohup" else signal.SIG_DFL)
+if sys.argv[1] == "nohup":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 from crossin_jax import process
 process.listen()
 def work():
