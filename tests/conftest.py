@@ -7,8 +7,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 WORKER = os.environ.get("PYTEST_XDIST_WORKER")
-# A shell's background job ignores Ctrl-C, and nohup a closed terminal. Programs that the tests start
-# would inherit that, and the tests send them these signals.
+# A background job of a shell ignores Ctrl-C, and nohup a closed terminal. Programs that the tests
+# start would inherit that, and the tests send them these signals.
 for _number, _handler in (
     (signal.SIGINT, signal.default_int_handler),
     (signal.SIGHUP, signal.SIG_DFL),
