@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,13 +37,21 @@ class HeldOut:
     def __call__(self, state: TrainState) -> dict[str, float]:
         """Means by name: held_out/loss, and held_out/loss/SOURCE/LANGUAGE."""
         with contextlib.closing(self._open_batches(num_epochs=1)) as loader:
-            sums = [
-                self._step(state.trainable, state.frozen, to_mesh(batch, self._mesh))
-                for batch in loader
-            ]
+            sums = []
+            for batch in loader:
+                self._wait((state, sums))
+                batch = to_mesh(batch, self._mesh)
+                sums.append(self._step(state.trainable, state.frozen, batch))
         total = jax.tree.map(lambda *parts: np.sum(parts, axis=0), *jax.device_get(sums))
         losses = {"held_out/loss": float(total["loss"] / total["count"])}
         by_group = group_metrics(self._groups, total["group_loss"], total["group_count"])
         return losses | {
             f"held_out/{name}": value for name, value in by_group.items() if name.startswith("loss")
         }
+
+    def _wait(self, tree: Any) -> None:
+        """On a CPU, waits for what is under way."""
+        # Simulated devices share the threads of one pool. Two programs at once can take all of
+        # them, and then each waits for ever for devices that the other one holds up.
+        if self._mesh.devices.flat[0].platform == "cpu":
+            jax.block_until_ready(tree)
