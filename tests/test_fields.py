@@ -163,7 +163,7 @@ def asked_models(config: Config) -> list:
         for name in ("write_run", "load_benchmarks", "print_table"):
             patch.setattr(evaluate_program, name, lambda *_, **__: [])
         given = dict.fromkeys(("out", "limit", "languages", "prompts", "untuned"))
-        flags = types.SimpleNamespace(checkpoint=config.output_dir, **given)
+        flags = types.SimpleNamespace(checkpoint=config.output_dir, format="text", **given)
         evaluate_program.main(config, flags)
     return asked
 
@@ -240,7 +240,7 @@ def run(config: Config) -> list:
         "flops_per_token": lambda *_: 1,
         "to_mesh": lambda batch, mesh: batch,
         "open_eval_renderer": lambda *_: types.SimpleNamespace(check_embeddings=lambda *_: None),
-        "start_state": lambda *_: types.SimpleNamespace(step=0, frozen={}),
+        "start_state": lambda *_: types.SimpleNamespace(step=0, trainable={}, frozen={}),
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, stand_in in stand_ins.items():

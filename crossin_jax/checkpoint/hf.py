@@ -3,6 +3,7 @@ pickle is refused.
 """
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -199,8 +200,8 @@ def _no_weights(folder: Path) -> str:
     )
     code = (
         "from transformers import AutoModelForCausalLM as M; "
-        f"M.from_pretrained({str(folder)!r}, dtype='auto')"
-        f".save_pretrained({f'{folder}-safetensors'!r})"
+        f'M.from_pretrained({json.dumps(str(folder))}, dtype="auto")'
+        f".save_pretrained({json.dumps(f'{folder}-safetensors')})"
     )
     convert = shlex.join(["python", "-c", code])
     if pickles:

@@ -350,7 +350,7 @@ def test_pickles_are_refused_with_the_command_that_converts_them(tmp_path):
     write_checkpoint(tmp_path / "m")
     (tmp_path / "m/model.safetensors").rename(tmp_path / "m/pytorch_model.bin")
     with pytest.raises(
-        UserError, match=r"(?s)pytorch_model.bin is a pickle.*save_pretrained\('.*-safetensors'\)"
+        UserError, match=r'(?s)pytorch_model.bin is a pickle.*save_pretrained\(".*-safetensors"\)'
     ):
         load_model(tmp_path / "m")
     (tmp_path / "m/pytorch_model.bin").unlink()

@@ -74,7 +74,7 @@ MAY_CHANGE |= named(
 )
 MAY_CHANGE |= named(
     "evaluation",
-    "benchmarks languages method prompts shots mode template "
+    "benchmarks languages method prompts shots split gap mode rankc untuned template "
     "max_new_tokens batch_size temperature top_k top_p cache_dtype limit over_long",
 )
 

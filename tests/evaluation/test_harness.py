@@ -412,7 +412,7 @@ def test_every_argument_of_the_model_reaches_it(
 
     monkeypatch.setattr("crossin_jax.evaluation.harness.load_chat_model", load_chat_model)
     model = EngineLM.create_from_arg_string(arguments, flags)
-    usual = {"adapter": None, "tokenizer": None, "dtype": None, "template": "plain"}
+    usual = {"adapter": None, "tokenizer": None, "dtype": "auto", "template": "plain"}
     assert asked == [("m", usual | opened)]
     assert (model.max_length, model.max_gen_toks) == (
         limits.get("max_length", 40),
