@@ -403,22 +403,23 @@ class Study(Settings):
     contrasts: tuple[Contrast, ...] = ()
 
 
-def to_dict(config: Any) -> Any:
+def to_dict(config: Any, *, complete: bool = False) -> Any:
     """The resolved configuration as plain JSON types.
 
     A setting that came later is left out where it has its default, so that hashes of earlier runs
-    stay the same.
+    stay the same; `complete` keeps it.
     """
     if isinstance(config, Settings):
+        values = {field: getattr(config, field.name) for field in dataclasses.fields(config)}
         return {
-            field.name: to_dict(getattr(config, field.name))
-            for field in dataclasses.fields(config)
-            if not (field.metadata.get("is_later") and getattr(config, field.name) == field.default)
+            field.name: to_dict(value, complete=complete)
+            for field, value in values.items()
+            if complete or not (field.metadata.get("is_later") and value == field.default)
         }
     if isinstance(config, list | tuple):
-        return list(map(to_dict, config))
+        return [to_dict(value, complete=complete) for value in config]
     if isinstance(config, dict):
-        return {key: to_dict(value) for key, value in config.items()}
+        return {key: to_dict(value, complete=complete) for key, value in config.items()}
     return config
 
 

@@ -354,7 +354,13 @@ def move_junk(checkpoints: Path) -> None:
 def check_same_experiment(stored: dict[str, Any], config: Config, place: Path) -> None:
     """Refuses to continue a checkpoint whose configuration differs in a field that changes what is
     learned; other fields that differ are logged."""
-    before, now = (flatten_dict(values) for values in (stored, settings.to_dict(config)))
+    # Later settings are not stored where they have their default.
+    defaults = flatten_dict(settings.to_dict(settings.Config(), complete=True))
+    later = defaults.keys() - flatten_dict(settings.to_dict(settings.Config())).keys()
+    before, now = (
+        {name: defaults[name] for name in later} | flatten_dict(values)
+        for values in (stored, settings.to_dict(config))
+    )
     differ = [
         name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)
     ]
