@@ -371,13 +371,13 @@ def test_a_run_continues_on_another_mesh_and_compiles_once(pretrained, tmp_path,
 
 
 def test_an_adapter_in_micro_batches_on_a_mesh_compiles_once(pretrained, tmp_path, caplog):
-    parts = dataclasses.replace(tiny.get_config().train, accumulation=2, batch_size=16)
+    parts = dataclasses.replace(tiny.get_config().train, accumulation=2)
     with jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
         train(
             config_in(
                 tmp_path / "run",
                 str(pretrained / "model"),
-                mesh=Mesh(data=8),
+                mesh=Mesh(fsdp=2, tensor=2),
                 train=parts,
             )
         )

@@ -14,7 +14,7 @@ somebody who wants two models to look alike.
 
 import functools
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,42 +145,69 @@ def _read_sums(
     """The two sums of each array, on the host; those of `widened` are summed as bfloat16."""
     sums = {}
     for name, leaf in leaves.items():
-        place = leaf.sharding
-        # Sums are whole on every device, so that every host can read them.
-        is_on_mesh = isinstance(place, NamedSharding)
-        everywhere = NamedSharding(place.mesh, PartitionSpec()) if is_on_mesh else None
-        sums[name] = _make_program(everywhere, name in widened)(leaf)
+        place = leaf.sharding if isinstance(leaf.sharding, NamedSharding) else None
+        sums[name] = _make_program(place, name in widened)(leaf)
     return {name: tuple(map(int, pair)) for name, pair in jax.device_get(sums).items()}
 
 
-@functools.lru_cache(maxsize=8)
-def _make_program(everywhere: NamedSharding | None, is_widened: bool) -> Any:
+@functools.lru_cache(maxsize=64)
+def _make_program(place: NamedSharding | None, is_widened: bool) -> Any:
+    """The program for arrays in a place: both sums, (2,) uint32, on every device."""
     # One small program for each shape: a weight and its moments share it. One program for all
     # arrays of a run would compile several times as long.
-    return jax.jit(functools.partial(_sum_hashes, is_widened=is_widened), out_shardings=everywhere)
+    if place is None:
+        return jax.jit(lambda leaf: _sum_hashes(leaf, leaf.shape, (), is_widened))
+    axes = [(names,) if isinstance(names, str) else names or () for names in place.spec]
+
+    # Each device sums its shard, and one exchange adds both sums. The compiler's own partition has
+    # an exchange for each sum; simulated devices may meet them in another order, and wait for ever.
+    def program(leaf):
+        def sum_shard(part):
+            axes_of = [*axes, *[()] * (leaf.ndim - len(axes))]
+            start = [
+                jax.lax.axis_index(names) * size if names else 0
+                for names, size in zip(axes_of, part.shape, strict=True)
+            ]
+            sums = _sum_hashes(part, leaf.shape, start, is_widened)
+            used = tuple(name for names in axes for name in names)
+            return jax.lax.psum(sums, used) if used else sums
+
+        return jax.shard_map(
+            sum_shard,
+            mesh=place.mesh,
+            in_specs=place.spec,
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )(leaf)
+
+    return jax.jit(program)
 
 
-def _sum_hashes(leaf: jax.Array, is_widened: bool) -> tuple[jax.Array, jax.Array]:
-    """Two uint32 sums of the hashes of an array; `is_widened`: of float32 rounded to bfloat16.
+def _sum_hashes(
+    part: jax.Array, whole: tuple[int, ...], start: Sequence[Any], is_widened: bool
+) -> jax.Array:
+    """Two uint32 sums of the hashes of a part of an array of shape `whole`, which begins at
+    `start`; `is_widened`: of float32 rounded to bfloat16.
 
     One reduction has both results: for two reductions the CPU compiler writes all hashes to memory
     and takes 12 times as long.
     """
-    bits = _bits(leaf)
+    bits = _bits(part)
     # A float32 rounded to bfloat16, to the nearest and if in doubt to the even one. A cast would do
     # the same, but devices may flush the smallest numbers to zero.
     bits = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16 if is_widened else bits
-    mixed = bits ^ element_index(leaf.shape) * np.uint32(0x9E3779B9)
+    mixed = bits ^ element_index(part.shape, whole, start) * np.uint32(0x9E3779B9)
     # One round of MurmurHash3's finalizer. Each step can be undone, so that one changed element
     # always shows.
     mixed = (mixed ^ (mixed >> 16)) * np.uint32(0x85EBCA6B)
     hashes = mixed ^ (mixed >> 13)
-    return jax.lax.reduce(
+    sums = jax.lax.reduce(
         (hashes, hashes * (hashes | np.uint32(1))),
         (np.uint32(0), np.uint32(0)),
         lambda a, b: (a[0] + b[0], a[1] + b[1]),
-        tuple(range(leaf.ndim)),
+        tuple(range(part.ndim)),
     )
+    return jnp.stack(sums)
 
 
 def _bits(leaf: jax.Array) -> jax.Array:

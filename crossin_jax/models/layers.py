@@ -10,7 +10,7 @@ K key/value heads · H head width · V vocabulary · L layers · R LoRA rank.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -365,11 +365,18 @@ def hashed_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return mix(mix(element_index(shape) ^ first) ^ second)
 
 
-def element_index(shape: tuple[int, ...]) -> jax.Array:
-    """The row-major index of each element modulo 2**32, uint32."""
+def element_index(
+    shape: tuple[int, ...], whole: tuple[int, ...] | None = None, start: Sequence[Any] = ()
+) -> jax.Array:
+    """The row-major index of each element modulo 2**32, uint32.
+
+    For a part of an array, `whole` is the shape of the array, and the part begins at `start`.
+    """
     index = jnp.zeros(shape, jnp.uint32)
-    for axis, size in enumerate(shape):
+    for axis, size in enumerate(whole or shape):
         index = index * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        if start:
+            index += jnp.asarray(start[axis], jnp.uint32)
     return index
 
 
