@@ -16,7 +16,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -36,6 +35,13 @@ ENVIRONMENT = os.environ | {
     "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
 }
 LIMIT = 300  # seconds of one program
+RESTRICTED = """
+import resource, runpy, sys
+limit = int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+del sys.argv[:2]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
 Case = tuple[str, Callable[[], str | None]]  # what is done, and a function that says what is wrong
 
 
@@ -44,18 +50,15 @@ Case = tuple[str, Callable[[], str | None]]  # what is done, and a function that
 
 def start(program: str, *arguments: object, limit: int | None = None, **env: str):
     """A program of the package; `limit` is how many bytes a file of it may have."""
-
-    def restrict() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
+    # The program restricts itself: a process with JAX must not fork, as `preexec_fn` would.
+    limited = ("-c", RESTRICTED, str(limit)) if limit else ("-m",)
     return subprocess.Popen(
-        [sys.executable, "-m", f"crossin_jax.{program}", *map(str, arguments)],
+        [sys.executable, *limited, f"crossin_jax.{program}", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         cwd=ROOT,
         env=ENVIRONMENT | env,
-        preexec_fn=restrict if limit else None,
     )
 
 
