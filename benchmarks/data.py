@@ -1,8 +1,8 @@
 """Tokens per second of the data pipeline beside `datasets.map` and a plain collator, and the memory
 of a large corpus.
 
-    python benchmarks/data.py [--data ../shared/data] [--tokenizer FOLDER] [--workers 2] [--repeats 3] [--step]
-                              [--rows 1000000] [--out FILE.json]
+    python benchmarks/data.py [--data ../shared/data] [--tokenizer FOLDER] [--workers 2]
+                              [--repeats 3] [--step] [--rows 1000000] [--out FILE.json]
 
 Both read the same instruction examples, made from XQuAD in `--data`, use the same tokenizer, mask
 the prompt and give batches of 16 rows of at most 2048 tokens; both start from text and count real
@@ -15,7 +15,7 @@ the repeats counts, since other work on the machine only ever slows one down. To
 children included, are what a busy machine does not change. `--step` also times the quickstart's
 training step. `--rows` writes that many parallel rows to disk and reports what opening and reading
 them adds to the process's memory.
-"""  # noqa: E501
+"""
 
 import argparse
 import json
@@ -206,11 +206,12 @@ def used(): return int(open('/proc/self/status').read().split('RssAnon:')[1].spl
 before = used()
 found = corpus.load_corpus(Source(name='big', path=sys.argv[1]), ('en', 'es'), cache=sys.argv[2])
 opened = used()
-data = Data(sources=(Source(name='big'),), components=(Component(kind='x2x', source='big'),), languages=('en', 'es'))
+components = (Component(kind='x2x', source='big'),)
+data = Data(sources=(Source(name='big'),), components=components, languages=('en', 'es'))
 mixture = Mixture(data, {'big': found}, 0)
 mixture.take(numpy.arange(20_000))
 print(json.dumps({'rows': len(found), 'open_mib': opened - before, 'mixture_mib': used() - before}))
-"""  # noqa: E501
+"""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "big.jsonl"
         filler = "The quick brown fox jumps over the lazy dog. " * 8

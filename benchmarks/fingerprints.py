@@ -1,11 +1,13 @@
 """What the fingerprints of a checkpoint cost, beside saving and restoring it.
 
-    python benchmarks/fingerprints.py --millions 100          a full fine-tuning state: weights and two moments, float32
-    python benchmarks/fingerprints.py --millions 100 --lora   the arrays that a LoRA run saves
+    python benchmarks/fingerprints.py --millions 100          (a full fine-tuning state)
+    python benchmarks/fingerprints.py --millions 100 --lora   (the arrays that a LoRA run saves)
+
+A full fine-tuning state is weights and two moments in float32.
 
 Prints one line of JSON. `fingerprint` is the time of all arrays of the state; a save and a restore
 take each of them once. The first call, which compiles, is reported apart: a run pays for it once.
-"""  # noqa: E501
+"""
 
 import argparse
 import json

@@ -2,18 +2,19 @@
 weights.
 
     python benchmarks/gpu.py [--only full,lora,decode] [--out benchmarks/results/DATE-gpu.json]
-    python benchmarks/gpu.py --quick        (tiny shapes on any machine, to see that everything works)
+    python benchmarks/gpu.py --quick    (tiny shapes on any machine, to see that everything works)
 
   full    full fine-tuning of a 1B Llama at length 2048: tokens/s and model FLOPs utilisation (MFU)
   lora    LoRA r=64 on all projections of an 8B Llama at length 2048: the same
-  decode  greedy decoding of the 8B Llama: bytes of weights and of stored keys and values read per second
+  decode  greedy decoding of the 8B Llama: bytes read per second, of weights and of stored keys
+          and values
 
 The peer computes with SDPA and `torch.compile`, in bfloat16 (full: float32 weights under autocast,
 as ours). Every setting of a side runs in a process of its own, so that none finds memory taken;
 each side's best counts, and a setting that does not fit is named. Without a CUDA build of torch
 ours runs alone, and the output says so. Needs scripts/setup.sh cuda test. MFU counts what the model
 needs, not what rematerialisation repeats.
-"""  # noqa: E501
+"""
 
 import argparse
 import datetime

@@ -2,13 +2,14 @@
 GPU.
 
     python benchmarks/gpu_kernel.py [--out FILE.json]
-    python benchmarks/gpu_kernel.py --quick     (small shapes; without a GPU the kernel's options run through XLA)
+    python benchmarks/gpu_kernel.py --quick     (small shapes)
 
+Without a GPU, `--quick` runs the kernel's options through XLA.
 Each case has rows of one text or of several packed texts, with or without a local window. Both
 kernels get the same bfloat16 inputs; the reference in float32 is the truth. A kernel passes a case
 where its error is at most twice that of the reference in bfloat16. Shapes with a soft cap must be
 refused by name. Exit code 1 where a case fails.
-"""  # noqa: E501
+"""
 
 import argparse
 import functools

@@ -2,12 +2,13 @@
 kernel.
 
     python benchmarks/gpu_profile.py [--only train,decode] [--out FILE.json]
-    python benchmarks/gpu_profile.py --quick     (tiny shapes on any machine; on a CPU it sums up host events)
+    python benchmarks/gpu_profile.py --quick     (tiny shapes on any machine)
 
+On a CPU it sums up host events.
 Prints the busy time of the device, the time between kernels, and the kernels that take the most,
 grouped by name without numbers. The three largest that are not matrix products are the losses to
 look at.
-"""  # noqa: E501
+"""
 
 import argparse
 import collections

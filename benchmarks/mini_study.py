@@ -2,13 +2,12 @@
 the miniature study.
 
     python benchmarks/mini_study.py
-    python benchmarks/mini_study.py --archive runs/mini_study     (first keeps the results of that folder)
+    python benchmarks/mini_study.py --archive runs/mini_study   (archives that folder first)
 
 Rewrites what stands between <!-- NAME --> and <!-- end --> in both pages, and
 docs/figures/mini_study_*.png. Means and standard deviations are over the seeds that every row of a
 table has.
-"""  # noqa: E501
-# ruff: noqa: E402 - the checkout must be on the path before it is imported
+"""
 
 import argparse
 import json
@@ -21,8 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from configs.mini_study import CONDITIONS, CONTROLLED, VOLUMES, get_study, volume_table
 from crossin_jax.report import figures as study_figures
@@ -31,6 +29,7 @@ from crossin_jax.report.summary import OTHERS, Block, Row
 from crossin_jax.report.wording import mark, number
 from crossin_jax.study import report as study_report
 
+ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results/2026-11-26-mini-study"
 PAGES = (ROOT / "docs/mini_study.md", ROOT / "docs/new_language.md")
 ALL, OPAQUE, DEVELOPMENT = "cross_world:test", "cross_world:test/opaque", "cross_world:dev"

@@ -11,7 +11,8 @@ hits both, and medians are compared. Three ways to lay out examples:
 
   unpadded  rows of 512 tokens, filled by joining examples, the same rows for both
   padded    one example per row, filled to 512 tokens, for peft; the same examples packed for ours
-  longest   as before, but peft's rows are only as long as the longest of their batch, examples sorted by length
+  longest   as before, but peft's rows are only as long as the longest of their batch, and its
+            examples are sorted by length
 
 The peer gets the number of threads and the micro-batch that are best for it on a sample, ours the
 micro-batch. An optimizer step sees the same examples on both sides and its loss is their mean over
@@ -20,7 +21,7 @@ counted.
 
 Last comes a bound: the products that no step can do without, at the speed of one large product on
 this machine. Were everything else free, ours would be so many times as fast as peft was.
-"""  # noqa: E501
+"""
 
 import argparse
 import json

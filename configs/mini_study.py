@@ -2,9 +2,9 @@
 helps.
 
     python -m crossin_jax.study --config configs/mini_study.py --dry_run
-    python -m crossin_jax.study --config configs/mini_study.py                 (every part, in the order of PARTS)
-    python -m crossin_jax.study --config configs/mini_study.py:question        (one part, with what it needs)
-    python -m crossin_jax.train --config configs/mini_study.py:x2x             (one arm, after its base model)
+    python -m crossin_jax.study --config configs/mini_study.py            (all of PARTS, in order)
+    python -m crossin_jax.study --config configs/mini_study.py:question   (one part and its needs)
+    python -m crossin_jax.train --config configs/mini_study.py:x2x        (one arm, after its base)
 
 The model, its pretraining and its instruction data are those of configs/quickstart.py; tuning sees
 half as many rows a step, so that the whole is affordable on two CPU cores. Scores are those of the
@@ -18,7 +18,7 @@ language, how strong the bridge between languages is, how long it is tuned), sev
 beyond (what the paper leaves open), tuning (learning rates, on the development territories);
 smallest (two languages, under a minute, for the tests) is not among "all". Without --seeds main and
 tag have five seeds, the other parts three.
-"""  # noqa: E501
+"""
 
 import dataclasses
 import re

@@ -1,9 +1,9 @@
 """The miniature study: does cross-lingual instruction tuning make a small model answer alike in
 every language?
 
-    ./scripts/quickstart.sh                                                    (all of it, on a laptop's CPU)
-    python -m crossin_jax.study --config configs/quickstart.py                 (the same, installed)
-    python -m crossin_jax.train --config configs/quickstart.py:x2x             (one arm)
+    ./scripts/quickstart.sh                                         (all of it, on a laptop)
+    python -m crossin_jax.study --config configs/quickstart.py      (the same, installed)
+    python -m crossin_jax.train --config configs/quickstart.py:x2x  (one arm)
     python -m crossin_jax.study --config configs/quickstart.py --languages=en,zh,vi,es,id,ms,fil
 
 A 0.8 M parameter Llama is pretrained from random weights on English-heavy text about the world's
@@ -11,7 +11,7 @@ territories; facts about half of them stand in English only. The same base is th
 equal steps on English questions (base), on pairs of languages (x2x, and x2x_same where a pair may
 be twice the same language), and on translated monolingual questions as control (mono). Every arm
 answers the questions about the other territories in every language.
-"""  # noqa: E501
+"""
 
 from crossin_jax.config import (
     Architecture,

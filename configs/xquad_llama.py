@@ -3,14 +3,15 @@ Cross-LogiQA.
 
     python scripts/make_small_llama.py --tokenizer=TOKENIZER --out=models/small-llama
     python -m crossin_jax.train --config configs/xquad_llama.py:DATA
-    python -m crossin_jax.evaluate --config configs/xquad_llama.py:DATA --checkpoint runs/xquad_llama
+    python -m crossin_jax.evaluate --config configs/xquad_llama.py:DATA \\
+        --checkpoint runs/xquad_llama
 
 DATA holds xquad/xquad.LANG.json (google-deepmind/xquad) and seaeval/cross_mmlu.json,
 seaeval/cross_logiqa.json (the rows of the Hub data sets SeaEval/cross_mmlu and cross_logiqa). Any
 folder of weights in Hugging Face layout takes the place of the small one:
 --config.model.path=FOLDER. That one has 2.6 M parameters and random weights, so scores stay at
 chance; what the run shows is that the loss on held-out questions falls.
-"""  # noqa: E501
+"""
 
 from crossin_jax.config import (
     Component,

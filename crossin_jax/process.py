@@ -144,7 +144,7 @@ def leave(code: int, message: str) -> None:
     flush.start()
     flush.join(1.0)
     for clean in reversed(_cleanups.copy()):
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):  # the others must still be removed
             clean()
     os._exit(code)  # not sys.exit: threads of XLA are still at work
 

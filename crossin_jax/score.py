@@ -3,17 +3,18 @@
 Of a log: accuracy by language, consistency, AC3, what is right in English and then in another
 language, and RankC where it has log-likelihoods of the choices.
 
-    python -m crossin_jax.score --log zero_shot_p1.json.gz --out score.json --alignments aligned.json
+    python -m crossin_jax.score --log zero_shot_p1.json.gz --out score.json \\
+        --alignments aligned.json
     python -m crossin_jax.score --answers answers.jsonl --out rates.json
 
 The log is a list of parallel items: {"id": …, "English": {"question", "choices", "answer",
-"model_prediction" and maybe "log_likelihoods", one for each choice}, …}. A five-shot answer counts up to its first line break, as in SeaEval; the
-log's name says what it is (five_shot_p1.json). --out gets SeaEval's own keys, and ours under
-"crossin_jax"; above 12 languages detailed_consistency_score is empty, since the sets of languages
-are too many to list. --alignments the choice of every answer, or those among which SeaEval would
-toss a coin. --answers takes rows with a language and a text, as JSON Lines, JSON, CSV, TSV or
-Parquet; see docs/evaluation.md.
-"""  # noqa: E501
+"model_prediction" and maybe "log_likelihoods", one for each choice}, …}. A five-shot answer counts
+up to its first line break, as in SeaEval; the log's name says what it is (five_shot_p1.json). --out
+gets SeaEval's own keys, and ours under "crossin_jax"; above 12 languages
+detailed_consistency_score is empty, since the sets of languages are too many to list. --alignments
+gets the choice of every answer, or those among which SeaEval would toss a coin. --answers takes
+rows with a language and a text, as JSON Lines, JSON, CSV, TSV or Parquet; see docs/evaluation.md.
+"""
 
 import re
 from collections.abc import Sequence

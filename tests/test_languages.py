@@ -73,18 +73,18 @@ ROMANISED = """
 ben_Latn:bn-Latn hin_Latn:hi-Latn npi_Latn:ne-Latn sin_Latn:si-Latn urd_Latn:ur-Latn
 """
 GLOBAL_MMLU = """
-am ar bn cs de el en es fa fil fr ha he hi id ig it ja ko ky lt mg ms ne nl ny pl pt ro ru si sn so sr sv sw te tr uk vi
-yo zh
-"""  # noqa: E501
+am ar bn cs de el en es fa fil fr ha he hi id ig it ja ko ky lt mg ms ne nl ny pl pt ro ru si sn so
+sr sv sw te tr uk vi yo zh
+"""
 MMLU_PROX = "af ar bn cs de en es fr hi hu id it ja ko mr ne pt ru sr sw te th uk ur vi wo yo zh zu"
 BMLAMA_53 = """
-ca az en ar uk fa tr it el ru hr hi sv sq fr ga eu de nl et he es bn ms sr hy ur hu la sl cs af gl fi ro ko cy th be id
-pt vi ka ja da bg zh pl lv sk lt ta ceb
-"""  # noqa: E501
+ca az en ar uk fa tr it el ru hr hi sv sq fr ga eu de nl et he es bn ms sr hy ur hu la sl cs af gl
+fi ro ko cy th be id pt vi ka ja da bg zh pl lv sk lt ta ceb
+"""
 MMMLU = """
-AR_XY:ar BN_BD:bn DE_DE:de ES_LA:es-419 FR_FR:fr HI_IN:hi ID_ID:id IT_IT:it JA_JP:ja KO_KR:ko PT_BR:pt-BR SW_KE:sw
-YO_NG:yo ZH_CN:zh
-"""  # noqa: E501
+AR_XY:ar BN_BD:bn DE_DE:de ES_LA:es-419 FR_FR:fr HI_IN:hi ID_ID:id IT_IT:it JA_JP:ja KO_KR:ko
+PT_BR:pt-BR SW_KE:sw YO_NG:yo ZH_CN:zh
+"""
 
 
 def pairs(table):

@@ -282,6 +282,7 @@ def test_a_damaged_checkpoint_is_named_and_skipped(checked, pretrained, tmp_path
     gc.collect()  # what Orbax left behind is reported here and nowhere else
 
 
+# A failed read of Orbax leaves threads and coroutines behind; Python warns when it collects them.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 def test_damage_to_any_file_is_either_found_or_harmless(pretrained, tmp_path):
@@ -323,6 +324,7 @@ def test_damage_to_any_file_is_either_found_or_harmless(pretrained, tmp_path):
     gc.collect()
 
 
+# As above.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_run_with_nothing_but_damage_is_refused(pretrained, tmp_path):
     folder = copy_run(pretrained, tmp_path / "run", without=6)

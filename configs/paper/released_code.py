@@ -2,7 +2,8 @@
 with ours.
 
     python -m crossin_jax.prepare build --config configs/paper/released_code.py:3000
-    python -m crossin_jax.train         --config configs/paper/released_code.py:3000 --config.model.path=FOLDER
+    python -m crossin_jax.train --config configs/paper/released_code.py:3000 \\
+        --config.model.path=FOLDER
 
 The variant is the number of samples per mode: 3000, 6000, 15000, or all (as many as there are
 rows). Needed beside it: data/alpaca/alpaca_{en,zh,vi,es}.json, parallel by position, and
@@ -17,7 +18,7 @@ rest computed again. Scores of a 7B run were not repeated here.
 What `plan` computes (jax 0.10.2, libtpu 0.0.52): with --config.mesh.fsdp=16 on a v5e-16 (v5e:4x4)
 13.6 of 15.75 GiB per chip, at least 0.19 hours per 1,000 steps; with --config.mesh.fsdp=4 on a
 v5p-8 (v5p:2x2x1) 52.2 of 95.73 GiB, 0.33.
-"""  # noqa: E501
+"""
 
 from crossin_jax.config import Component, Config, Data, Lora, Model, Optim, Source, Train, UserError
 

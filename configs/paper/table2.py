@@ -2,8 +2,8 @@
 control it lacks.
 
     python -m crossin_jax.study --config configs/paper/table2.py:16 --dry_run --topology=v5e:4x4
-    python -m crossin_jax.study --config configs/paper/table2.py:16                 (on every host of a v5e-16)
-    python -m crossin_jax.study --config configs/paper/table2.py:4 --cells 0:33     (Llama-2-7B, on a v5p-8)
+    python -m crossin_jax.study --config configs/paper/table2.py:16  (on every host of a v5e-16)
+    python -m crossin_jax.study --config configs/paper/table2.py:4 --cells 0:33  (Llama 2, v5p-8)
     python -m crossin_jax.train --config configs/paper/table2.py:llama-2-7b/x2x/3000/16
 
 The text after the colon is the number of chips: 16 for v5e-16 (v5e:4x4), 4 for v5p-8 (v5p:2x2x1; a
@@ -31,7 +31,7 @@ and the chips at their peak: no run is as fast, and benchmarks come on top.
 
 All 132 cells: 22.2 hours at least on a v5e-16, 38.1 on a v5p-8. Checkpoints take 14 to 33 GiB a
 cell, 2.6 TiB in all.
-"""  # noqa: E501
+"""
 
 import math
 

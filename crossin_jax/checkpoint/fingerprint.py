@@ -5,12 +5,12 @@ A fingerprint of an array depends on its content alone. It is the same on every 
 many files the array came from. Each element's bits are hashed together with its place in the array,
 and the hashes are added modulo 2**32, so that devices can add their shards in any order:
 
-    element   bits 0x3f800000 ─┐
-    place     17 ──────────────┴─► hash ─► + the hashes of all other elements ─► "float32[8, 24]:5d41402abc4b2a76"
+    bits   0x3f800000 ─┐
+    place  17 ─────────┴─► hash ─► + all other elements' hashes ─► "float32[8, 24]:5d41402abc4b2a76"
 
 Two such sums make 64 bits per array. They find damage and mix-ups; they are no protection against
 somebody who wants two models to look alike.
-"""  # noqa: E501
+"""
 
 import functools
 import json

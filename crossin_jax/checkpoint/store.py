@@ -8,9 +8,9 @@ checkpoint. Whether a checkpoint is still what was saved is known by two things:
 several hosts begin to read it, and the item `fingerprints` knows every array and every small item.
 
     checkpoints/files.json
-    checkpoints/500/state/            arrays: step, trainable/…, optimizer/…
-    checkpoints/500/data/metadata     also config/, provenance/ and fingerprints/: one JSON file each
-"""  # noqa: E501
+    checkpoints/500/state/          arrays: step, trainable/…, optimizer/…
+    checkpoints/500/data/metadata   also config/, provenance/ and fingerprints/: one JSON file each
+"""
 
 import contextlib
 import json
@@ -170,7 +170,7 @@ class Store:
         """
         if kind is None:
             self.wait()
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):  # nothing is lost: the saves are finished
             self._manager.close()
 
     def restore(

@@ -153,7 +153,7 @@ class ChatTemplate:
         self.source, self._specials = source, specials
         try:
             self._template = _make_sandbox().from_string(source)
-        except Exception as error:
+        except Exception as error:  # Jinja's lexer, parser and compiler raise many kinds
             raise UserError(f"the tokenizer's chat template is not valid Jinja: {error}") from None
 
     def __reduce__(self):

@@ -234,7 +234,7 @@ def _find_hub_files(place: str, pattern: str, codes: Sequence[str]) -> dict[str,
         return {code: Path(get(place, chosen[code], repo_type="dataset")) for code in codes}
     except UserError:
         raise
-    except Exception as error:
+    except Exception as error:  # as in `read_rows`
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"Hub data set {place!r}, {pattern}: {reason}; check the name and the connection"

@@ -1,13 +1,14 @@
 """Run a study: train and evaluate every cell, skip what is done, write one report.
 
-  python -m crossin_jax.study --config configs/quickstart.py [--seeds=0,1,2] [--languages=en,zh,vi,es,id,ms,fil]
+  python -m crossin_jax.study --config configs/quickstart.py [--seeds=0,1,2] \\
+      [--languages=en,zh,vi,es,id,ms,fil]
   python -m crossin_jax.study --config configs/paper/table2.py --dry_run --topology=v5e:4x4
 
 A configuration file offers a study as `get_study()`; text after a colon goes to it. An interrupted
 study goes on; a cell whose settings changed, or whose base changed, is the only one that runs
 again. Pods that share a folder can each run a part of the cells (--cells); whichever runs last
 writes the report of all that is done.
-"""  # noqa: E501
+"""
 
 import time
 from typing import Any

@@ -28,9 +28,10 @@ mkdir -p {HOME} && tar -xzf {ARCHIVE} -C {HOME}
 python=python3
 if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
   python=python3.11
-  sudo add-apt-repository -y ppa:deadsnakes/ppa && sudo apt-get install -y -qq python3.11 python3.11-venv
+  sudo add-apt-repository -y ppa:deadsnakes/ppa
+  sudo apt-get install -y -qq python3.11 python3.11-venv
 fi
-PYTHON=$python {HOME}/scripts/setup.sh tpu gcs"""  # noqa: E501
+PYTHON=$python {HOME}/scripts/setup.sh tpu gcs"""
 
 
 def main() -> int:

@@ -11,7 +11,7 @@ from crossin_jax.evaluation.frames import GAP, hash_frame
 from crossin_jax.evaluation.items import MASK
 from crossin_jax.evaluation.runner import describe_benchmarks, load_benchmarks, run_benchmarks
 from crossin_jax.evaluation.scoring import ScoredChoices, choose_likeliest
-from tests.evaluation.test_runner import ask, make_config, tokenizer  # noqa: F401 - a fixture
+from tests.evaluation.asking import ask, make_config
 
 LANGUAGES = ("en", "zh", "vi", "es")
 HEAD = "Prompt\tAns\tCandidate Ans\tSubject"
@@ -57,7 +57,7 @@ class Counting:
         return -float(sum(int(i) % 13 + 1 for i in ids))
 
 
-def score(folder, tokenizer, **settings):  # noqa: F811 - a value here
+def score(folder, tokenizer, **settings):
     config = make_config(str(folder), languages=("en", "zh"), method="choices", **settings)
     renderer = open_eval_renderer(config, tokenizer)
     benchmarks = load_benchmarks(config)
@@ -107,7 +107,7 @@ def test_the_published_rows_are_read_whole(shared):
 # ── scores ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_whole_sentences_are_compared_per_token(folder, tokenizer):  # noqa: F811
+def test_whole_sentences_are_compared_per_token(folder, tokenizer):
     found, benchmark, renderer = score(folder, tokenizer)
     assert list(found) == ["sentence"]
     for item, answers in zip(benchmark.items, found["sentence"].items, strict=True):
@@ -125,7 +125,7 @@ def test_whole_sentences_are_compared_per_token(folder, tokenizer):  # noqa: F81
     assert found["sentence"].items[2].num_choices == 2  # "Washington, D.C." is one candidate
 
 
-def test_by_answer_only_the_candidate_counts(folder, tokenizer):  # noqa: F811
+def test_by_answer_only_the_candidate_counts(folder, tokenizer):
     found, benchmark, renderer = score(folder, tokenizer, gap="answer")
     assert list(found) == ["sum", "mean", "byte"]
     for item, answers in zip(benchmark.items, found["sum"].items, strict=True):
@@ -145,7 +145,7 @@ def test_by_answer_only_the_candidate_counts(folder, tokenizer):  # noqa: F811
     assert bytes_ == pytest.approx([s / n for s, n in zip(sums, sizes, strict=True)])
 
 
-def test_as_questions_they_have_prompts_letters_and_shots(folder, tokenizer):  # noqa: F811
+def test_as_questions_they_have_prompts_letters_and_shots(folder, tokenizer):
     config = make_config(
         str(folder), languages=("en", "zh"), method="choices", gap="question", shots=1, prompts=(2,)
     )
@@ -155,14 +155,14 @@ def test_as_questions_they_have_prompts_letters_and_shots(folder, tokenizer):  #
     assert all(GAP in text and MASK not in text and "Choices:" in text for text in texts)
 
 
-def test_free_answers_are_asked_as_questions(folder, tokenizer):  # noqa: F811
+def test_free_answers_are_asked_as_questions(folder, tokenizer):
     config = make_config(str(folder), languages=("en", "zh"), method="both")
     predictions, engine = ask(config, tokenizer, write=lambda text: "0")
     assert [(p.method, p.prompt) for p in predictions] == [("sentence", 0), ("generate", 1)]
     assert all(GAP in engine.renderer.decode(ids) for ids in engine.prompts)
 
 
-def test_shots_have_no_effect_on_sentences_and_that_is_said(folder, tokenizer, caplog):  # noqa: F811
+def test_shots_have_no_effect_on_sentences_and_that_is_said(folder, tokenizer, caplog):
     found, *_ = score(folder, tokenizer, shots=2)
     assert "evaluation.shots=2 has no effect" in caplog.text
     plain, *_ = score(folder, tokenizer)
@@ -182,7 +182,7 @@ def test_equal_candidates_are_equally_likely():
 # ── frames in a run ───────────────────────────────────────────────────────────────────────────────
 
 
-def test_frames_are_asked_beside_seaevals_and_recorded(folder, tokenizer, tmp_path):  # noqa: F811
+def test_frames_are_asked_beside_seaevals_and_recorded(folder, tokenizer, tmp_path):
     own = tmp_path / "mine.toml"
     own.write_text('[default]\nprompt = "{question} {choices}"\nanswer = "{text}"\n')
     config = make_config(
@@ -207,7 +207,7 @@ def test_frames_are_asked_beside_seaevals_and_recorded(folder, tokenizer, tmp_pa
     }
 
 
-def test_the_letters_of_the_harness_are_scored_alone(folder, tokenizer):  # noqa: F811
+def test_the_letters_of_the_harness_are_scored_alone(folder, tokenizer):
     """One token after "Answer:", as the harness scores " A"."""
     config = make_config(
         str(folder), languages=("en",), method="choices", gap="question", prompts=("harness",)
@@ -218,7 +218,7 @@ def test_the_letters_of_the_harness_are_scored_alone(folder, tokenizer):  # noqa
         assert [text.rsplit("Answer:")[1].strip() for text in shown] == list("ABC"[: len(shown)])
 
 
-def test_a_changed_frame_is_asked_again(folder, tokenizer, tmp_path):  # noqa: F811
+def test_a_changed_frame_is_asked_again(folder, tokenizer, tmp_path):
     own = tmp_path / "mine.toml"
     kept = set()
     for words in ("Q: {question}", "F: {question}", "Q: {question}"):

@@ -18,7 +18,7 @@ from crossin_jax.report.results import read_results, write_results
 from crossin_jax.report.summary import Run, summarise
 from crossin_jax.report.text import print_table
 from crossin_jax.score import read_free_answers
-from tests.evaluation.test_runner import ask, make_config, tokenizer  # noqa: F401 - a fixture
+from tests.evaluation.asking import ask, make_config
 
 SEPARATE = {
     "en": [(0, (0,)), (1, (0, 1)), (1, (1,))],  # gold, candidates: right, a coin, right
@@ -174,7 +174,7 @@ def test_published_answers_have_the_published_rates(shared):
 
 
 @pytest.mark.parametrize("method", ["choices", "generate"])
-def test_the_benchmarks_prompts_are_asked_as_they_are(shared, tokenizer, tmp_path, method):  # noqa: F811
+def test_the_benchmarks_prompts_are_asked_as_they_are(shared, tokenizer, tmp_path, method):
     """No frame, no shots, no request for a language; the answer is the text."""
     name = f"language_confusion:{shared / 'language_confusion' / 'prompts.jsonl.gz'}"
     config = make_config(name, languages=("es", "zh"), method=method, limit=3, shots=2)

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -171,7 +172,7 @@ def kills() -> Iterator[Case]:
     draw = random.Random(0)
     for number in range(40):
         name = ("train", "train", "export", "prepare", "evaluate")[number % 5]
-        yield f"{name}, kill {number}", lambda name=name, part=draw.random(): kill(name, part)
+        yield f"{name}, kill {number}", partial(kill, name, draw.random())
 
 
 def kill(name: str, part: float) -> str | None:

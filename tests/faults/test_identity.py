@@ -8,6 +8,7 @@ import json
 import random
 import re
 import shutil
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -144,8 +145,8 @@ def test_the_programs_refuse_what_train_sets_aside(adapted, tmp_path):
         file = folder / f"checkpoints/6/{name}/metadata"
         file.write_text(file.read_text().replace("1", "2", 1))
         for action in (
-            lambda: load_model(folder, progress=False),  # noqa: B023 - called at once
-            lambda: export(folder, "peft", tmp_path / "out"),  # noqa: B023
+            partial(load_model, folder, progress=False),
+            partial(export, folder, "peft", tmp_path / "out"),
         ):
             with pytest.raises(UserError) as error:
                 action()

@@ -15,7 +15,7 @@ import sys
 import tarfile
 from pathlib import Path
 
-import tests.conftest  # noqa: F401 - sets the environment of the suite: eight devices, the same compiler settings
+import tests.conftest  # noqa: F401 - sets the suite's devices and compiler settings
 from crossin_jax.config import Cell, Component, Config, Data, Source, Study, to_dict
 from crossin_jax.data.mixture import Mixture, load_corpora
 from crossin_jax.data.pipeline import load_tokenizer

@@ -22,7 +22,7 @@ TOKENS = np.random.default_rng(0).integers(3, 97, (2, 48))
 def torch_logits(folder, dtype=torch.float32):
     """Logits of the folder's model in `transformers`, and the model."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # warnings of transformers are not ours to mend
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation="eager"
         )

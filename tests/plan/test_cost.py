@@ -76,7 +76,7 @@ ENTRY %main (x.4: f32[8,8], unknown: s32[]) -> f32[8,8] {
   %once = (s32[], f32[8,8]{1,0:T(8,128)}) while(%state.1), condition=%inner_condition, body=%inner_body
   ROOT %out = f32[8,8]{1,0:T(8,128)} get-tuple-element(%outer), index=2
 }
-"""  # noqa: E501
+"""  # noqa: E501 - HLO has one instruction per line
 
 
 def test_loops_by_hand():

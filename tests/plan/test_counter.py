@@ -32,9 +32,7 @@ def annotated(cycles: int) -> str:
     return f'backend_config={{"estimated_cycles":"{cycles}"}}'
 
 
-WIDTHS = {
-    "f32": 32, "bf16": 16, "f16": 16, "s32": 32, "u8": 8, "s8": 8, "pred": 8, "s4": 4, "u4": 4,
-    "f8e4m3fn": 8, "s64": 64}  # fmt: skip
+WIDTHS = dict(f32=32, bf16=16, f16=16, s32=32, u8=8, s8=8, pred=8, s4=4, u4=4, f8e4m3fn=8, s64=64)
 
 
 @pytest.mark.parametrize(("kind", "bits"), WIDTHS.items())

@@ -366,20 +366,25 @@ def test_agreement_leaves_the_diagonal_blank(world):
 PROBE = """<script>
 const choose = values => { for (const [id, value] of Object.entries(values)) {
   const field = document.getElementById("f-" + id) || document.querySelector("#filters input");
-  field.value = value; field.dispatchEvent(new Event(field.tagName === "INPUT" ? "input" : "change")); } };
+  field.value = value;
+  field.dispatchEvent(new Event(field.tagName === "INPUT" ? "input" : "change")); } };
 const count = () => parseInt(document.getElementById("count").textContent);
 const all = {benchmark: "", arm: "", language: "", outcome: "any", text: ""};
 const results = {};
-for (const [name, values] of Object.entries(PROBES)) { choose({...all, ...values}); results[name] = count(); }
+for (const [name, values] of Object.entries(PROBES)) {
+  choose({...all, ...values});
+  results[name] = count(); }
 choose(all);
 results.cards = document.querySelectorAll(".item").length;
 document.getElementById("more").click();
 results.more = document.querySelectorAll(".item").length;
 results.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
 results.line = document.querySelector(".version li").textContent;
-const node = document.createElement("pre"); node.id = "probe"; node.textContent = JSON.stringify(results);
+const node = document.createElement("pre");
+node.id = "probe";
+node.textContent = JSON.stringify(results);
 document.body.append(node);
-</script>"""  # noqa: E501
+</script>"""
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )

@@ -33,10 +33,13 @@ for worker in workers:
         environment = os.environ | {"HOME": str(home)}
         subprocess.run(["bash", "-c", flags["command"]], env=environment, cwd=home, check=True)
     elif sys.argv[4] == "scp":
-        source, target = [home / p.partition(":")[2] if p.startswith("mine:") else pathlib.Path(p) for p in plain]
+        source, target = (
+            home / path.partition(":")[2] if path.startswith("mine:") else pathlib.Path(path)
+            for path in plain
+        )
         target = target / source.name if target.is_dir() else target
         shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
-"""  # noqa: E501
+"""
 
 
 def dry_run(*arguments: str, where: tuple[str, ...] = WHERE) -> list[list[str]]:

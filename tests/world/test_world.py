@@ -323,10 +323,11 @@ import time, hashlib, json
 start = time.process_time()
 from crossin_jax.world import facts as world
 L = world.WORLD_LANGUAGES
-parts = [repr(world.world_corpus(split, L, 7)) for split in ("all", "train", "text", "all/time_zone")]
-parts += [json.dumps(world.world_benchmark("held_out", L, 7, subset)) for subset in ("all", "opaque")]
+splits, subsets = ("all", "train", "text", "all/time_zone"), ("all", "opaque")
+parts = [repr(world.world_corpus(split, L, 7)) for split in splits]
+parts += [json.dumps(world.world_benchmark("held_out", L, 7, subset)) for subset in subsets]
 print(hashlib.sha256("".join(parts).encode()).hexdigest(), time.process_time() - start)
-"""  # noqa: E501
+"""
 
 
 def test_every_process_builds_the_same_in_less_than_five_seconds():
