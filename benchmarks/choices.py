@@ -11,7 +11,6 @@ against the harness's backend in float64: a sum near 600 has steps of 6e-5.
 """
 
 import argparse
-import json
 import logging
 import tempfile
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from generate import LANGUAGES, make_model, spent
+from record import write_record
 
 
 def read_requests(data: Path, limit: int | None) -> list[list[Any]]:
@@ -112,7 +112,6 @@ def main() -> None:
 
     from lm_eval.models.huggingface import HFLM
 
-    from crossin_jax import provenance
     from crossin_jax.data.pipeline import load_tokenizer
     from crossin_jax.evaluation.harness import EngineLM
     from crossin_jax.generation.engine import Engine
@@ -179,16 +178,7 @@ def main() -> None:
             "beyond_1e-4": int((apart > 1e-4).sum()),
             "from_float64": exact,
         }
-        arguments.out.write_text(
-            json.dumps(
-                provenance.describe(
-                    vars(arguments) | {"data": str(arguments.data), "out": str(arguments.out)},
-                    results=result,
-                ),
-                indent=1,
-            )
-            + "\n"
-        )
+        write_record(arguments.out, arguments, results=result)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from record import write_record
 
 LANGUAGES = ("en", "zh", "vi", "es", "id", "ms", "fil")
 LONGEST = 128
@@ -203,7 +204,6 @@ def main() -> None:
 
     import torch
 
-    from crossin_jax import provenance
     from crossin_jax.generation.engine import Engine
     from crossin_jax.generation.model import load_model
 
@@ -274,16 +274,7 @@ def main() -> None:
         )
     print(f"{engine.compilations} programs, compiled in {engine.programs.compile_seconds:.0f} s")
     if arguments.out:
-        arguments.out.write_text(
-            json.dumps(
-                provenance.describe(
-                    vars(arguments) | {"data": str(arguments.data), "out": str(arguments.out)},
-                    results=results,
-                ),
-                indent=1,
-            )
-            + "\n"
-        )
+        write_record(arguments.out, arguments, results=results)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+from record import write_record
 from train_vs_peft import ALPHA, RANK, RATE, TARGETS, Ours, Theirs
 
 SHAPES = {  # those of Llama 3.2 1B and Llama 3.1 8B
@@ -378,11 +379,8 @@ def main() -> int:
                     else ""
                 )
             )
-    from crossin_jax import provenance
-
     out = arguments.out or Path(__file__).parent / "results" / f"{datetime.date.today()}-gpu.json"
-    settings = {name: str(value) for name, value in vars(arguments).items()}
-    out.write_text(json.dumps(provenance.describe(settings, results=results), indent=1) + "\n")
+    write_record(out, arguments, results=results)
     print(f"written: {out}")
     return int(any(results[part]["ours"] is None for part in arguments.only.split(",")))
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from gpu import MORE, SHAPES, attempt, best, find_torch_device
+from record import write_record
 
 Question = tuple[np.ndarray, list[np.ndarray], int]  # prompt, choices, tokens of the answer
 
@@ -195,11 +196,7 @@ def main() -> int:
             results[f"{key}_ratio"] = results["ours"][key][key] / results["theirs"][key][key]
     print(json.dumps(results, indent=1))
     if arguments.out:
-        from crossin_jax import provenance
-
-        arguments.out.write_text(
-            json.dumps(provenance.describe({}, results=results), indent=1) + "\n"
-        )
+        write_record(arguments.out, arguments, results=results)
     # bfloat16 keeps 8 bits, and a sum adds up the rounding of up to 24 tokens
     return int(not is_whole or results["scores_apart"]["median"] > 0.01)
 

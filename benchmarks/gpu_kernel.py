@@ -13,7 +13,6 @@ refused by name. Exit code 1 where a case fails.
 
 import argparse
 import functools
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import jax
 import jax.numpy as jnp
 import numpy as np
+from record import write_record
 
-from crossin_jax import provenance
 from crossin_jax.config import UserError
 from crossin_jax.models.attention import Kernel, attend, choose_kernel
 from crossin_jax.models.spec import ModelSpec
@@ -134,9 +133,7 @@ def main() -> int:
         print(name, results[name], flush=True)
     results["device"] = jax.devices()[0].device_kind
     if arguments.out:
-        arguments.out.write_text(
-            json.dumps(provenance.describe({}, results=results), indent=1) + "\n"
-        )
+        write_record(arguments.out, arguments, results=results)
     passed = [results[name]["passes"] for name in CASES]
     print(f"{sum(passed)} of {len(passed)} cases pass on {results['device']}")
     return int(not (all(passed) and results["soft cap refused"]))

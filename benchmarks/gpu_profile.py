@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from gpu import SHAPES, attempt, decode_ours, train_ours
+from record import write_record
 
 SHOWN = 12
 PRODUCTS = re.compile(r"gemm|cutlass|nvjet|cublas|xmma|dot", re.IGNORECASE)
@@ -101,11 +102,7 @@ def main() -> int:
     }
     print(json.dumps(results, indent=1))
     if arguments.out:
-        from crossin_jax import provenance
-
-        arguments.out.write_text(
-            json.dumps(provenance.describe({}, results=results), indent=1) + "\n"
-        )
+        write_record(arguments.out, arguments, results=results)
     return int(any(isinstance(result, str) for result in results.values()))
 
 

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from record import write_record
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -521,20 +522,13 @@ def main() -> int:
         )
     print(f"load {load:.1f} before, {os.getloadavg()[0]:.1f} after")
     if arguments.out:
-        from crossin_jax import provenance
-
-        arguments.out.write_text(
-            json.dumps(
-                provenance.describe(
-                    {name: str(value) for name, value in vars(arguments).items()},
-                    results=results,
-                    shape=shape,
-                    product_flops_per_second=speed,
-                    load=load,
-                ),
-                indent=1,
-            )
-            + "\n"
+        write_record(
+            arguments.out,
+            arguments,
+            results=results,
+            shape=shape,
+            product_flops_per_second=speed,
+            load=load,
         )
     return int(any(result["losses_apart"] > TOLERANCE for result in results))
 

@@ -29,14 +29,17 @@ from crossin_jax.checkpoint.store import find_checkpoint, read_config
 from crossin_jax.checks import check
 from crossin_jax.config import Config, UserError
 from crossin_jax.data.pipeline import open_eval_renderer, open_renderer
-from crossin_jax.data.prompts import Renderer
 from crossin_jax.data.templates import load_template
 from crossin_jax.evaluation.items import Benchmark
 from crossin_jax.evaluation.predictions import Predictions
-from crossin_jax.evaluation.runner import describe_benchmarks, load_benchmarks, run_benchmarks
+from crossin_jax.evaluation.runner import (
+    describe_benchmarks,
+    load_benchmarks,
+    make_engine,
+    run_benchmarks,
+)
 from crossin_jax.evaluation.seaeval import write_log, write_rows
 from crossin_jax.files import content_hash
-from crossin_jax.generation.engine import Engine
 from crossin_jax.parallel import hosts
 from crossin_jax.parallel.mesh import make_mesh
 from crossin_jax.paths import as_path
@@ -87,7 +90,7 @@ def evaluate(
     renderer = open_eval_renderer(config, opened.tokenizer)
     renderer.check_embeddings(opened.spec.vocab_size, config.model.tokenizer or config.model.path)
     warn_of_changed_template(config, opened)
-    engine = open_engine(config, opened, renderer)
+    engine = make_engine(config, renderer, opened.graphdef, opened.state, opened.spec, opened.mesh)
     predictions = run_benchmarks(
         config,
         engine,
@@ -121,21 +124,6 @@ def identify_computation(opened: LoadedModel, weights: str) -> str:
             lora and dataclasses.asdict(dataclasses.replace(lora, path=None)),
             __version__,
         ]
-    )
-
-
-def open_engine(config: Config, opened: LoadedModel, renderer: Renderer) -> Engine:
-    """The engine that asks an opened model the benchmarks of a configuration."""
-    return Engine(
-        opened.graphdef,
-        opened.state,
-        opened.spec,
-        eos_ids=renderer.eos_ids,
-        pad_id=renderer.pad_id,
-        mesh=opened.mesh,
-        batch_size=config.evaluation.batch_size,
-        cache_dtype=config.evaluation.cache_dtype,
-        attention=config.model.attention,
     )
 
 

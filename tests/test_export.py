@@ -36,7 +36,8 @@ from tests.checkpoint.runs import (
     write_tokenizer,
 )
 from tests.conftest import REPOSITORY
-from tests.parity.adapters import load_peft, logits_of, quiet
+from tests.parity.adapters import load_base, load_peft, logits_of
+from tests.parity.families import quiet
 
 TOKENS = np.random.default_rng(0).integers(3, 60, (8, 24))
 
@@ -46,15 +47,6 @@ def our_logits(run, **model):
     return np.asarray(
         jax.jit(lambda state: nnx.merge(restored.graphdef, state)(TOKENS))(restored.state)
     )
-
-
-def load_torch(folder):
-    return quiet(
-        transformers.AutoModelForCausalLM.from_pretrained,
-        folder,
-        dtype=torch.float32,
-        attn_implementation="eager",
-    ).eval()
 
 
 def assert_same_weights(folder, run):
@@ -79,7 +71,7 @@ def test_a_full_model(tmp_path, family):
     config = make_run(tmp_path, family)
     out = export(tmp_path / "run", "hf", tmp_path / "out")
     wanted = our_logits(tmp_path / "run")
-    np.testing.assert_allclose(logits_of(load_torch(out), TOKENS), wanted, atol=2e-4)
+    np.testing.assert_allclose(logits_of(load_base(out), TOKENS), wanted, atol=2e-4)
     assert_same_weights(out, tmp_path / "run")
     tokenizer = quiet(transformers.AutoTokenizer.from_pretrained, out)
     assert tokenizer("w3 w4").input_ids == [6, 7]
@@ -150,7 +142,7 @@ def test_a_merged_model(tmp_path, family, lora):
     make_run(tmp_path, family, lora)
     out = export(tmp_path / "run", "merged", tmp_path / "out")
     wanted = our_logits(tmp_path / "run")
-    np.testing.assert_allclose(logits_of(load_torch(out), TOKENS), wanted, atol=2e-4)
+    np.testing.assert_allclose(logits_of(load_base(out), TOKENS), wanted, atol=2e-4)
 
 
 def test_a_sum_is_rounded_once(tmp_path):
@@ -349,7 +341,7 @@ def test_a_moved_run_of_a_new_model(tied, tmp_path):
     ):
         if tensor in written:
             np.testing.assert_array_equal(written[tensor], trained[path])
-    theirs = load_torch(out)
+    theirs = load_base(out)
     np.testing.assert_allclose(logits_of(theirs, TOKENS), our_logits(run), atol=2e-4)
     assert theirs.generation_config.eos_token_id == 2 and theirs.config.pad_token_id == 0
 

@@ -13,7 +13,7 @@ from crossin_jax.data.prompts import Renderer
 from crossin_jax.evaluation.confusion import measure_confusion, measure_off_target
 from crossin_jax.evaluation.pairs import measure_pairs
 from crossin_jax.evaluation.predictions import Predictions
-from crossin_jax.evaluation.runner import load_benchmarks, run_benchmarks
+from crossin_jax.evaluation.runner import load_benchmarks, make_engine, run_benchmarks
 from crossin_jax.evaluation.separate import evaluate
 from crossin_jax.generation.engine import Engine
 from crossin_jax.training.state import AbstractModel
@@ -37,17 +37,8 @@ class Benchmarks:
         params = nnx.merge_state(state.trainable, state.frozen)
         settings, renderer = self._config.evaluation, self._renderer
         if self._engine is None:
-            self._engine = Engine(
-                self._model.graphdef,
-                params,
-                self._model.spec,
-                eos_ids=renderer.eos_ids,
-                pad_id=renderer.pad_id,
-                mesh=self._mesh,
-                batch_size=settings.batch_size,
-                cache_dtype=settings.cache_dtype,
-                attention=self._config.model.attention,
-            )
+            graphdef, spec = self._model.graphdef, self._model.spec
+            self._engine = make_engine(self._config, renderer, graphdef, params, spec, self._mesh)
         self._engine.params = params
         scores = {}
         for predictions in run_benchmarks(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from crossin_jax.config import Config, UserError
 from crossin_jax.data.kinds import add_tag
@@ -37,6 +38,7 @@ from crossin_jax.files import content_hash, write_whole
 from crossin_jax.generation.engine import Engine
 from crossin_jax.guests import open_guest
 from crossin_jax.languages import name_of
+from crossin_jax.models.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,23 @@ def load_benchmarks(config: Config) -> list[Benchmark]:
         )
         for name in config.evaluation.benchmarks
     ]
+
+
+def make_engine(
+    config: Config, renderer: Renderer, graphdef: Any, params: Any, spec: ModelSpec, mesh: Mesh
+) -> Engine:
+    """The engine that asks a model as a configuration says."""
+    return Engine(
+        graphdef,
+        params,
+        spec,
+        eos_ids=renderer.eos_ids,
+        pad_id=renderer.pad_id,
+        mesh=mesh,
+        batch_size=config.evaluation.batch_size,
+        cache_dtype=config.evaluation.cache_dtype,
+        attention=config.model.attention,
+    )
 
 
 def describe_benchmarks(config: Config, benchmarks: Sequence[Benchmark]) -> dict[str, Any]:

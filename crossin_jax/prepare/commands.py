@@ -238,24 +238,14 @@ def open_translator(config: Config, max_new_tokens: int) -> tuple[Any, str]:
     """A translator that asks the configured model, and the identity of its answers in a cache."""
     from crossin_jax.checkpoint.open import open_model
     from crossin_jax.data.pipeline import open_renderer
-    from crossin_jax.generation.engine import Engine
+    from crossin_jax.evaluation.runner import make_engine
     from crossin_jax.parallel.mesh import make_mesh
     from crossin_jax.prepare.translate import request
 
     opened = open_model(dataclasses.replace(config, lora=None), mesh=make_mesh(config.mesh))
     renderer = open_renderer(config, opened.tokenizer)
     renderer.check_embeddings(opened.spec.vocab_size, config.model.tokenizer or config.model.path)
-    engine = Engine(
-        opened.graphdef,
-        opened.state,
-        opened.spec,
-        eos_ids=renderer.eos_ids,
-        pad_id=renderer.pad_id,
-        mesh=opened.mesh,
-        batch_size=config.evaluation.batch_size,
-        cache_dtype=config.evaluation.cache_dtype,
-        attention=config.model.attention,
-    )
+    engine = make_engine(config, renderer, opened.graphdef, opened.state, opened.spec, opened.mesh)
 
     def translator(texts: list[str], origin: str, target: str) -> list[str]:
         prompts = [renderer.render_prompt(request(origin, target), text) for text in texts]

@@ -24,9 +24,13 @@ import jax
 from crossin_jax.checkpoint.open import open_model
 from crossin_jax.config import Cell, Config, Study, UserError, to_dict
 from crossin_jax.data.pipeline import open_eval_renderer
-from crossin_jax.evaluate import open_engine
 from crossin_jax.evaluation.items import Benchmark, with_items
-from crossin_jax.evaluation.runner import count_prompts, load_benchmarks, run_benchmarks
+from crossin_jax.evaluation.runner import (
+    count_prompts,
+    load_benchmarks,
+    make_engine,
+    run_benchmarks,
+)
 from crossin_jax.export import export
 from crossin_jax.files import content_hash
 from crossin_jax.parallel.mesh import make_mesh
@@ -195,7 +199,7 @@ def time_prompts(config: Config, run: Path, benchmarks: Sequence[Benchmark]) -> 
     opened = open_model(run, mesh=make_mesh(config.mesh))
     renderer = open_eval_renderer(config, opened.tokenizer)
     renderer.check_embeddings(opened.spec.vocab_size, config.model.tokenizer or config.model.path)
-    engine = open_engine(config, opened, renderer)
+    engine = make_engine(config, renderer, opened.graphdef, opened.state, opened.spec, opened.mesh)
     seconds = {}
     for method in count_prompts(config, benchmarks):
         evaluation = dataclasses.replace(

@@ -16,8 +16,7 @@ from crossin_jax.parallel.mesh import make_mesh
 from crossin_jax.training.state import abstract_model, load_base, model_spec
 from crossin_jax.training.step import TrainState
 from tests.helpers import as_earlier_version
-from tests.parity.adapters import quiet
-from tests.parity.families import tiny_config, torch_model
+from tests.parity.families import quiet, tiny_config, torch_model
 
 PROVENANCE = {
     "versions": {"jax": "1.2.3"},

@@ -28,8 +28,8 @@ from crossin_jax.training.optim import make_optimizer
 from crossin_jax.training.state import abstract_model, abstract_state, model_spec, start_state
 from tests.checkpoint.abstract import abstract_transformer
 from tests.checkpoint.checkpoints import LLAMA
-from tests.parity.adapters import ADAPTERS, load_peft, logits_of, make_adapter, quiet
-from tests.parity.families import tiny_config
+from tests.parity.adapters import ADAPTERS, load_peft, logits_of, make_adapter
+from tests.parity.families import quiet, tiny_config
 
 TOKENS = np.random.default_rng(0).integers(3, 97, (2, 24))
 

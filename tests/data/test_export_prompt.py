@@ -23,7 +23,7 @@ from crossin_jax.export import export, write_prompt
 from crossin_jax.generation.chat import load_chat_model
 from tests.checkpoint.runs import edit_config, make_run
 from tests.data.test_chat_templates import ALTERNATES, DATED, DROPS_SYSTEM, REFUSES_SYSTEM, TURNS
-from tests.parity.adapters import quiet
+from tests.parity.families import quiet
 
 CUSTOM = {
     "prompt_input": 'Task: {instruction}\nText: {input}\nSay "it":',

@@ -44,6 +44,22 @@ GEMMA = dataclasses.replace(
     num_kv_heads=1,
 )
 QWEN = dataclasses.replace(LLAMA, model_type="qwen2", qkv_bias=True)
+# Every kind of parameter there is, and no two dimensions of one size
+EVERY_PARAMETER = dataclasses.replace(
+    GEMMA,
+    vocab_size=64,
+    width=24,
+    num_heads=6,
+    num_kv_heads=2,
+    head_width=10,
+    ff_width=40,
+    num_layers=3,
+    local_layers=(),
+    local_rope=None,
+    window=None,
+    qkv_bias=True,
+    tie_embeddings=False,
+)
 SPECS = {spec.model_type: spec for spec in (LLAMA, MISTRAL, GEMMA, QWEN)}
 
 

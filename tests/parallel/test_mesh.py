@@ -1,6 +1,5 @@
 """The mesh and its one table: what does not fit is refused with a place and a remedy."""
 
-import dataclasses
 import itertools
 import types
 
@@ -30,7 +29,7 @@ from crossin_jax.parallel.mesh import (
 )
 from crossin_jax.training.optim import make_optimizer
 from crossin_jax.training.step import StepSettings, init_state, make_train_step
-from tests.models.models import GEMMA
+from tests.models.models import EVERY_PARAMETER as SPEC
 
 
 def test_the_free_axis_takes_the_devices_that_are_left():
@@ -99,22 +98,6 @@ def test_constrain_does_nothing_without_a_mesh_and_pins_with_one():
 
 # ---- Which device holds which part of what
 
-# every kind of parameter, and no two dimensions of one size
-SPEC = dataclasses.replace(
-    GEMMA,
-    vocab_size=64,
-    width=24,
-    num_heads=6,
-    num_kv_heads=2,
-    head_width=10,
-    ff_width=40,
-    num_layers=3,
-    local_layers=(),
-    local_rope=None,
-    window=None,
-    qkv_bias=True,
-    tie_embeddings=False,
-)
 F, T = "fsdp", "tensor"
 # the mesh axis that divides each dimension; parameters of layers have one more in front
 OF_OUTPUTS = {

@@ -1,6 +1,5 @@
 """Adapters made by `peft` on tiny models, with every trained number away from its start."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import peft
 import torch
 import transformers
 
-from tests.parity.families import tiny_config, torch_model
+from tests.parity.families import quiet, tiny_config, torch_model
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FUSED = ["qkv_proj", "gate_up_proj"]
@@ -46,13 +45,6 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
         {"target_modules": FUSED, "modules_to_save": ["down_proj"], "use_dora": True},
     ),
 }
-
-
-def quiet(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """Calls peft or transformers without their warnings."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return function(*args, **kwargs)
 
 
 def make_adapter(folder: Path, name: str, **changes: Any) -> tuple[Path, Path]:

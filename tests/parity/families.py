@@ -2,6 +2,7 @@
 ours.
 """
 
+import warnings
 from typing import Any
 
 import jax.numpy as jnp
@@ -132,6 +133,13 @@ def tiny_config(family: str) -> dict[str, Any]:
     """The content of a config.json of the family."""
     model_type, changes = FAMILIES[family]
     return {**TINY, "model_type": model_type, **changes}
+
+
+def quiet(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Calls peft or transformers without their warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return function(*args, **kwargs)
 
 
 def torch_model(config: dict[str, Any], seed: int = 0, *, peaked: bool = False) -> Any:

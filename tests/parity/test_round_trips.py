@@ -2,8 +2,6 @@
 were.
 """
 
-import warnings
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,7 @@ import transformers
 from crossin_jax.checkpoint.hf import load_weights, read_spec, read_tensors, same_bytes, save_model
 from crossin_jax.generation.model import load_model
 from tests.checkpoint.abstract import abstract_transformer
-from tests.parity.families import FAMILIES, tiny_config, torch_model
+from tests.parity.families import FAMILIES, quiet, tiny_config, torch_model
 
 # of no effect: provenance, windows that are off, and an activation whose name transformers corrects
 UNEQUAL = ("_name_or_path", "transformers_version", "max_window_layers", "hidden_activation")
@@ -21,11 +19,8 @@ TOKENS = np.random.default_rng(0).integers(3, 97, (2, 48))
 
 def torch_logits(folder, dtype=torch.float32):
     """Logits of the folder's model in `transformers`, and the model."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # warnings of transformers are not ours to mend
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation="eager"
-        )
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = quiet(load, folder, dtype=dtype, attn_implementation="eager")
     with torch.no_grad():
         return model(torch.as_tensor(TOKENS)).logits.float().numpy(), model
 

@@ -15,25 +15,9 @@ from crossin_jax.models.lora import TARGETS
 from crossin_jax.models.transformer import Transformer
 from crossin_jax.parallel.mesh import leaf_name, make_mesh, shardings
 from crossin_jax.training.optim import make_optimizer, make_schedule
-from tests.models.models import GEMMA
+from tests.models.models import EVERY_PARAMETER as SPEC
 
-# every kind of parameter there is, and no two dimensions of one size
-SPEC = dataclasses.replace(
-    GEMMA,
-    vocab_size=62,
-    width=24,
-    num_heads=6,
-    num_kv_heads=2,
-    head_width=8,
-    ff_width=40,
-    num_layers=2,
-    local_layers=(),
-    local_rope=None,
-    window=None,
-    qkv_bias=True,
-    tie_embeddings=False,
-)
-LORA = Lora(rank=3, use_dora=True, modules_to_save=("embed_tokens", "lm_head"))
+LORA = Lora(rank=5, use_dora=True, modules_to_save=("embed_tokens", "lm_head"))
 NORMS = (
     "input_layernorm",
     "post_attention_layernorm",
