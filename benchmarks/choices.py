@@ -70,12 +70,12 @@ def run_ours(model: Any, requests: list[Any]) -> tuple[np.ndarray, list[float]]:
 
 
 def against_float64(
-    model: Any, requests: list[Any], values: np.ndarray, theirs: np.ndarray, count: int = 16
+    model: Any, requests: list[Any], values: np.ndarray, theirs: np.ndarray
 ) -> dict[str, float]:
-    """How far both sides are from float64 on the requests where they differ most, and the largest
-    log-likelihood.
+    """How far both sides are from float64 on the 16 requests where they differ most, and the
+    largest log-likelihood.
     """
-    worst = np.argsort(-np.abs(values - theirs))[:count]
+    worst = np.argsort(-np.abs(values - theirs))[:16]
     model.model.double()
     exact = np.array(
         [value for value, _ in model.loglikelihood([requests[i] for i in worst], disable_tqdm=True)]

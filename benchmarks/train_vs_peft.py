@@ -259,7 +259,7 @@ def count_flops(shape: dict[str, int], tokens: int, supervised: int) -> int:
     )
 
 
-def measure_products(shape: dict[str, int], rows: int, repeats: int = 40) -> float:
+def measure_products(shape: dict[str, int], rows: int) -> float:
     """FLOPs per second of a product with the MLP's matrix, the better of XLA's and torch's."""
     import jax
     import torch
@@ -276,7 +276,7 @@ def measure_products(shape: dict[str, int], rows: int, repeats: int = 40) -> flo
         ),
         (torch.from_numpy(left), torch.from_numpy(right), torch.mm),
     ):
-        for _ in range(repeats):
+        for _ in range(40):
             start = time.perf_counter()
             product(a, b)
             times.append(time.perf_counter() - start)

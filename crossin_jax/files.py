@@ -179,24 +179,24 @@ def read_json(
     return parse_json(text, str(path), expect, what, hint)
 
 
-def read_json_lines(path: str | Path, *, remedy: str = "") -> Iterator[tuple[int, Any]]:
+def read_json_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
     """(number of the line from 1, its value) of a JSON Lines file; empty lines are left out.
 
     The file is read line by line. Raises `UserError` with path, line and remedy.
     """
-    hint = f"; {remedy or 'a .jsonl file holds one object per line'}"
-    for number, line in read_lines(path, remedy=remedy):
+    hint = "; a .jsonl file holds one object per line"
+    for number, line in read_lines(path):
         line = line.removeprefix("\ufeff")  # files with a mark may have been joined
         if line.strip():
             yield number, parse_json(line, f"{path}, row {number}", None, "one object", hint)
 
 
-def read_lines(path: str | Path, *, remedy: str = "") -> Iterator[tuple[int, str]]:
+def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """(number from 1, text) of each line of a UTF-8 file, compressed with gzip or not.
 
     Lines end at "\\n" only: U+2028, U+2029 and U+0085 are characters of a text, not ends of lines.
     """
-    with explain_faults(path, remedy), open_unpacked(path) as file:
+    with explain_faults(path), open_unpacked(path) as file:
         for number, line in enumerate(file, 1):
             yield number, decode_text(line, f"{path}, row {number}", has_mark=number == 1)
 
@@ -340,10 +340,10 @@ def check_fields(values: Mapping[str, Any], fields: Mapping[str, Any], place: st
         check_value(f"{place}: {name}", value, annotation, rules)
 
 
-def join_some(faults: Sequence[str], most: int = 5) -> str:
-    """The first few faults, and how many more there are."""
-    more = [f"and {len(faults) - most} more"] if len(faults) > most else []
-    return "; ".join([*faults[:most], *more])
+def join_some(faults: Sequence[str]) -> str:
+    """The first five faults, and how many more there are."""
+    more = [f"and {len(faults) - 5} more"] if len(faults) > 5 else []
+    return "; ".join([*faults[:5], *more])
 
 
 def _find_fault(value: Any, annotation: Any, rules: Mapping[str, Any]) -> str | None:

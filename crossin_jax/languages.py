@@ -59,12 +59,6 @@ _REGIONS = {"es-LA": "419"}
 # CLDR takes Brazil for granted in Portuguese; but data sets have Brazilian beside European
 # Portuguese.
 _KEPT_REGIONS = {"pt-BR"}
-# FLORES names a member of these macrolanguages, or a script that CLDR does not know
-_FLORES = (
-    "acm_Arab acq_Arab ajp_Arab als_Latn arb_Arab arb_Latn ayr_Latn azb_Arab azj_Latn dik_Latn "
-    "gaz_Latn khk_Cyrl kmr_Latn knc_Arab knc_Latn lvs_Latn npi_Deva npi_Latn ory_Orya pbt_Arab "
-    "pes_Arab plt_Latn prs_Arab swh_Latn tgl_Latn uzn_Latn ydd_Hebr zsm_Latn"
-)
 _UNSPACED = {"Hans", "Hant", "Jpan", "Thai", "Laoo", "Khmr", "Mymr", "Tibt"}
 
 
@@ -220,18 +214,6 @@ def _near(value: str) -> str:
         code = canonical(names[near[0]])
         return f"; did you mean {code} ({name_of(code)})?"
     return ""
-
-
-def flores_code(code: str) -> str:
-    """The code that FLORES-200 and Belebele give a language: "fr" → "fra_Latn", "ar" →
-    "arb_Arab".
-    """
-    from langcodes import Language as Tag
-
-    special = {find_code(flores): flores for flores in _FLORES.split()}
-    script = script_of(code)
-    usual = f"{Tag.get(code).to_alpha3()}_{'Hang' if script == 'Kore' else script}"
-    return special.get(code, usual)
 
 
 # ── names ─────────────────────────────────────────────────────────────────────────────────────────

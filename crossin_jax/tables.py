@@ -64,15 +64,11 @@ def format_markdown(
     return [lines[0], rule, *lines[1:]]
 
 
-def format_latex(
-    head: Sequence[object], rows: Sequence[Sequence[object]], sides: str = "<"
-) -> list[str]:
-    """The lines of a LaTeX table (package booktabs); `sides` as in `format_table`."""
-    sides = sides.ljust(len(head), sides[-1])
-    columns = "".join("r" if side == ">" else "l" for side in sides[: len(head)])
+def format_latex(head: Sequence[object], rows: Sequence[Sequence[object]]) -> list[str]:
+    """The lines of a LaTeX table (package booktabs) with columns that are aligned left."""
     lines = [" & ".join(map(escape_latex, row)) + r" \\" for row in (head, *rows)]
     return [
-        rf"\begin{{tabular}}{{{columns}}}",
+        rf"\begin{{tabular}}{{{'l' * len(head)}}}",
         r"\toprule",
         lines[0],
         r"\midrule",
@@ -98,15 +94,13 @@ def format_csv(head: Sequence[object], rows: Sequence[Sequence[object]]) -> list
     return out.getvalue().splitlines()
 
 
-def render_table(
-    style: str, head: Sequence[object], rows: Sequence[Sequence[object]], sides: str = "<"
-) -> list[str]:
+def render_table(style: str, head: Sequence[object], rows: Sequence[Sequence[object]]) -> list[str]:
     """The lines of a table in one of `STYLES`."""
     if style == "text":
-        return format_table((head, *rows), sides)
+        return format_table((head, *rows))
     if style == "csv":
         return format_csv(head, rows)
-    return (format_markdown if style == "markdown" else format_latex)(head, rows, sides)
+    return (format_markdown if style == "markdown" else format_latex)(head, rows)
 
 
 def _cell(value: object) -> str:

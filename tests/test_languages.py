@@ -14,7 +14,6 @@ from crossin_jax.languages import (
     canonical_list,
     find_code,
     find_files,
-    flores_code,
     is_spaced,
     match,
     name_of,
@@ -115,11 +114,6 @@ def test_no_two_languages_of_flores_or_belebele_share_a_code():
 def test_codes_of_two_letters_are_canonical(codes, count):
     codes = codes.split()
     assert len(codes) == count and canonical_list(codes, "") == tuple(codes)
-
-
-def test_a_language_has_its_code_in_flores_again():
-    for code, ours in pairs(FLORES + ROMANISED):
-        assert flores_code(ours) == code
 
 
 SPELLINGS = {

@@ -7,7 +7,6 @@ sentences, the candidate in the place of the gap, by their mean log-likelihood p
     Vienna lies on the | Rhine  | .        −2.6
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,8 +97,6 @@ def _divide(entry: ScoredChoices, values: np.ndarray, method: str) -> np.ndarray
     sums = values[:count]
     if method in ("mean", "sentence"):
         return sums / [len(option) for option in entry.options[:count]]
-    return sums / _count_bytes(entry.texts) if method == "byte" else sums
-
-
-def _count_bytes(texts: Sequence[str]) -> list[int]:
-    return [len(text.encode()) for text in texts]
+    if method == "byte":
+        return sums / [len(text.encode()) for text in entry.texts]
+    return sums

@@ -224,14 +224,14 @@ def metadata_url() -> str:
     return f"http://{host}/computeMetadata/v1/instance"
 
 
-def watch_notices(url: str | None = None, *, seconds: float = 5.0) -> threading.Event:
+def watch_notices(*, seconds: float = 5.0) -> threading.Event:
     """Sends this process SIGTERM when its host announces maintenance or preemption; the returned
     event ends the watch.
 
     A notice that is there at the start is ignored: the previous run has saved and ended because of
     it.
     """
-    url, over = url or metadata_url(), threading.Event()
+    url, over = metadata_url(), threading.Event()
 
     def watch() -> None:
         before = None

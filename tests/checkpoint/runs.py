@@ -30,9 +30,9 @@ NEW = Architecture(
 )
 
 
-def write_tokenizer(folder: Path, first: str = "w", eos: str = "</s>") -> Path:
+def write_tokenizer(folder: Path, first: str = "w") -> Path:
     """A tokenizer of 60 words: w0, w1, … after three special tokens."""
-    words = ["<pad>", "<s>", eos, *(f"{first}{i}" for i in range(57))]
+    words = ["<pad>", "<s>", "</s>", *(f"{first}{i}" for i in range(57))]
     model = tokenizers.Tokenizer(
         tokenizers.models.WordLevel(
             {word: i for i, word in enumerate(words)}, unk_token=f"{first}0"
@@ -40,7 +40,7 @@ def write_tokenizer(folder: Path, first: str = "w", eos: str = "</s>") -> Path:
     )
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(
-        tokenizer_object=model, bos_token="<s>", eos_token=eos, pad_token="<pad>"
+        tokenizer_object=model, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     ).save_pretrained(folder)
     return folder
 
@@ -59,7 +59,6 @@ def make_run(
     lora: settings.Lora | None = None,
     *,
     steps: tuple[int, ...] = (0,),
-    mesh: settings.Mesh | None = None,
     architecture: Architecture = NEW,
     **model,
 ) -> Config:
@@ -78,7 +77,6 @@ def make_run(
         output_dir=str(folder / "run"),
         model=model,
         lora=lora,
-        mesh=mesh or settings.Mesh(),
     )
     config.train.keep = len(steps)
     config.data.sources = (Source(name="world"),)

@@ -19,9 +19,9 @@ CONFIG = str(Path(__file__).parents[2] / "configs" / "paper" / "released_code.py
 OTHERS = ("zh", "vi", "es")
 
 
-def mixture_of(tmp_path, monkeypatch, size: str, rows: int = 240) -> tuple[Mixture, list[dict]]:
+def mixture_of(tmp_path, monkeypatch, size: str) -> tuple[Mixture, list[dict]]:
     """The mixture over a folder laid out as the release's, whose rows have no ids."""
-    table = parallel_rows(rows)
+    table = parallel_rows(240)
     for folder in ("alpaca", "platypus"):
         (tmp_path / "data" / folder).mkdir(parents=True)
     for code in ("en", *OTHERS):

@@ -20,7 +20,6 @@ def answer_benchmark(
     benchmark: Benchmark,
     knows: dict[str, float],
     *,
-    repeats: float = 0.5,
     method: str = "sum",
     prompt: int = 0,
     seed: int = 0,
@@ -29,7 +28,7 @@ def answer_benchmark(
     """A language answers right with its probability in `knows`, else like the language before it,
     or at random.
     """
-    draw = random.Random(f"{seed}/{method}/{prompt}/{sorted(knows.items())}/{repeats}")
+    draw = random.Random(f"{seed}/{method}/{prompt}/{sorted(knows.items())}/0.5")
     items = []
     for item in benchmark.items:
         answers: dict[str, Answer] = {}
@@ -45,7 +44,7 @@ def answer_benchmark(
                 continue
             if draw.random() < knows[code]:
                 choice = version.answer
-            elif before is not None and draw.random() < repeats:
+            elif before is not None and draw.random() < 0.5:
                 choice = before
             else:
                 choice = draw.randrange(count)

@@ -28,7 +28,7 @@ from crossin_jax.evaluation.stats import bootstrap, paired_change, resample, wei
 EVERY = slice(None)
 
 
-def ranked(rows, gold=None, languages=("en", "zh", "vi", "es"), name="made"):
+def ranked(rows, gold=None, languages=("en", "zh", "vi", "es")):
     """Predictions from log-likelihoods by item and language; None: the model was not asked."""
     items = []
     for i, row in enumerate(rows):
@@ -42,7 +42,7 @@ def ranked(rows, gold=None, languages=("en", "zh", "vi", "es"), name="made"):
         right = gold[i] if gold else 0
         by_language = right if isinstance(right, dict) else dict.fromkeys(answers, right)
         items.append(ItemAnswers(f"item {i}", by_language, count, answers))
-    return Predictions(name, "sum", 1, tuple(languages[: len(rows[0])]), tuple(items))
+    return Predictions("made", "sum", 1, tuple(languages[: len(rows[0])]), tuple(items))
 
 
 def draw(num_items=60, num_languages=4, seed=0, sizes=(2, 3, 4, 10)):
@@ -197,11 +197,11 @@ def test_free_answers_have_no_rankc():
 # ---- Agreement where one is right, and transfer
 
 
-def with_coins(num_items=40, seed=0):
+def with_coins():
     """Answers with coins, some languages with another right letter."""
-    draw = random.Random(seed)
+    draw = random.Random(0)
     items = []
-    for i in range(num_items):
+    for i in range(40):
         gold = {code: draw.randrange(3) for code in ("en", "zh", "vi")}
         if draw.random() < 0.5:
             gold = dict.fromkeys(gold, gold["en"])

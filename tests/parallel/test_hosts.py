@@ -432,8 +432,8 @@ def told(monkeypatch):
     signal.signal(signal.SIGTERM, before)
 
 
-def wait_until(condition, seconds: float = 5) -> bool:
-    deadline = time.monotonic() + seconds
+def wait_until(condition) -> bool:
+    deadline = time.monotonic() + 5
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
     return condition()

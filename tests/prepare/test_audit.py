@@ -42,7 +42,7 @@ EDITS = {
 }
 
 
-def make_benchmark(questions=QUESTIONS) -> Benchmark:
+def make_benchmark() -> Benchmark:
     filler = [
         Item(
             f"q{i}",
@@ -58,7 +58,7 @@ def make_benchmark(questions=QUESTIONS) -> Benchmark:
         for i, row in enumerate(parallel_rows(20, start=900))
     ]
     item = Item(
-        "leaky", {code: Version(text, ("(A) a", "(B) b"), 0) for code, text in questions.items()}
+        "leaky", {code: Version(text, ("(A) a", "(B) b"), 0) for code, text in QUESTIONS.items()}
     )
     return Benchmark("bench", (item, *filler), CODES, "test")
 

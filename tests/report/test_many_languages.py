@@ -57,8 +57,8 @@ def make(languages, skill=0.5, num_items=20, seed=0):
 
 
 @cache
-def block_of(languages, arms=2):
-    runs = [Run(f"arm {a}", 1, [make(languages, 0.3 + a, 20, a)]) for a in range(arms)]
+def block_of(languages):
+    runs = [Run(f"arm {a}", 1, [make(languages, 0.3 + a, 20, a)]) for a in range(2)]
     return summarise(runs)[0]
 
 

@@ -56,7 +56,7 @@ def make_batch(seed: int, rows: int = 8, length: int = 32) -> dict[str, np.ndarr
     }
 
 
-def make_state(lora: Lora | None = None, optim: Optim | None = None, **options):
+def make_state(lora: Lora | None = None, **options):
     """(graphdef, state, optimizer) of a small float32 model."""
     model = Transformer(
         SPEC,
@@ -70,20 +70,20 @@ def make_state(lora: Lora | None = None, optim: Optim | None = None, **options):
     graphdef, trainable, frozen = nnx.split(
         model, lambda p, v: is_trainable(p, v, resolve(lora, SPEC)), ...
     )
-    optimizer = make_optimizer(optim or Optim(learning_rate=1e-2, warmup_share=0.0), 10)
+    optimizer = make_optimizer(Optim(learning_rate=1e-2, warmup_share=0.0), 10)
     return graphdef, init_state(trainable, frozen, optimizer), optimizer
 
 
-def run_steps(settings=SETTINGS, mesh=None, lora=None, steps=3, batches=None):
-    """Losses and final trained parameters after a few steps."""
+def run_steps(settings=SETTINGS, mesh=None, lora=None):
+    """Losses and final trained parameters after three steps."""
     graphdef, state, optimizer = make_state(lora)
     step = jax.jit(make_train_step(graphdef, optimizer, settings))
     losses = []
     with jax.set_mesh(mesh) if mesh else jax.default_device(jax.devices()[0]):
         if mesh:
             state = jax.device_put(state, shardings(state, mesh))
-        for i in range(steps):
-            batch = batches[i] if batches else make_batch(i)
+        for i in range(3):
+            batch = make_batch(i)
             batch = (
                 jax.device_put(batch, batch_sharding(mesh))
                 if mesh
