@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the test extra and runs the whole test suite; arguments go to pytest.
+# Installs the test extra and runs the tests, without the long ones of test_long.sh; arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 scripts/setup.sh test

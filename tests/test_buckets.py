@@ -84,6 +84,7 @@ def test_a_run_that_is_killed_while_it_saves_loses_nothing(storage, pretrained):
         assert seals[0]["items"]["data"] == seals[1]["items"]["data"]
 
 
+@pytest.mark.long
 def test_a_damaged_checkpoint_is_set_aside_and_a_new_start_keeps_the_old(storage, pretrained):
     run = as_path("gs://tests/runs/damaged")
     paths.upload(pretrained, run)
@@ -274,6 +275,7 @@ def test_a_dead_owner_of_this_machine_is_known_at_once(storage, monkeypatch):
         assert time.monotonic() - start < 5
 
 
+@pytest.mark.long
 def test_a_study_is_evaluated_compared_and_reported_in_a_bucket(storage, base, monkeypatch, capsys):
     silence(monkeypatch)
     config = config_in("gs://tests/study/a", str(base))

@@ -208,7 +208,6 @@ def test_the_border_between_prompt_and_choices_is_shared():
     assert batching.common_prefix([np.array([1, 2]), np.array([3, 2])]) == 0
 
 
-@pytest.mark.slow
 def test_the_command_that_train_prints_next_runs(pretrained, adapted, tmp_path):
     """A run with benchmarks is evaluated with its own settings, from wherever it lies; one without
     is talked to.

@@ -50,6 +50,7 @@ def test_four_two_and_one_process_agree_with_eight_devices(pretrained, tmp_path)
         assert (tmp_path / name / "metrics.jsonl").read_text().count("\n") == len(steps)
 
 
+@pytest.mark.long
 def test_a_process_that_never_starts_is_named(tmp_path):
     for process in start_group(tmp_path / "run", 3, "--start_timeout=15", come=(0, 2)):
         output = finish(process, 2)
@@ -102,7 +103,10 @@ def test_two_signals_save_once_and_programs_are_kept(tmp_path, monkeypatch):
     )
 
 
-@pytest.mark.parametrize(("number", "workers"), [(1, 0), (1, 1), (2, 0)])
+LISTENERS = [pytest.param(1, 0, marks=pytest.mark.long), (1, 1), (2, 0)]
+
+
+@pytest.mark.parametrize(("number", "workers"), LISTENERS)
 def test_ctrl_c_saves_the_step_under_way(number, workers, tmp_path):
     """A terminal sends SIGINT to every process of the group, the data workers included; the run
     saves and leaves.

@@ -15,6 +15,7 @@ from crossin_jax.cli import load_config_file
 from crossin_jax.evaluate import evaluate
 from crossin_jax.train import train
 
+pytestmark = pytest.mark.long
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

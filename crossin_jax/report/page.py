@@ -19,6 +19,7 @@ from crossin_jax.evaluation.metrics import Mode
 from crossin_jax.evaluation.predictions import Answer, ItemAnswers, Predictions
 from crossin_jax.report import figures, heat_maps, wording
 from crossin_jax.report.summary import Block, Run
+from crossin_jax.report.text import group_ways
 
 HERE = Path(__file__).parent
 # items in the list, and their questions: 200 items in 7 languages, 33 in 42
@@ -27,7 +28,7 @@ MAX_ITEMS, MAX_QUESTIONS = 200, 1400
 MAX_TEXT, MAX_CONTEXT = 400, 1200
 # Blocks with figures, by benchmark and method; with more tags, only the whole benchmark has some
 MAX_DRAWN = 8
-# the heat maps of language pairs
+# The heat maps of language pairs. Only the primary way of choosing has them on the page.
 PAIR_HEADINGS = {
     "rankc": "RankC of language pairs: how alike they rank the choices",
     "agreement": "Agreement of language pairs: share of items with the same choice",
@@ -48,6 +49,7 @@ def build_page(
     """The whole page; `texts` are benchmarks by name, for the questions."""
     arms = list(dict.fromkeys(row.arm for block in blocks for row in block.rows))
     models = [row for block in blocks for row in figures.models_of(block)]
+    primary = [way for way, _ in group_ways(blocks)]
     return render(
         "report.html",
         title=title,
@@ -60,7 +62,7 @@ def build_page(
         over_prompts=any(len(row.prompts) > 1 for row in models),
         benchmarks=group(blocks, lambda block: block.benchmark),
         by_method=lambda several: group(several, lambda block: block.method),
-        draw=lambda block: draw_block(block, arms),
+        draw=lambda block: draw_block(block, arms, any(block is way for way in primary)),
         drawn=lambda several: several if len(several) <= MAX_DRAWN else several[:1],
         shown=wording.group_scores,
         unread=[block for block in blocks if has_unread(block)],
@@ -127,8 +129,8 @@ def count_facts(blocks: Sequence[Block], runs: Sequence[Run]) -> str:
     return " · ".join(f"{n} {what[:-1] if n == 1 else what}" for what, n in counts.items())
 
 
-def draw_block(block: Block, arms: list[str]) -> list[tuple[str, Markup]]:
-    """(heading, figure) of one block."""
+def draw_block(block: Block, arms: list[str], has_pairs: bool) -> list[tuple[str, Markup]]:
+    """(heading, figure) of one block; `has_pairs`: with the maps of its language pairs."""
     if block.kind == "open":
         names = [name for name in block.headline if name in block.rows[0].scores]
         return [("Scores", inline(figures.draw_scores(block, names, arms)))] if names else []
@@ -137,7 +139,7 @@ def draw_block(block: Block, arms: list[str]) -> list[tuple[str, Markup]]:
     drawn = {"Scores": figures.draw_scores(block, unique(last, "accuracy", *consistency), arms)}
     if several:
         drawn["Accuracy by language"] = heat_maps.draw_languages({"": block})
-        drawn |= draw_pairs(block)
+        drawn |= draw_pairs(block) if has_pairs else {}
     elif block.kind == "separate" and all(
         f"accuracy/{code}" in row.scores for row in block.rows for code in block.languages
     ):  # a subset may have no items of a language

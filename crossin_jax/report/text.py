@@ -177,8 +177,8 @@ def warn_of_few(blocks: Sequence[Block]) -> list[str]:
     if few >= SMALL:
         return []
     return [
-        f"{few} items decide nothing: below {SMALL} items the intervals are Wilson's, for "
-        "consistency and AC3 too"
+        f"fewer than {SMALL} items decide nothing, and a table here has {few}: such intervals are "
+        "Wilson's, for consistency and AC3 too"
     ]
 
 

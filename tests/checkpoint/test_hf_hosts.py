@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from crossin_jax.checkpoint.hf import read_tensors, same_bytes
 from tests.checkpoint.checkpoints import write_checkpoint
 
@@ -39,7 +37,6 @@ print(json.dumps({"read": totals, "replicated": shared}))
 """
 
 
-@pytest.mark.slow
 def test_two_hosts(tmp_path):
     write_checkpoint(tmp_path / "m", shard_bytes=9000)
     before = read_tensors(tmp_path / "m")

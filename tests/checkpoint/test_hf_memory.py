@@ -72,7 +72,7 @@ def checkpoint(tmp_path_factory):
     return folder, max(tensor.nbytes for tensor in tensors.values())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(
     not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's peak of resident memory"
 )

@@ -16,6 +16,7 @@ from crossin_jax.report.summary import Run
 from tests.conftest import REPOSITORY
 from tests.helpers import config_in
 
+pytestmark = pytest.mark.long
 FOUR = ("en", "zh", "vi", "es")
 
 

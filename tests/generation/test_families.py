@@ -8,7 +8,7 @@ from flax import nnx
 from crossin_jax.generation.engine import Engine
 from tests.parity.families import FAMILIES, our_model, tiny_config, torch_model
 
-PROMPTS = 64  # of mixed length
+PROMPTS = 20  # of mixed length
 NEW = 128
 TIE = 1e-4  # nearer logits may swap places by rounding
 
@@ -34,7 +34,14 @@ def torch_answers(model, prompts):
     return out.sequences[:, longest:].numpy(), (best[..., 0] - best[..., 1]).numpy()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# One of each kind of attention and rotation; the others share their code.
+KINDS = {"llama3.1", "mistral_v0.1", "gemma_2b", "gemma2", "gemma3", "qwen2", "phi4_mini", "qwen3"}
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=[] if f in KINDS else pytest.mark.long) for f in FAMILIES],
+)
 def test_greedy_answers_equal_those_of_transformers(family):
     config = tiny_config(family)
     reference = torch_model(config)
@@ -47,7 +54,7 @@ def test_greedy_answers_equal_those_of_transformers(family):
         model.spec,
         eos_ids=[],
         pad_id=0,
-        batch_size=min(48, len(prompts) - 3),
+        batch_size=16,
         cache_dtype="float32",
         max_length=256,
     )

@@ -364,6 +364,7 @@ def test_a_proposal_for_another_model_or_a_file_of_another_kind_is_refused(tmp_p
         apply_proposal(tmp_path / "q.json", config)
 
 
+@pytest.mark.long
 def test_training_takes_a_proposal_with_one_flag(tmp_path):
     from tests.configs import tiny
 

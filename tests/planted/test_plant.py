@@ -151,6 +151,7 @@ def test_a_fault_that_cannot_be_planted_is_stale(repository, fault, words):
         plant(find_place(repository, fault), fault)
 
 
+@pytest.mark.long
 def test_what_the_tests_do_not_notice_is_told(repository, capsys):
     """Outcomes, the table and the exit code; the repository itself is left as it is."""
     faults = (
@@ -173,6 +174,7 @@ def test_what_the_tests_do_not_notice_is_told(repository, capsys):
     assert not list(repository.rglob("__pycache__"))
 
 
+@pytest.mark.long
 def test_a_run_that_does_not_end_counts_as_noticed(repository, capsys):
     """It is stopped, with all processes that it started, and told as such."""
     fault = fault_of("outer", "inner(x)", "__import__('time').sleep(60)")

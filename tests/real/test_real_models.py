@@ -242,7 +242,6 @@ def loss_per_token(logits: np.ndarray, targets: np.ndarray) -> float:
     return losses.item()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "limit"), [("nf4", 0.25), ("int8", 0.05)])
 def test_quantized_bases_stay_near_the_model(real, tokenizer, theirs, kind, limit):
     """The loss of a rounded base beside the base's own on the same text; the limit is in nats per

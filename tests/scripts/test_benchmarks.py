@@ -12,6 +12,7 @@ from tests.conftest import REPOSITORY
 ENVIRONMENT = os.environ | {"JAX_PLATFORMS": "cpu"}
 
 
+@pytest.mark.long
 def test_training_beside_peft_has_the_same_losses(shared, tmp_path):
     pytest.importorskip("peft")
     run = subprocess.run(
@@ -38,6 +39,7 @@ def test_training_beside_peft_has_the_same_losses(shared, tmp_path):
     assert results[1]["supervised"] == results[2]["supervised"] > 0 and results[1]["examples"] > 4
 
 
+@pytest.mark.long
 def test_the_gpu_benchmark_runs_in_miniature(tmp_path):
     run = subprocess.run(
         [sys.executable, "benchmarks/gpu.py", "--quick", f"--out={tmp_path}/gpu.json"],

@@ -388,19 +388,12 @@ MARGIN = 0.08
 PARTS = ("mixture", "mask", "scorer")
 
 
-@pytest.fixture(scope="module")
-def smallest(tmp_path_factory):
-    """Scores of the smallest study, sound and with each part broken: a process of its own, compiled
-    as for users.
+def run_smallest(folder, *parts):
+    """Scores of the smallest study, sound and with parts broken: a process of its own, compiled as
+    for users.
     """
     ran = subprocess.run(
-        [
-            sys.executable,
-            "tests/smallest.py",
-            str(tmp_path_factory.mktemp("smallest")),
-            "1",
-            *PARTS,
-        ],
+        [sys.executable, "tests/smallest.py", str(folder), "1", *parts],
         cwd=REPOSITORY,
         env=os.environ
         | {"PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"},
@@ -419,11 +412,13 @@ def check_that_pairs_help(found):
     assert found["x2x_same"][OTHERS] - found["base"][OTHERS] > MARGIN
 
 
-def test_pairs_help_in_the_smallest_study(smallest):
-    check_that_pairs_help(smallest["sound"])
+def test_pairs_help_in_the_smallest_study(tmp_path):
+    check_that_pairs_help(run_smallest(tmp_path)["sound"])
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_nothing_helps_where_a_part_is_broken(smallest, part):
-    with pytest.raises(AssertionError):
-        check_that_pairs_help(smallest[part])
+@pytest.mark.long
+def test_nothing_helps_where_a_part_is_broken(tmp_path):
+    found = run_smallest(tmp_path, *PARTS)
+    for part in PARTS:
+        with pytest.raises(AssertionError):
+            check_that_pairs_help(found[part])

@@ -125,6 +125,7 @@ def test_a_cell_is_done_while_its_files_are_what_they_were(config, tmp_path):
         (tmp_path / name).write_text(content)
 
 
+@pytest.mark.long
 def test_a_study_trains_anew_on_replaced_weights(pretrained, tmp_path, monkeypatch, capsys):
     """The old model's scores do not come back under the new weights."""
     from tests.helpers import config_in

@@ -20,6 +20,7 @@ from tests.processes import finish, start_process
 from tests.test_train import copy_run
 
 
+@pytest.mark.long
 def test_on_the_users_machine_a_run_is_killed_and_continues_bit_by_bit(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/mine").write_text("untouched")
