@@ -133,8 +133,8 @@ def _check_data(data: Data) -> None:
     for source in (*data.sources, *data.eval_sources):
         if len(source.portion) != 2 or not 0 <= source.portion[0] < source.portion[1] <= 1:
             raise UserError(
-                f"source {source.name!r}: portion={source.portion} is no part; give two shares, "
-                "e.g. (0.0, 0.9) to train on and (0.9, 1.0) to hold out"
+                f"source {source.name!r}: portion={source.portion} is not a range; give two "
+                "shares, e.g. (0.0, 0.9) to train on and (0.9, 1.0) to hold out"
             )
     for field, sources in (("eval_sources", data.eval_sources), ("sources", data.sources)):
         names = [source.name for source in sources]

@@ -121,7 +121,7 @@ class Source(Settings):
     )
     path: str = setting("", "file, folder, pattern with {lang}, or Hub id")
     split: str = setting(
-        "train", "split of a Hub data set or of the embedded world (see data/world.py)"
+        "train", "split of a Hub data set or of the embedded world (see world/facts.py)"
     )
     languages: tuple[str, ...] = setting(
         (), "codes to read; empty takes every language of `data.languages`"
@@ -132,13 +132,13 @@ class Source(Settings):
         "unread: 'refuse' makes an error of what is not read",
         may_be_empty=True,
     )
-    join: str = setting("id", "how rows of several files meet", choices=("id", "position"))
+    join: str = setting("id", "how rows of several files are joined", choices=("id", "position"))
     portion: tuple[float, ...] = setting(
         (0.0, 1.0),
         "part of the rows, from and to, in hash order of the row id or of fields['group']",
         may_repeat=True,
     )
-    limit: int | None = setting(None, "first rows of that part, rows", at_least=1)
+    limit: int | None = setting(None, "rows that are kept, from the start of that part", at_least=1)
 
 
 TAGS = ("none", "input", "input_released", "instruction", "sentence")
@@ -200,13 +200,13 @@ class Data(Settings):
     tag: str = setting("input", "how a prompt names the wanted language", choices=TAGS)
     tokenization: str = setting(
         "joint",
-        "prompt and answer together, or apart as in the release",
+        "prompt and answer in one piece, or apart as in the release",
         choices=("joint", "apart"),
     )
     length: int = setting(1024, "tokens per row T", at_least=8)
     packing: bool = setting(True, "several examples per row, kept apart by segment ids")
     over_long: str = setting(
-        "drop", "examples longer than a row", choices=("drop", "shorten_input")
+        "drop", "what becomes of examples longer than a row", choices=("drop", "shorten_input")
     )
     workers: int = setting(0, "processes that tokenize and pack", at_least=0, at_most=256)
 
@@ -315,7 +315,7 @@ class Evaluation(Settings):
     shots: int = setting(0, "solved examples before the question", at_least=0, at_most=10)
     mode: str = setting(
         "expectation",
-        "ties, empty and unreadable answers",
+        "how ties, empty and unreadable answers count",
         choices=("expectation", "seaeval", "strict"),
     )
     rankc: str = setting(
@@ -335,15 +335,15 @@ class Evaluation(Settings):
     cache_dtype: str = setting(
         "bfloat16", "precision of keys and values", choices=("float32", "bfloat16", "int8")
     )
-    limit: int | None = setting(None, "first items of each benchmark", at_least=1)
+    limit: int | None = setting(None, "items of each benchmark, from its start", at_least=1)
     over_long: str = setting(
         "refuse",
-        "prompts longer than the model reads: refuse them, or skip and count them",
+        "prompts longer than the context of the model: refuse them, or skip and count them",
         choices=("refuse", "skip"),
     )
     untuned: bool = setting(
         False,
-        "ask the model before tuning too: the first row of every table and of --compare",
+        "also ask the model before tuning: the first row of every table and of --compare",
         is_later=True,
     )
 

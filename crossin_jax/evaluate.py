@@ -86,7 +86,7 @@ def evaluate(
     trained["tokenizer"] = provenance.identify_tokenizer(opened.tokenizer)
     trained["weights"] = fingerprint(opened.state)
     if jax.process_index() == 0 and (place := keep_other_model(out, trained["weights"])):
-        log.warning("%s held the report of another model; it is now %s", out, place)
+        log.warning("%s had the report of another model, which was moved to %s", out, place)
     renderer = open_eval_renderer(config, opened.tokenizer)
     renderer.check_embeddings(opened.spec.vocab_size, config.model.tokenizer or config.model.path)
     warn_of_changed_template(config, opened)

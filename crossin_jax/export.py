@@ -159,7 +159,8 @@ def merge_adapter(restored: Any, dtype: str | None, stored: str) -> tuple[Any, s
         if ratio > MAX_ROUNDING and dtype is None:
             stored = "float32"
             print(
-                f"that is above {MAX_ROUNDING}: the model is written as float32; --dtype overrules"
+                f"that is above {MAX_ROUNDING}, so the model is written as float32; "
+                "--dtype overrides this"
             )
         elif ratio > MAX_ROUNDING:
             log.warning(

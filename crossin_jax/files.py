@@ -97,7 +97,9 @@ class Lines:
                 self.flush()
             except OSError as error:  # the text is kept, and the next put has it
                 self._put_at = time.monotonic()
-                logging.warning("%s: not written now: %s", self._bucket, error.strerror)
+                logging.warning(
+                    "%s: cannot be written now and is tried again: %s", self._bucket, error.strerror
+                )
 
     def flush(self) -> None:
         """Returns when every line is in the file; raises OSError where it cannot be written."""
@@ -380,10 +382,10 @@ def _find_fault_in_text(text: str, rules: Mapping[str, Any]) -> str | None:
     if text == "" and not rules.get("may_be_empty"):
         return "is empty"
     if "\0" in text or not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-        return "holds a character that no file can hold"
+        return "has a character that cannot be stored in a file"
     # settings are stored beside every checkpoint and result
     if redact(text) != text and not rules.get("may_be_secret"):
-        return "holds a password or token; give it in the environment instead"
+        return "has a password or token in it; set that in the environment instead"
     return None
 
 

@@ -51,7 +51,9 @@ def define_flags() -> None:
         "model", None, "model folder, Hub id, adapter folder, or the output_dir of a run"
     )
     flags.DEFINE_string("adapter", None, "PEFT adapter to put on --model")
-    flags.DEFINE_string("base", None, "base of the adapter --model, in place of the one it names")
+    flags.DEFINE_string(
+        "base", None, "base model of the adapter --model, instead of the one that it names"
+    )
     flags.DEFINE_string("tokenizer", None, "tokenizer folder or Hub id; none: the model's")
     flags.DEFINE_string(
         "template",

@@ -275,7 +275,7 @@ def check_finished(folder: BucketPath) -> None:
     """Refuses a folder of a bucket that somebody is writing, or that a killed process left."""
     if (folder / UNFINISHED).exists():
         raise UserError(
-            f"{folder}: is not finished: a program is writing it, or was killed; export it again"
+            f"{folder} is not finished: a program is writing it, or was killed; export it again"
         )
 
 

@@ -53,10 +53,13 @@ TEXT_COLUMNS = ("completion", "model_prediction", "response", "output", "answer"
 def define_flags() -> None:
     flags.DEFINE_string("log", None, "the log to score, FILE.json or FILE.json.gz")
     flags.DEFINE_string(
-        "answers", None, "free answers whose line and word pass rates to measure: .jsonl, .csv, …"
+        "answers", None, "free answers, to measure their line and word pass rates: .jsonl, .csv, …"
     )
     flags.DEFINE_string(
-        "mode", "expectation", "coins: expectation (exact), seaeval (tossed) or strict (no answer)"
+        "mode",
+        "expectation",
+        "answers that fit several choices: expectation (exact), seaeval (tossed) or strict "
+        "(no answer)",
     )
     flags.DEFINE_string(
         "rankc",
@@ -64,7 +67,7 @@ def define_flags() -> None:
         "weights of RankC: softmax, norm1 (linear in the rank) or norm2 (squared)",
     )
     flags.DEFINE_string("out", None, "file for the scores, JSON")
-    flags.DEFINE_string("alignments", None, "file for the chosen choices, JSON")
+    flags.DEFINE_string("alignments", None, "file for the choice of every answer, JSON")
     flags.DEFINE_enum(
         "few_shot",
         "auto",

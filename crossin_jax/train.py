@@ -171,7 +171,9 @@ def set_up(config: Config, folder: Path) -> Run:
     data = open_pipeline(config)
     if (english := data.mixture.count_english_requests()) and jax.process_index() == 0:
         counts = ", ".join(f"{code} {count}" for code, count in english.items())
-        logging.warning("requests are in English for want of a sentence of their own: %s", counts)
+        logging.warning(
+            "these languages have no sentence for requests, so they ask in English: %s", counts
+        )
     if jax.process_index() == 0:
         lost = describe_lost(
             data.mixture, data.held_out, data.renderer, config.data, spec.max_length
@@ -232,7 +234,7 @@ def warn_of_length(length: int, context: int) -> None:
     if length > context and jax.process_index() == 0:
         logging.warning(
             "data.length=%d is longer than the context of the model, %d tokens: longer examples "
-            "are learned at positions that the model does not know; set data.length=%d",
+            "are learned at positions that the model has never seen; set data.length=%d",
             length,
             context,
             context,
@@ -434,7 +436,7 @@ def read_window(words: list[str]) -> tuple[int, ...]:
 
 def define_flags() -> None:
     """Flags beside the configuration."""
-    flags.DEFINE_string("coordinator", None, "host:port of process 0; by default from the cluster")
+    flags.DEFINE_string("coordinator", None, "host:port of process 0; default: the cluster's")
     flags.DEFINE_integer("num_processes", None, "processes of the run, with --coordinator")
     flags.DEFINE_integer("process_id", None, "number of this process, with --coordinator")
     flags.DEFINE_integer("start_timeout", 300, "seconds to wait for all processes")
@@ -449,7 +451,7 @@ def define_flags() -> None:
         "resume",
         True,
         "continue from the newest whole checkpoint in output_dir; --noresume "
-        "sets the checkpoints there aside and starts anew",
+        "sets those checkpoints aside and starts from the beginning",
     )
     flags.DEFINE_list(
         "profile_steps", [], "two steps, e.g. 10,12: profile from after the first to the second"

@@ -227,7 +227,7 @@ def portion(field: str, name: str, value: tuple) -> tuple:
     path = f"data.{field}.0.portion"
     return refuse(
         {path: value},
-        rf"source '{name}': portion=\(.*\) is no part; give two shares",
+        rf"source '{name}': portion=\(.*\) is not a range; give two shares",
         *({path: kept} for kept in ((0.0, 1.0), (0, 1), (0.0, 1e-9), (0.5, 0.75), (0.999, 1.0))),
     )
 

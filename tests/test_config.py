@@ -234,8 +234,8 @@ def test_annotations_are_types():
         ({"evaluation": Evaluation(languages=("en", "zh", "en"))}, "names 'en' twice"),
         ({"evaluation": Evaluation(languages=("en", ""))}, "is empty"),
         ({"output_dir": ""}, "output_dir='' is empty"),
-        ({"output_dir": "a\0b"}, "holds a character that no file can hold"),
-        ({"name": "a\ud800"}, "holds a character that no file can hold"),
+        ({"output_dir": "a\0b"}, "has a character that cannot be stored in a file"),
+        ({"name": "a\ud800"}, "has a character that cannot be stored in a file"),
         ({"seed": 2**32}, f"must be at most {2**32 - 1}"),  # JAX would take it for seed 0
         ({"train": Train(steps=2**31)}, f"must be at most {2**31 - 1}"),
         ({"optim": Optim(clip_norm=1e39)}, "must be at most"),  # infinite in float32

@@ -90,7 +90,7 @@ def test_a_setting_that_holds_a_secret_is_refused_without_repeating_it(name, val
     """Settings are stored beside checkpoints and results."""
     monkeypatch.setenv("HF_TOKEN", SECRETS["HF_TOKEN"])
     source = Source(**({"name": "s", "path": "x"} | {name: value}))
-    with pytest.raises(UserError, match="holds a password or token") as error:
+    with pytest.raises(UserError, match="has a password or token") as error:
         check(Config(model=Model(path="m"), data=Data(sources=(source,))))
     assert "Secret" not in str(error.value) and "***" in str(error.value)
 

@@ -132,7 +132,7 @@ def check_vocabulary(file: Path, spec: ModelSpec, place: str) -> None:
     ids = [len(vocabulary) - 1] if isinstance(vocabulary, list) else [-1, *vocabulary.values()]
     if not all(type(i) is int for i in (*ids, *(token.get("id") for token in added))):
         raise UserError(
-            f"{file}: an id is no whole number; take it from the model's own repository"
+            f"{file}: an id is not a whole number; take it from the model's own repository"
         )
     last = max(ids)  # of the vocabulary that the tokenizer was trained with
     if last >= spec.vocab_size:

@@ -272,7 +272,7 @@ class Store:
                 if (run / name).exists():
                     move(run / name, place.parent / name)
             logging.warning(
-                "%s: starts anew; its earlier checkpoints (%s) are now in %s",
+                "%s: starts from the beginning; its earlier checkpoints (%s) are now in %s",
                 run,
                 ", ".join(map(str, steps)),
                 place.parent,
@@ -346,7 +346,7 @@ def move_junk(checkpoints: Path) -> None:
         while place.exists():
             place = place.with_name(place.name + "+")
         move(path, place)
-        logging.warning("%s holds no checkpoint; it is now %s", path, place)
+        logging.warning("%s is not a checkpoint; it was moved to %s", path, place)
     if hosts.any_process(bool(junk)):
         hosts.barrier("what is no checkpoint is moved")
 

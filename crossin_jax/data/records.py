@@ -364,7 +364,7 @@ class TextReader:
     def _read_turn(self, turn: Any) -> tuple[str, str]:
         """(role, text) of a chat turn."""
         if not isinstance(turn, dict):
-            raise Unusable("chat turn that is no object with role and content")
+            raise Unusable("chat turn that is not an object with role and content")
         name = turn.get("role") or turn.get("from")
         role = ROLES.get(name.lower()) if isinstance(name, str) else None
         if role is None:

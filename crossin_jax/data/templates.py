@@ -107,7 +107,7 @@ def load_template(name: str | dict[str, Any], place: str = "data.template") -> T
     path = as_path(name)
     if not path.is_file():
         raise UserError(
-            f"{place}={name!r} is no file and none of {', '.join((*TEMPLATES, 'chat'))}"
+            f"{place}={name!r} is neither a file nor one of {', '.join((*TEMPLATES, 'chat'))}"
             f"{hint(name, (*TEMPLATES, 'chat'))}"
         )
     return _make_template(read_json(path, expect=dict, what="a template"), name)

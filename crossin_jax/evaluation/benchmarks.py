@@ -178,7 +178,7 @@ def _finish(benchmark: Benchmark, items: Sequence[Item]) -> Benchmark:
     if benchmark.kind == "parallel" and moved > MAX_MOVED * len(items):
         note = "the choices are in another order in each language"
         log.warning(
-            "%s: %s (%d of %d gold answers), so that only accuracy can be told",
+            "%s: %s (%d of %d gold answers), so only accuracy can be measured",
             benchmark.source,
             note,
             moved,

@@ -282,7 +282,7 @@ def read_sampling(given: dict[str, Any]) -> dict[str, Any]:
     if wrong:
         name = wrong[0]
         neutral = (
-            f"; {name}={given[name]} is no default, {NEUTRAL[name][0]} is"
+            f"; instead of {name}={given[name]} only the default {NEUTRAL[name][0]} is allowed"
             if name in NEUTRAL
             else ""
         )

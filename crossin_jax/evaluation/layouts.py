@@ -85,7 +85,7 @@ def tags_of(row: Row, place: str) -> tuple[str, ...]:
     """
     tags = row.get("tags") or []
     if not isinstance(tags, list | tuple):
-        raise UserError(f"{place}: tags={tags!r:.60} is no list; give a list of texts")
+        raise UserError(f"{place}: tags={tags!r:.60} is not a list; give a list of texts")
     found = dict.fromkeys(map(str, tags))
     # a candidate's "Subject" is whom the sentence is about
     labels = {} if is_candidates(row) else OPEN_LABELS if is_open(row) else LABELS
@@ -152,9 +152,7 @@ def find_gold(answer: Any, choices: tuple[str, ...], place: str) -> int:
             if len(matches) == 1:
                 return matches[0]
             if matches:
-                raise UserError(
-                    f"{place}: the gold answer {answer!r} stands twice among the choices"
-                )
+                raise UserError(f"{place}: the gold answer {answer!r} is twice among the choices")
     raise UserError(
         f"{place}: the gold answer {answer!r} is not among the choices {' | '.join(choices)}"
     )

@@ -391,7 +391,7 @@ def check_lengths(
             "set evaluation.over_long=skip to count them as unanswered, or lower "
             f"evaluation.shots={config.evaluation.shots} or evaluation.max_new_tokens"
         )
-    log.warning("%s; %s: skipped, each counts as any of its choices", place, count)
+    log.warning("%s; %s: skipped; each counts as any of its choices", place, count)
 
 
 def answer_without_model(config: Config) -> dict[str, list[Predictions]]:

@@ -50,7 +50,7 @@ def read_rows(path: str | Path, *, few_shot: bool | None = None) -> list[Row]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise UserError(
-                f"{path}, row {number}: {row!r:.60} is no object; "
+                f"{path}, row {number}: {row!r:.60} is not an object; "
                 'an item is {"id": …, "English": {…}, …}'
             )
         for version in filter(lambda value: few_shot and isinstance(value, dict), row.values()):
@@ -156,7 +156,8 @@ def _read_text(version: Row, place: str) -> str:
         )
     if not isinstance(text := version["model_prediction"], str):
         raise UserError(
-            f'{place}: model_prediction={text!r:.60} is no text; write "" where there is no answer'
+            f"{place}: model_prediction={text!r:.60} is not a text; "
+            'write "" where there is no answer'
         )
     return text
 

@@ -144,7 +144,7 @@ def read_turns(messages: Any) -> tuple[tuple[str, str], ...]:
     is_chat = isinstance(messages, Sequence) and not isinstance(messages, str) and messages
     if not is_chat or not all(isinstance(turn, Mapping) for turn in messages):
         raise UserError(
-            f"{str(messages)[:80]!r} is no prompt; give a text, or a list of turns such as "
+            f"{str(messages)[:80]!r} is not a prompt; give a text, or a list of turns such as "
             '[{"role": "user", "content": "Hello"}]'
         )
     turns = tuple((turn.get("role"), turn.get("content")) for turn in messages)

@@ -51,7 +51,7 @@ def resolve(lora: Lora | None, spec: ModelSpec) -> Lora | None:
     both = [name for name in targets if name in lora.modules_to_save]
     if both:
         raise UserError(
-            f"lora: {both[0]} stands in targets and in modules_to_save; keep it in one of them"
+            f"lora: {both[0]} is in targets and in modules_to_save; keep it in one of them"
         )
     # PEFT has one adapter for a fused weight. One on some of its parts could not be exported.
     for parts in fused_parts(spec).values():

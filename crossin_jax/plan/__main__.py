@@ -32,7 +32,9 @@ def define_flags() -> None:
     """Flags beside the configuration."""
     flags.DEFINE_string("topology", None, "TPU slice, e.g. v5e:4x4, v6e:2x4, v5p:2x2x4, v4:2x2x2")
     flags.DEFINE_bool("json", False, "print JSON")
-    flags.DEFINE_bool("search", True, "where it does not fit, compile changes until one does")
+    flags.DEFINE_bool(
+        "search", True, "if it does not fit, compile changed configurations until one fits"
+    )
     flags.DEFINE_bool(
         "tune", False, "compile variants of the training step and propose the fastest that fits"
     )

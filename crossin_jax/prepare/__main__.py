@@ -24,7 +24,7 @@ def define_flags() -> None:
     flags.DEFINE_string("out", None, "folder or file to write; by default inside output_dir")
     flags.DEFINE_enum("format", "parquet", ["parquet", "jsonl"], "file format of build")
     flags.DEFINE_integer("n", 5, "examples in preview", lower_bound=1)
-    flags.DEFINE_string("html", None, "page that preview writes")
+    flags.DEFINE_string("html", None, "HTML page that preview writes")
     flags.DEFINE_string(
         "source", None, "source that translate and cross_xquad read; needed where there are several"
     )
@@ -43,7 +43,7 @@ def main() -> None:
         cli.fail(f"name a command: {', '.join(COMMANDS)}")
     if name is not None and name not in COMMANDS:
         names = ", ".join(COMMANDS)
-        cli.fail(f"{name!r} is no command of prepare{hint(name, COMMANDS)}; commands: {names}")
+        cli.fail(f"{name!r} is not a command of prepare{hint(name, COMMANDS)}; commands: {names}")
     cli.run(COMMANDS.get(name), define=define_flags)
 
 

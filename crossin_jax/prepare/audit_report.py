@@ -53,7 +53,7 @@ def _lines(report: dict[str, Any], table: Table) -> Iterator[str]:
             )
     if report["english_requests"]:
         counts = ", ".join(f"{code} {n}" for code, n in report["english_requests"].items())
-        yield f"Asked in English, for want of a sentence in the prompt's language: {counts}"
+        yield f"Asked in English, because the prompt's language has no sentence for it: {counts}"
     for reason, entry in report["refused"].items():
         yield f"Refused, {reason}: {entry['examples']} ({', '.join(entry['first'][:5])})"
     for name, dropped in report["dropped_rows"].items():

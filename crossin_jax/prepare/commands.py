@@ -178,7 +178,7 @@ def translate(config: Config, arguments: Any) -> None:
     with own_output(out):
         counts = fill(corpus, languages, pivot, translator, out, engine=engine)
     print("\n".join(f"{name:<36} {n:>8}" for name, n in sorted(counts.items())))
-    print(f"wrote {out}; suspicious rows carry a field flags")
+    print(f"wrote {out}; suspicious rows have a field `flags`")
 
 
 def output_path(config: Config, arguments: Any, default: str) -> Path:
@@ -190,8 +190,8 @@ def refuse_bucket(out: Path) -> None:
     """Refuses to write into a bucket what is written piece by piece."""
     if is_bucket(out):
         raise UserError(
-            f"{out}: this is written piece by piece, to a folder of this machine; name one with "
-            "--out, and copy the result into the bucket"
+            f"{out}: this file is written piece by piece, which a bucket does not allow; name a "
+            "folder of this machine with --out, and copy the result into the bucket"
         )
 
 

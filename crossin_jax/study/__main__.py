@@ -48,7 +48,7 @@ def define_flags() -> None:
     flags.DEFINE_bool(
         "dry_run",
         False,
-        "open everything, count, time a few steps and prompts, print hours per cell, and leave",
+        "open everything, count, time a few steps and prompts, print hours per cell, and exit",
     )
     flags.DEFINE_enum("format", "text", STYLES, "how the tables are printed")
     flags.DEFINE_bool("time", True, "time steps and prompts in a dry run; --notime only counts")

@@ -184,7 +184,10 @@ def run_cell(cell: Cell, keys: dict[str, str], study: Study) -> None:
         mark = read_mark(folder / "key.json") or {}
         changed = find_changed_input(config, "training", mark.get("inputs"))
         if changed and not jax.process_index():
-            print(f"cell {cell.name}: {changed} changed; it starts anew", file=sys.stderr)
+            print(
+                f"cell {cell.name}: {changed} changed; it starts from the beginning",
+                file=sys.stderr,
+            )
         if hosts.any_process(bool(changed) or mark.get("key") != keys[cell.name]):
             # A configuration that cannot run must not cost the results of the one before it.
             open_everything(config)
@@ -296,7 +299,7 @@ def cell_keys(study: Study) -> dict[str, str]:
         missing = [name for name in cell.needs if name not in keys]
         if missing:
             raise UserError(
-                f"study {study.name}: cell {cell.name} needs {missing[0]}, which does not come "
+                f"study {study.name}: cell {cell.name} needs {missing[0]}, which must come "
                 "before it"
             )
         decides = {

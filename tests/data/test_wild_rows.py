@@ -132,7 +132,7 @@ def test_chats_that_cannot_be_used_are_dropped_and_counted(read, turns, reason):
 
 def test_a_turn_that_is_no_object_is_counted(read):
     assert read({"messages": ["hi", "ho"]}, chat(*ASKED)).dropped == {
-        "chat turn that is no object with role and content": 1
+        "chat turn that is not an object with role and content": 1
     }
 
 

@@ -180,7 +180,7 @@ def test_junk_beside_checkpoints_stops_nothing(stored, tmp_path, caplog):
     assert 11 in list_steps(checkpoints)
     assert (folder / "no-checkpoint-65/notes.txt").read_text() == "mine"
     assert (folder / "no-checkpoint-7").read_text() == "a file"
-    assert f"65 holds no checkpoint; it is now {folder / 'no-checkpoint-65'}" in caplog.text
+    assert f"65 is not a checkpoint; it was moved to {folder / 'no-checkpoint-65'}" in caplog.text
 
 
 # ---- Another base, tokenizer or template

@@ -83,8 +83,8 @@ def test_a_chat_scores_only_its_last_answer(model):
     ("call", "words"),
     [
         (lambda model: model.generate("Hello"), "list of prompts"),
-        (lambda model: model.generate([7]), "is no prompt"),
-        (lambda model: model.generate([[]]), "is no prompt"),
+        (lambda model: model.generate([7]), "is not a prompt"),
+        (lambda model: model.generate([[]]), "is not a prompt"),
         (lambda model: model.generate([CHAT[:2]]), "only a turn of the user"),
         (lambda model: model.generate([[{"role": "bot", "content": "a"}]]), "role='bot'"),
         (lambda model: model.generate([[{"role": "user", "content": 3}]]), "content is a text"),

@@ -136,5 +136,5 @@ def test_a_conversation_is_a_list_of_turns_or_an_object_with_messages(tmp_path):
         file.write_text(json.dumps(value))
         assert read_messages(file) == turns
     file.write_text('{"prompt": "a"}')
-    with pytest.raises(UserError, match=r"chat\.json: 'None' is no prompt"):
+    with pytest.raises(UserError, match=r"chat\.json: 'None' is not a prompt"):
         read_messages(file)

@@ -183,7 +183,7 @@ def test_released_code_compatible_leaves_q_proj_alone():
         (Lora(targets=("q_proj",), released_code_compatible=True), "targets is empty"),
         (Lora(modules_to_save=("lm_haed",)), "did you mean lm_head"),
         (Lora(modules_to_save=("q_norm",)), "'q_norm' matches nothing in a llama model"),
-        (Lora(modules_to_save=("up_proj",)), "stands in targets and in modules_to_save"),
+        (Lora(modules_to_save=("up_proj",)), "is in targets and in modules_to_save"),
     ],
 )
 def test_names_that_match_nothing_or_twice_are_refused(lora, words):

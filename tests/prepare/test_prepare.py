@@ -545,7 +545,7 @@ def test_command_line(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("biuld",), "'biuld' is no command of prepare; did you mean build?"),
+        (("biuld",), "'biuld' is not a command of prepare; did you mean build?"),
         ((), "name a command: build, preview"),
     ],
 )

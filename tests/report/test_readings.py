@@ -162,7 +162,7 @@ def test_prompts_that_do_not_fit_are_refused_or_counted(pretrained, tmp_path, me
         }
         assert reasons.pop(("q1", "es")) == ("too_long", 2)
         assert "too_long" not in {reason for reason, _ in reasons.values()} and len(reasons) == 5
-    assert "skipped, each counts as any of its choices" in caplog.text
+    assert "skipped; each counts as any of its choices" in caplog.text
 
 
 def test_the_shots_are_on_record():
