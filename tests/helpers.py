@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 from crossin_jax.config import Architecture, Config
 from tests.configs import tiny
@@ -37,3 +38,19 @@ def as_earlier_version(run: Path) -> Path:
 def config_in(folder: Path, variant: str = "pretrain", **changes) -> Config:
     """The tiny configuration with its output in a folder."""
     return dataclasses.replace(tiny.get_config(variant), output_dir=str(folder), **changes)
+
+
+def study_flags(**given) -> SimpleNamespace:
+    """The flags of a study's dry run, with those that are given."""
+    usual = {
+        "seeds": None,
+        "languages": None,
+        "budget": None,
+        "cells": None,
+        "report_only": False,
+        "dry_run": True,
+        "topology": None,
+        "time": False,
+        "format": "text",
+    }
+    return SimpleNamespace(**usual | given)

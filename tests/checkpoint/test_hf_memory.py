@@ -42,17 +42,19 @@ if way == "staged":
 jax.numpy.zeros(3).block_until_ready()
 mesh = make_mesh(Mesh(fsdp=4, tensor=2)) if way == "sharded" else None
 _, state = abstract_transformer(read_spec(folder), mesh, param_dtype=dtype, frozen_dtype=dtype)
-if way == "staged":  # these CPU devices stand for accelerators: what counts is what the loader allocates itself
+if way == "staged":
+    # these CPU devices stand for accelerators: what counts is what the loader allocates itself
     tracemalloc.start()
 before = stream.resident_bytes()
 state = load_weights(folder, state, progress=False)
 shards = [shard.data for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards]
-shards = {shard.unsafe_buffer_pointer(): shard.nbytes for shard in shards}  # replicas share a buffer
+# replicas share a buffer
+shards = {shard.unsafe_buffer_pointer(): shard.nbytes for shard in shards}
 above = stream.peak_bytes() - before - sum(shards.values())
 if way == "staged":
     above = tracemalloc.get_traced_memory()[1]
 print(json.dumps({"above": above, "shards": sum(shards.values())}))
-"""  # noqa: E501
+"""
 
 
 @pytest.fixture(scope="module")

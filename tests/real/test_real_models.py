@@ -3,7 +3,6 @@ peft and lm-eval.
 """
 
 import json
-import warnings
 from pathlib import Path
 
 import jax
@@ -21,6 +20,7 @@ from crossin_jax.generation.chat import load_chat_model
 from crossin_jax.parallel.mesh import make_mesh
 from crossin_jax.train import train
 from crossin_jax.training.state import abstract_model, load_base, model_spec
+from tests.parity.families import quiet
 from tests.parity.test_lora_training import our_losses, torch_losses
 
 TEXTS = (
@@ -29,13 +29,6 @@ TEXTS = (
     "水在零度结冰。",
 )
 QUESTIONS = ("What is the capital of France?", "Name three colours.", "¿Qué es el agua?")
-
-
-def quiet(function, *arguments, **options):
-    """Calls transformers or peft without their warnings."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return function(*arguments, **options)
 
 
 @pytest.fixture(scope="module")

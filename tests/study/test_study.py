@@ -26,7 +26,7 @@ from crossin_jax.study.report import Table, find, from_json, to_markdown, write_
 from crossin_jax.study.run import cell_keys, is_done, run_study
 from tests.conftest import REPOSITORY
 from tests.evaluation.made_up import answer_benchmark, know
-from tests.helpers import config_in
+from tests.helpers import config_in, study_flags
 
 
 @pytest.fixture
@@ -314,21 +314,9 @@ def test_the_pages_show_the_archived_results():
             assert (page.parent / figure).stat().st_size < 100_000
 
 
-def options(**given) -> SimpleNamespace:
-    """The command line's flags."""
-    usual = {
-        "config": str(REPOSITORY / "configs/mini_study.py:main"),
-        "seeds": None,
-        "languages": None,
-        "budget": None,
-        "cells": None,
-        "report_only": False,
-        "dry_run": True,
-        "topology": None,
-        "time": False,
-        "format": "text",
-    }
-    return SimpleNamespace(**usual | given)
+def options(config="mini_study.py:main", **given) -> SimpleNamespace:
+    """The flags of the dry run of a study in configs/."""
+    return study_flags(config=str(REPOSITORY / "configs" / config), **given)
 
 
 @pytest.mark.parametrize(("cells", "shown"), [("0:4", range(4)), ("6:", (6, 7)), (None, range(8))])

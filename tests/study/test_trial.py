@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -13,19 +12,7 @@ from crossin_jax.data.pipeline import open_pipeline
 from crossin_jax.study import trial
 from crossin_jax.study.__main__ import main
 from crossin_jax.study.trial import format_hours, time_steps, try_cells
-from tests.helpers import config_in
-
-FLAGS = {
-    "seeds": None,
-    "languages": None,
-    "budget": None,
-    "cells": None,
-    "report_only": False,
-    "dry_run": True,
-    "topology": None,
-    "time": False,
-    "format": "text",
-}
+from tests.helpers import config_in, study_flags
 
 
 def make_study(folder: Path, model: str, **changes) -> Study:
@@ -111,14 +98,14 @@ def test_the_program_prints_a_line_per_cell_and_refuses_with_the_cell(
 ):
     study = make_study(tmp_path, str(pretrained / "model"))
     monkeypatch.setattr("crossin_jax.study.__main__.read_study", lambda _: study)
-    main(SimpleNamespace(**FLAGS))
+    main(study_flags())
     lines = capsys.readouterr().out.splitlines()
     assert "6 steps" in lines[0] and "12 prompts" in lines[0] and "24 prompts" in lines[1]
     assert lines[2].startswith("2 of 2 cells to do")
     (tmp_path / "a").mkdir()
     (tmp_path / "a/thesis.txt").write_text("work")
     with pytest.raises(UserError, match="was not made by a study"):
-        main(SimpleNamespace(**FLAGS))
+        main(study_flags())
 
 
 @pytest.mark.parametrize(
