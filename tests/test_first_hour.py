@@ -77,7 +77,9 @@ def test_an_evaluation_needs_only_the_run_and_shows_the_untuned_model(hour):
     assert any("items decide nothing" in line and "Wilson" in line for line in lines)
     assert "[.000, .000]" not in hour.evaluation
     others = [line for line in lines if line.startswith("choice by log-likelihood per")]
-    assert len(others) == 2  # the primary way has a table, others a line each
+    tables = [line for line in lines if ": choice by summed log-likelihood" in line]
+    # The primary way has a table for all items and one for a tag; the others have a line each.
+    assert len(tables) == 2 and len(others) == 2 * len(tables)
     assert "the primary way is the summed log-likelihood" in hour.evaluation
     assert "docs/evaluation.md" in hour.evaluation
 

@@ -60,7 +60,9 @@ def make_adapter(folder: Path, name: str, **changes: Any) -> tuple[Path, Path]:
         **settings,
         **changes,
     }
-    model = quiet(peft.get_peft_model, load_base(base), peft.LoraConfig(**options))
+    with torch.random.fork_rng():
+        torch.manual_seed(1)  # peft draws the first matrices
+        model = quiet(peft.get_peft_model, load_base(base), peft.LoraConfig(**options))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

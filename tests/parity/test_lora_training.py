@@ -19,6 +19,8 @@ from tests.checkpoint.abstract import abstract_transformer
 from tests.parity.adapters import load_peft, make_adapter
 
 STEPS, RATE, DECAY = 10, 3e-3, 0.01
+# With a smaller one, Adam would take whole steps by gradients that are rounding alone.
+EPS = 1e-6
 
 
 def batches():
@@ -34,7 +36,7 @@ def torch_losses(base, adapter, batches):
     """Losses of the steps, one per batch, and the adapter after them."""
     model = load_peft(base, adapter, trainable=True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=DECAY)
+    optimizer = torch.optim.AdamW(trained, RATE, betas=(0.9, 0.999), eps=EPS, weight_decay=DECAY)
     losses = []
     for tokens, loss_mask in batches:
         tokens, loss_mask = torch.as_tensor(tokens, dtype=torch.long), torch.as_tensor(loss_mask)
@@ -55,7 +57,7 @@ def our_losses(base, adapter, batches):
     graphdef, trainable, frozen = nnx.split(
         nnx.merge(graphdef, state), lambda p, v: is_trainable(p, v, file.lora), ...
     )
-    optimizer = optax.adamw(RATE, b1=0.9, b2=0.999, eps=1e-8, weight_decay=DECAY)
+    optimizer = optax.adamw(RATE, b1=0.9, b2=0.999, eps=EPS, weight_decay=DECAY)
     # Ten tiny steps: compiling is what takes time.
     step = jax.jit(
         make_train_step(
