@@ -314,9 +314,9 @@ def test_the_pages_show_the_archived_results():
             assert (page.parent / figure).stat().st_size < 100_000
 
 
-def options(config="mini_study.py:main", **given) -> SimpleNamespace:
-    """The flags of the dry run of a study in configs/."""
-    return study_flags(config=str(REPOSITORY / "configs" / config), **given)
+def options(**given) -> SimpleNamespace:
+    """The flags of a dry run of the miniature study, with those that are given."""
+    return study_flags(**{"config": str(REPOSITORY / "configs/mini_study.py:main")} | given)
 
 
 @pytest.mark.parametrize(("cells", "shown"), [("0:4", range(4)), ("6:", (6, 7)), (None, range(8))])
