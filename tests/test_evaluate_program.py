@@ -164,6 +164,7 @@ def test_the_untuned_model_is_a_row_by_one_setting(adapted, pretrained, tmp_path
     """In the report of a run and in comparisons, where two runs share it."""
     silence(monkeypatch)
     config = config_in(adapted, str(pretrained / "model"))
+    config.evaluation = dataclasses.replace(config.evaluation, method="generate")
     for name, given in (("a", {"untuned": True}), ("b", {"untuned": True}), ("c", {})):
         config.name = name
         program.main(config, flags(checkpoint=str(adapted), out=str(tmp_path / name), **given))
@@ -210,6 +211,7 @@ def test_a_report_of_another_model_is_kept(
     silence(monkeypatch)
     out = tmp_path / "out"
     config = config_in(adapted, str(pretrained / "model"))
+    config.evaluation = dataclasses.replace(config.evaluation, method="generate")
     asked = (own_benchmark, None), (own_benchmark, None), (config, str(adapted / "checkpoints/3"))
     for settings, checkpoint in (*asked, (config, str(adapted)), asked[-1]):
         program.main(settings, flags(checkpoint=checkpoint, out=str(out)))
