@@ -7,10 +7,10 @@ every language?
     python -m crossin_jax.study --config configs/quickstart.py --languages=en,zh,vi,es,id,ms,fil
 
 A 0.8 M parameter Llama is pretrained from random weights on English-heavy text about the world's
-territories; facts about half of them stand in English only. The same base is then tuned by LoRA at
-equal steps on English questions (base), on pairs of languages (x2x, and x2x_same where a pair may
-be twice the same language), and on translated monolingual questions as control (mono). Every arm
-answers the questions about the other territories in every language.
+territories; facts about half of them are stated in English only. The same base is then tuned by
+LoRA at equal steps on English questions (base), on pairs of languages (x2x, and x2x_same where a
+pair may be twice the same language), and on translated monolingual questions as control (mono).
+Every arm answers the questions about the other territories in every language.
 """
 
 from crossin_jax.config import (

@@ -104,7 +104,7 @@ def read_export(folder: Path) -> dict[str, Any]:
     for part, declared in parts.items():
         if not allows(declared, origin[part]):
             raise UserError(
-                f"{folder / ORIGIN}: {part} is damaged; delete the file, or export anew"
+                f"{folder / ORIGIN}: {part} is damaged; delete the file, or export again"
             )
     return origin
 

@@ -219,7 +219,7 @@ def check_same_tokenizer(
         name = config.model.tokenizer or config.model.path or f"{config.output_dir}/tokenizer"
         raise UserError(
             f"{name}: the tokenizer there is not the one that {place} was trained with\n"
-            "bring that tokenizer back; its files lie beside the base model or in the run's folder"
+            "bring that tokenizer back; its files are beside the base model or in the run's folder"
         )
 
 

@@ -250,7 +250,7 @@ class Store:
             raise UserError(
                 f"{self.folder}: every checkpoint is damaged ({', '.join(map(str, damaged))}); "
                 "nothing was changed\n"
-                "bring the folder back from a copy, or start anew with another output_dir"
+                "bring the folder back from a copy, or start over with another output_dir"
             )
         return None
 

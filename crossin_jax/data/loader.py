@@ -187,7 +187,7 @@ class Loader:
             if state.get(name) != value:
                 raise UserError(
                     f"the data changed since the checkpoint: {name} was {state.get(name)!r}, "
-                    f"is {value!r}; restore the settings, or start anew with another output_dir "
+                    f"is {value!r}; restore the settings, or start over with another output_dir "
                     "or with --noresume"
                 )
         self.go_to((int(state["window"]), int(state["row"])))

@@ -347,7 +347,7 @@ class Renderer:
                 after = self._answer_opened(before, messages[:k], answer)
             if not after.startswith(before) or spans and not after.startswith(spans[-1][1]):
                 raise TemplateRefusal(
-                    "the tokenizer's chat template rewrites earlier turns, so it cannot be told "
+                    "the tokenizer's chat template rewrites earlier turns, so it is unknown "
                     "which tokens are learned; use single turns, or a template file"
                 )
             spans.append((len(before.rstrip(" ")), after))

@@ -145,7 +145,7 @@ class TextReader:
                 )
                 raise UserError(
                     f"{self._place}: joined by position, but the files disagree in their number "
-                    f"of rows ({listed}); mend the files, or give the rows ids and join by them"
+                    f"of rows ({listed}); correct the files, or give the rows ids and join by them"
                 )
         # Raised after the last row, so that the message can say how many rows there are.
         if self.unknown and self.source.fields.get(UNREAD) != "count":
