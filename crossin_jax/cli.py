@@ -28,7 +28,9 @@ from crossin_jax.paths import explain
 from crossin_jax.settings import hint_setting, redact, shorten
 
 EXIT_USER_ERROR = 2
-EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE: nobody reads the output any more, as after `| head`
+EXIT_BROKEN_PIPE = (
+    141  # 128 + SIGPIPE: the program that read the output has ended, as with `| head`
+)
 
 
 def run(

@@ -272,7 +272,7 @@ def check_format(config: Config, format: str, dtype: str | None, run: Path) -> N
 
 
 def tokenizer_folder(config: Config, restored: Any) -> Path | None:
-    """Where the tokenizer's files lie."""
+    """The folder of the tokenizer's files."""
     from crossin_jax.checkpoint.hf import resolve_folder
 
     if config.model.tokenizer:
@@ -289,8 +289,8 @@ def read_scores(run: Path) -> list[dict[str, Any]]:
         try:
             results = json.loads(file.read_text())
             steps = {
-                told["name"]: ((told.get("provenance") or {}).get("model") or {}).get("step")
-                for told in results["runs"]
+                run["name"]: ((run.get("provenance") or {}).get("model") or {}).get("step")
+                for run in results["runs"]
             }
             for block in results["blocks"]:
                 size = min(3, len(block["languages"]))

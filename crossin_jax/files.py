@@ -272,7 +272,7 @@ def check_regular(path: str | Path) -> None:
 
 
 def _is_deeper(value: Any, depth: int) -> bool:
-    """Whether lists and objects lie in one another more than `depth` times."""
+    """Whether lists and objects are nested in more than `depth` levels."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(depth):
         entries = [c.values() if isinstance(c, dict) else c for c in level]
@@ -326,7 +326,7 @@ def check_value(path: str, value: Any, annotation: Any, rules: Mapping[str, Any]
 def check_fields(values: Mapping[str, Any], fields: Mapping[str, Any], place: str) -> None:
     """Checks the fields of an outside file: name → type, or (type, rules of `config.setting`).
 
-    Fields that are absent or null pass, and so do those that are not declared. What lies in a table
+    Fields that are absent or null pass, and so do those that are not declared. What is in a table
     passes too: its own fields are declared where they are read. A text may be anything, since many
     fields of such files are read by other programs only. Raises `UserError` with `place`.
     """

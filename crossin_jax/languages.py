@@ -154,8 +154,8 @@ def _shorten(language: str, script: str | None, region: str | None) -> str:
     usual = Tag.make(language).maximize()
     full = Tag.make(language, script=script, territory=region).maximize()
     code = language
-    # Of a language that CLDR does not know it says Latn and US: then the script cannot be told
-    # from the usual one
+    # Of a language that CLDR does not know it says Latn and US: then nothing tells whether
+    # the script is the usual one
     is_known = (usual.script, usual.territory) != ("Latn", "US") or language == "en"
     # Hangul alone is how all Korean is written; CLDR's Kore is Hangul with Han
     if is_known and full.script not in (usual.script, "Hang"):

@@ -1,4 +1,4 @@
-"""How a process is told to stop, and what it removes before it leaves.
+"""How a process is told to stop, and what it removes before it exits.
 
 A handler only sets a flag. Between its steps a phase that can save asks `is_told_to_stop`; outside
 of such a phase a thread removes unfinished files and leaves, so that no signal can interrupt a
@@ -150,8 +150,8 @@ def leave(code: int, message: str) -> None:
 
 
 def wait_if_leaving() -> None:
-    """Blocks where another thread is ending this process: what goes wrong meanwhile is nobody's
-    news.
+    """Blocks where another thread is ending this process: errors that this causes are not
+    reported.
     """
     if _is_leaving.is_set():
         threading.Event().wait()

@@ -31,8 +31,8 @@ def redact(text: str) -> str:
 
 
 class UserError(ValueError):
-    """A fault the user can mend: the message names place, value and remedy; programs print it and
-    exit with 2.
+    """An error that the user can correct: the message names place, value and remedy; programs print
+    it and exit with 2.
     """
 
     def __init__(self, message: str):

@@ -375,7 +375,7 @@ def describe_saved(folder: Path) -> str:
 
 def describe_command() -> str:
     """How to continue a run that this program has saved."""
-    words = [word for word in sys.orig_argv[1:] if word != "--noresume"]  # it would start anew
+    words = [word for word in sys.orig_argv[1:] if word != "--noresume"]  # it would start over
     command = f": {shlex.join(['python', *words])}" if words[:1] == ["-m"] else ""
     return f"the same command continues{command}"
 

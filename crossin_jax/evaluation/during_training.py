@@ -57,8 +57,8 @@ class Benchmarks:
 
 
 def _measure_texts(predictions: Predictions) -> Iterator[tuple[str, float]]:
-    """Whether free answers are in the wanted language, e.g. off_target/zh; nothing where it cannot
-    be told.
+    """Whether free answers are in the wanted language, e.g. off_target/zh; nothing where the
+    language of the answers is unclear.
     """
     for language in predictions.languages:
         answers = [

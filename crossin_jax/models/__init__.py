@@ -1,1 +1,1 @@
-"""One decoder for every supported family: what differs between them lies in `spec.ModelSpec`."""
+"""One decoder for every supported family: `spec.ModelSpec` has what differs between them."""

@@ -1,8 +1,8 @@
 """Heat maps over languages: accuracy by language, and measures of language pairs.
 
 Up to FEW_LANGUAGES, every cell has its number and the languages keep their order. With more of
-them the languages of one script stand together, accuracies run over several lines, and the maps of
-pairs have a colour bar in place of numbers.
+them the languages of one script are next to each other, accuracies run over several lines, and the
+maps of pairs have a colour bar instead of numbers.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from crossin_jax.report.wording import language_code, number, shorten
 FEW_LANGUAGES = 16
 # Above it, the axes of a map of pairs have the names of scripts alone
 MANY_LANGUAGES = 60
-# A script with fewer languages stands among "other scripts"
+# A script with fewer languages is one of the "other scripts"
 MIN_GROUP = 2
 OTHER = "other scripts"
 # Cells of one line of accuracies

@@ -12,10 +12,10 @@ from crossin_jax.languages import find_code
 class Reading:
     """Of the answers in one language: how many there are, and shares of them.
 
-    `identified`: whose language could be told; `off_target`: of those, in another language than the
-    question, be it any of the world; `own_certain`: in which our own reader finds one choice;
-    `agreement`: of those in which SeaEval's rules do too, read alike; `line_pass` and `word_pass`:
-    see `evaluation.confusion`. None where there is nothing to take a share of.
+    `identified`: whose language was identified; `off_target`: of those, in any other language than
+    the question's; `own_certain`: in which our own reader finds one choice; `agreement`: of those
+    in which SeaEval's rules do too, read alike; `line_pass` and `word_pass`: see
+    `evaluation.confusion`. None where there is nothing to take a share of.
     """
 
     num_answers: int

@@ -1,14 +1,14 @@
 """What a cell read: the files that its settings name, known by their content beside the cell's key.
 
-A key is a hash of settings, and a setting may name a folder in which other weights lie tomorrow. So
+A key is a hash of settings, and a setting may name a folder that has other weights tomorrow. So
 `key.json` and `done.json` also hold, for every path that the settings name, its files:
 
     {"models/base": {"model.safetensors": [2200119864, 1764255001000000000, 1764255001000000000,
     "5d41402abc4b2a76"]}}
 
 with size, time of the last change of content, time of the last change of any kind, and hash. A file
-with the same size and times is not read again. A path at which nothing lies any more has not
-changed.
+with the same size and times is not read again. A path that no longer exists counts as
+unchanged.
 """
 
 import functools

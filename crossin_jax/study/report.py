@@ -34,7 +34,7 @@ HIDDEN = ("byte",)  # ways of choosing that only the tables' own reports show
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The runs that stand together; the first arm is the one that others are compared with."""
+    """The runs of one table; the other arms are compared with the first."""
 
     name: str
     runs: Sequence[Run]
@@ -255,8 +255,8 @@ def to_json(study: Study, blocks: dict[str, list[Block]], mode: Mode) -> dict[st
             "items": row.num_items,
             "scores": scores,
             "seeds": {
-                str(seed): {name: round(value, 6) for name, value in told.items()}
-                for seed, told in row.seed_scores.items()
+                str(seed): {name: round(value, 6) for name, value in values.items()}
+                for seed, values in row.seed_scores.items()
             },
         }
 
@@ -293,17 +293,17 @@ def from_json(results: dict[str, Any]) -> dict[str, list[Block]]:
     def read(entry: dict[str, Any]) -> Row:
         scores = {
             name: Estimate(
-                told["value"],
-                told["low"],
-                told["high"],
-                told.get("sd"),
-                change=Change(told["change"], math.nan, math.nan, told["p"], told["clear"])
-                if "change" in told
+                score["value"],
+                score["low"],
+                score["high"],
+                score.get("sd"),
+                change=Change(score["change"], math.nan, math.nan, score["p"], score["clear"])
+                if "change" in score
                 else None,
             )
-            for name, told in entry["scores"].items()
+            for name, score in entry["scores"].items()
         }
-        seeds = {int(seed): told for seed, told in entry["seeds"].items()}
+        seeds = {int(seed): values for seed, values in entry["seeds"].items()}
         return Row(
             entry["arm"], tuple(seeds), entry["items"], scores, seeds, {}, [], {}, {}, entry["rule"]
         )
@@ -311,15 +311,15 @@ def from_json(results: dict[str, Any]) -> dict[str, list[Block]]:
     return {
         table: [
             Block(
-                told["benchmark"],
-                told["method"],
+                block["benchmark"],
+                block["method"],
                 None,
-                tuple(told["languages"]),
-                max(entry["items"] for entry in told["arms"]),
-                told["chance"],
-                tuple(read(entry) for entry in told["arms"]),
+                tuple(block["languages"]),
+                max(entry["items"] for entry in block["arms"]),
+                block["chance"],
+                tuple(read(entry) for entry in block["arms"]),
             )
-            for told in several
+            for block in several
         ]
         for table, several in results["tables"].items()
     }

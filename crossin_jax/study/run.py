@@ -167,8 +167,8 @@ def evaluation_key(cell: Cell, keys: dict[str, str]) -> str:
 
 
 def run_cell(cell: Cell, keys: dict[str, str], study: Study) -> None:
-    """Trains a cell anew or to its end, exports it where others need it, and answers its
-    benchmarks.
+    """Trains a cell from its start or from its checkpoint, exports it where others need it, and
+    answers its benchmarks.
     """
     for needed in study.cells:
         if needed.name in cell.needs and not is_done(needed, keys):
