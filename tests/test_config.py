@@ -28,20 +28,14 @@ from crossin_jax.config import (
     iterate_fields,
     to_dict,
 )
+from crossin_jax.settings import Settings
 
-SECTIONS = (
-    Architecture,
-    Component,
-    Config,
-    Data,
-    Evaluation,
-    Lora,
-    Mesh,
-    Model,
-    Optim,
-    Source,
-    Train,
-)
+# A study's own classes are frozen; a configuration has none of them.
+SECTIONS = [
+    cls
+    for cls in Settings.__subclasses__()
+    if cls.__module__ == Config.__module__ and not cls.__dataclass_params__.frozen
+]
 
 
 def example() -> Config:
