@@ -129,7 +129,7 @@ class Source(Settings):
     fields: dict[str, str] = setting(
         {},
         "column names, e.g. {'output': 'answer'}; group: rows that `portion` keeps together; "
-        "unread: 'refuse' makes an error of what is not read",
+        "unread: 'refuse' stops at a field that is not read",
         may_be_empty=True,
     )
     join: str = setting("id", "how rows of several files are joined", choices=("id", "position"))
