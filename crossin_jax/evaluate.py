@@ -45,8 +45,8 @@ from crossin_jax.parallel.mesh import make_mesh
 from crossin_jax.paths import as_path
 from crossin_jax.report.results import keep_other_model, read_pair, read_rules, write_results
 from crossin_jax.report.summary import UNTUNED, Block, Run
-from crossin_jax.report.text import print_table
-from crossin_jax.tables import STYLES
+from crossin_jax.report.text import list_parts
+from crossin_jax.tables import FORMAT_FLAG, print_parts
 from crossin_jax.training.state import describe_precision
 
 log = logging.getLogger(__name__)
@@ -197,7 +197,7 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "limit", None, "short for --config.evaluation.limit: first items of each benchmark"
     )
-    flags.DEFINE_enum("format", "text", STYLES, "how the tables are printed")
+    flags.DEFINE_enum(*FORMAT_FLAG)
     flags.DEFINE_list("languages", None, "short for --config.evaluation.languages, e.g. en,zh")
     flags.DEFINE_list("prompts", None, "short for --config.evaluation.prompts, e.g. 1,3,harness")
     flags.DEFINE_string(
@@ -265,8 +265,8 @@ def main(config: Config, arguments: Any) -> None:
             return
         run = Run(name, config.seed, predictions, source)
         blocks = write_run(config, run, out, benchmarks, before=before)
-    print(print_table(blocks, arguments.format))
-    print(f"report: {out / 'report.html'}; logs in SeaEval's layout: {out / 'logs'}")
+    last = f"report: {out / 'report.html'}; logs in SeaEval's layout: {out / 'logs'}"
+    print_parts(arguments.format, [*list_parts({"": blocks}, arguments.format), last])
 
 
 def default_folder(config: Config, checkpoint: str | None) -> str:
@@ -289,12 +289,9 @@ def compare(arguments: Any) -> None:
         log.warning("%s and %s: %s", arguments.compare, arguments.after, difference)
     out = as_path(arguments.out or arguments.after) / "comparison"
     title = f"{runs[0].name} and {runs[-1].name}"
-    print(
-        print_table(
-            write_results(out, runs, title=title, **read_rules(arguments.compare)), arguments.format
-        )
-    )
-    print(f"report: {out / 'report.html'}")
+    blocks = write_results(out, runs, title=title, **read_rules(arguments.compare))
+    last = f"report: {out / 'report.html'}"
+    print_parts(arguments.format, [*list_parts({"": blocks}, arguments.format), last])
 
 
 def find_differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:

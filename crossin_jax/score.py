@@ -41,7 +41,7 @@ from crossin_jax.files import check_output
 from crossin_jax.languages import canonical
 from crossin_jax.paths import as_path
 from crossin_jax.provenance import commit
-from crossin_jax.tables import format_table as format_columns
+from crossin_jax.tables import FORMAT_FLAG, Table, print_parts
 
 # What a row of --answers may have: who wrote it, and the text
 GROUP_COLUMNS = ("model", "task", "source")
@@ -78,6 +78,7 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "seed", 0, "seed of the tosses of mode seaeval, and of the intervals' resamples"
     )
+    flags.DEFINE_enum(*FORMAT_FLAG)
     flags.mark_flags_as_mutual_exclusive(["log", "answers"])
 
 
@@ -85,7 +86,7 @@ def main(options: Any) -> int:
     if not options.log and options.answers:
         if options.alignments:
             raise UserError("--alignments has no effect on --answers; leave it out")
-        return score_answers(as_path(options.answers), options.out)
+        return score_answers(as_path(options.answers), options.out, options.format)
     if not options.log:
         raise UserError(
             "--log is missing; name the log to score, FILE.json or FILE.json.gz, or --answers"
@@ -136,13 +137,20 @@ def main(options: Any) -> int:
             },
         }
         write_json(out, seaeval_scores(scores) | {"crossin_jax": ours})
-    print(format_table(scores, measures, intervals, str(log)))
-    for path in filter(None, (out, alignments)):
-        print(f"wrote {path}")
+    written = [f"wrote {path}" for path in (out, alignments) if path]
+    print_parts(
+        options.format,
+        [
+            f"{log}: {scores.num_items} items, {len(scores.language_accuracy)} languages, mode "
+            f"{scores.mode}\n",
+            tabulate(scores, measures, intervals),
+            *written,
+        ],
+    )
     return 0
 
 
-def score_answers(path: Path, out: str | None) -> int:
+def score_answers(path: Path, out: str | None, style: str = "text") -> int:
     """Prints and writes the pass rates of free answers, by whatever of model, task and source the
     rows have.
     """
@@ -152,7 +160,7 @@ def score_answers(path: Path, out: str | None) -> int:
     rates = measure_groups(answers)
     head = (*columns, "language", "answers", "counted", "lines", "line pass", "word pass")
     rows = [(*key, *map(_show, astuple(rate))) for key, rate in sorted(rates.items())]
-    print("\n".join(format_columns([head, *rows], "<" * (len(columns) + 1) + ">")))
+    parts: list[str | Table] = [Table(head, rows, "<" * (len(columns) + 1) + ">")]
     if target:
         write_json(
             target,
@@ -163,7 +171,8 @@ def score_answers(path: Path, out: str | None) -> int:
                 "rates": [dict(zip(head, key, strict=False)) | asdict(rates[key]) for key in rates],
             },
         )
-        print(f"wrote {target}")
+        parts.append(f"wrote {target}")
+    print_parts(style, parts)
     return 0
 
 
@@ -250,14 +259,11 @@ def seaeval_scores(scores: Scores) -> Row:
     )
 
 
-def format_table(
-    scores: Scores,
-    measures: dict[str, float],
-    intervals: dict[str, tuple[float, float]],
-    title: str,
-) -> str:
-    """The scores as text: value, 95 % interval over items, least and most over the coins, share of
-    coins. Consistency of more than MAX_PRINTED languages is left to --out.
+def tabulate(
+    scores: Scores, measures: dict[str, float], intervals: dict[str, tuple[float, float]]
+) -> Table:
+    """The scores as a table: value, 95 % interval over items, least and most over the coins, share
+    of coins. Consistency of more than MAX_PRINTED languages is left to --out.
     """
     flat = {
         name: value
@@ -265,34 +271,28 @@ def format_table(
         if not (size := re.fullmatch(r"(?:consistency|AC3)_(\d+)", name))
         or int(size[1]) <= MAX_PRINTED
     }
-    least, most = (level.flatten() if level else None for level in (scores.least, scores.most))
-    width = max(18, *(len(name) for name in flat))
-    lines = [
-        f"{title}: {scores.num_items} items, {len(scores.language_accuracy)} languages, mode "
-        f"{scores.mode}",
-        "",
-        f"{'':{width}}   score   95 % interval"
-        + ("    least to most" if least else "")
-        + "    by a coin",
-    ]
+    least, most = (level.flatten() if level else {} for level in (scores.least, scores.most))
     num_languages = len(scores.coin_share)
+    reasons = dict.fromkeys(reason for share in scores.coin_share.values() for reason in share)
     overall = {
         reason: sum(share.get(reason, 0.0) for share in scores.coin_share.values()) / num_languages
-        for reason in dict.fromkeys(
-            reason for share in scores.coin_share.values() for reason in share
-        )
+        for reason in reasons
     }
+    rows = []
     for name, value in flat.items():
-        low, high = intervals[name]
-        line = f"{name:{width}}   {value:.3f}   {low:.3f} to {high:.3f}"
-        if least and most and name in least:
-            line += f"   {least[name]:.3f} to {most[name]:.3f}"
+        numbers = [value, *intervals[name]]
+        if scores.least:
+            numbers += [level.get(name) for level in (least, most)]
+        coins, parts = "", ""
         if name.startswith("accuracy"):
             share = scores.coin_share.get(name.removeprefix("accuracy/"), overall)
+            coins = f"{sum(share.values()):.1%}"
             parts = ", ".join(f"{reason} {part:.1%}" for reason, part in share.items() if part)
-            line += f"   {sum(share.values()):6.1%}" + (f" ({parts})" if parts else "")
-        lines.append(line)
-    return "\n".join(lines)
+        cells = ["" if number is None else f"{number:.3f}" for number in numbers]
+        rows.append((name, *cells, coins, parts))
+    by_coin = ("least", "most") if scores.least else ()
+    head = ("", "score", "95 %: low", "high", *by_coin, "by a coin", "reasons")
+    return Table(head, rows, "<" + ">" * (len(head) - 2) + "<")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,18 @@
-"""Tables as text: aligned for a terminal, as Markdown, LaTeX, or comma-separated values."""
+"""Tables as text: aligned for a terminal, as Markdown, LaTeX, or comma-separated values.
+
+Every program that prints tables has the flag FORMAT_FLAG and prints them by `print_parts`.
+"""
 
 import csv
+import dataclasses
 import io
 import re
+import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 STYLES = ("text", "markdown", "latex", "csv")
+FORMAT_FLAG = ("format", "text", STYLES, "how tables are printed")  # of flags.DEFINE_enum
 LATEX = {
     "\0": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -15,7 +21,17 @@ LATEX = {
     "−": "$-$",
     "▲": r"$^{\uparrow}$",
     "▼": r"$^{\downarrow}$",
+    "→": r"$\rightarrow$",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A head, rows, and the sides of the columns as in `format_table`."""
+
+    head: Sequence[object]
+    rows: Sequence[Sequence[object]]
+    sides: str = "<"
 
 
 def text_width(text: str) -> int:
@@ -64,11 +80,14 @@ def format_markdown(
     return [lines[0], rule, *lines[1:]]
 
 
-def format_latex(head: Sequence[object], rows: Sequence[Sequence[object]]) -> list[str]:
-    """The lines of a LaTeX table (package booktabs) with columns that are aligned left."""
+def format_latex(
+    head: Sequence[object], rows: Sequence[Sequence[object]], sides: str = "<"
+) -> list[str]:
+    """The lines of a LaTeX table (package booktabs); `sides` as in `format_table`."""
+    columns = "".join("r" if side == ">" else "l" for side in sides.ljust(len(head), sides[-1]))
     lines = [" & ".join(map(escape_latex, row)) + r" \\" for row in (head, *rows)]
     return [
-        rf"\begin{{tabular}}{{{'l' * len(head)}}}",
+        rf"\begin{{tabular}}{{{columns[: len(head)]}}}",
         r"\toprule",
         lines[0],
         r"\midrule",
@@ -94,13 +113,52 @@ def format_csv(head: Sequence[object], rows: Sequence[Sequence[object]]) -> list
     return out.getvalue().splitlines()
 
 
-def render_table(style: str, head: Sequence[object], rows: Sequence[Sequence[object]]) -> list[str]:
-    """The lines of a table in one of `STYLES`."""
+def render_table(
+    style: str, head: Sequence[object], rows: Sequence[Sequence[object]], sides: str = "<"
+) -> list[str]:
+    """The lines of a table in one of `STYLES`; `sides` as in `format_table`."""
     if style == "text":
-        return format_table((head, *rows))
+        return format_table((head, *rows), sides)
     if style == "csv":
         return format_csv(head, rows)
-    return (format_markdown if style == "markdown" else format_latex)(head, rows)
+    return (format_markdown if style == "markdown" else format_latex)(head, rows, sides)
+
+
+def render_parts(style: str, parts: Iterable[str | Table]) -> tuple[list[str], list[str]]:
+    """Tables and the texts between them, as (lines for standard output, for standard error).
+
+    A text may have several lines. As LaTeX texts are comments. As csv they go to standard error,
+    so that standard output can be read as it is; an empty line is between two tables.
+    """
+    out: list[str] = []
+    err: list[str] = []
+    after_table = False
+    for part in parts:
+        is_table = isinstance(part, Table)
+        if isinstance(part, Table):
+            lines = render_table(style, part.head, part.rows, part.sides)
+        else:
+            lines = part.split("\n")
+        if style == "csv" and not is_table:
+            err += lines
+            continue
+        if style == "latex" and not is_table:
+            lines = [f"% {line}" if line else "" for line in lines]
+        # Markdown takes a line beside a table for a part of it.
+        if out and out[-1] and (style == "csv" or style == "markdown" and is_table | after_table):
+            out += [""] if lines[0] else []
+        out += lines
+        after_table = is_table
+    return out, err
+
+
+def print_parts(style: str, parts: Iterable[str | Table]) -> None:
+    """Prints tables and texts by `render_parts`."""
+    out, err = render_parts(style, parts)
+    if out:
+        print("\n".join(out), flush=True)
+    if err:
+        print("\n".join(err), file=sys.stderr, flush=True)
 
 
 def _cell(value: object) -> str:

@@ -2,10 +2,14 @@
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 from crossin_jax.config import Architecture, Config
+from crossin_jax.report.summary import Block
+from crossin_jax.report.text import list_parts
+from crossin_jax.tables import render_parts
 from tests.configs import tiny
 
 
@@ -54,3 +58,8 @@ def study_flags(**given) -> SimpleNamespace:
         "format": "text",
     }
     return SimpleNamespace(**usual | given)
+
+
+def print_table(blocks: Sequence[Block], style: str = "text") -> str:
+    """What `evaluate` prints of a report on standard output."""
+    return "\n".join(render_parts(style, list_parts({"": blocks}, style))[0])

@@ -214,6 +214,7 @@ def test_a_log_is_scored_alike(golden):
         "rankc": "softmax",
         "few_shot": "auto",
         "seed": 0,
+        "format": "text",
     }
     score.main(type("Options", (), options))
     before, after = read_json("score.json"), read_json("again.json")

@@ -160,7 +160,7 @@ def asked_models(config: Config) -> list:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluate_program, "evaluate", evaluate)
-        for name in ("write_run", "load_benchmarks", "print_table"):
+        for name in ("write_run", "load_benchmarks", "list_parts"):
             patch.setattr(evaluate_program, name, lambda *_, **__: [])
         given = dict.fromkeys(("out", "limit", "languages", "prompts", "untuned"))
         flags = types.SimpleNamespace(checkpoint=config.output_dir, format="text", **given)

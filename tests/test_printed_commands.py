@@ -74,7 +74,9 @@ def test_plan_prints_what_was_typed_and_not_what_parsing_left(monkeypatch, capsy
     chosen = SimpleNamespace(change={"model.remat": "full"}, fits=True)
     monkeypatch.setattr("crossin_jax.plan.tune.propose", lambda *_: chosen)
     monkeypatch.setattr(plan, "render", lambda _: "")
-    assert plan._tune(config(), None, SimpleNamespace(json=False, out="p 1.json")) == 0
+    assert (
+        plan._tune(config(), None, SimpleNamespace(json=False, out="p 1.json", format="text")) == 0
+    )
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "to train" in line]
     words = shlex.split(line.partition(": ")[2])
     assert words[:4] == ["python", "-m", "crossin_jax.train", f"--config={TINY}"]

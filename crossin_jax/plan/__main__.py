@@ -26,12 +26,14 @@ from crossin_jax.files import check_output
 from crossin_jax.paths import as_path
 from crossin_jax.plan.plan import describe_change, find_change, make_plan, render
 from crossin_jax.plan.topology import Topology, open_topology
+from crossin_jax.tables import FORMAT_FLAG, print_parts
 
 
 def define_flags() -> None:
     """Flags beside the configuration."""
     flags.DEFINE_string("topology", None, "TPU slice, e.g. v5e:4x4, v6e:2x4, v5p:2x2x4, v4:2x2x2")
     flags.DEFINE_bool("json", False, "print JSON")
+    flags.DEFINE_enum(*FORMAT_FLAG)
     flags.DEFINE_bool(
         "search", True, "if it does not fit, compile changed configurations until one fits"
     )
@@ -62,15 +64,16 @@ def main(config: Config, arguments: Any) -> int:
         change = better and dataclasses.asdict(better)
         print(json.dumps({"plan": dataclasses.asdict(plan), "change": change}, indent=1))
         return 0 if plan.fits or better else 1
-    print(render(plan))
+    parts = [*render(plan)]
     if better:
         change = describe_change(better.change)
-        print(f"\nthe smallest change that fits: {change}\n{render(better)}")
+        parts += [f"\nthe smallest change that fits: {change}", *render(better)]
     elif not plan.fits and arguments.search:
-        print(
+        parts.append(
             "no change of model.remat, train.accumulation, mesh or evaluation.batch_size fits: "
             "take more chips, LoRA, or model.param_dtype=bfloat16"
         )
+    print_parts(arguments.format, parts)
     return 0 if plan.fits or better else 1
 
 
@@ -84,9 +87,10 @@ def _tune(config: Config, topology: Topology, arguments: Any) -> int:
         print(json.dumps({"plan": plan and dataclasses.asdict(plan)}, indent=1))
     elif plan:
         change = describe_change(plan.change) or "the configuration as it is"
-        print(f"{render(plan)}\n\nproposed: {change}")
+        parts = [*render(plan), f"\nproposed: {change}"]
         if arguments.out:
-            print(f"to train with it: {train_command(sys.orig_argv, arguments.out)}")
+            parts.append(f"to train with it: {train_command(sys.orig_argv, arguments.out)}")
+        print_parts(arguments.format, parts)
     else:
         print("nothing fits: take more chips, LoRA, or model.param_dtype=bfloat16")
     return 0 if plan and plan.fits else 1

@@ -31,6 +31,7 @@ from crossin_jax.plan.topology import (
     shard_bytes,
     uncached,
 )
+from crossin_jax.tables import Table
 from crossin_jax.training.optim import make_optimizer
 from crossin_jax.training.state import (
     AbstractModel,
@@ -416,21 +417,20 @@ def describe_change(change: dict[str, Any]) -> str:
 # ---- What is printed
 
 
-def render(plan: Plan) -> str:
-    """The plan as text for people."""
+def render(plan: Plan) -> Iterator[str | Table]:
+    """The plan for people: its table, and what is said before and after it."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
-    lines = [
+    yield (
         f"{plan.topology}: {plan.chips} chips on {plan.hosts} hosts, mesh {mesh}, "
         f"{plan.tokens_per_step:,} tokens per step"
-    ]
-    rows = [("per chip", *plan.phases), *_describe_phases(plan)]
-    lines += [f"  {label:40}" + "".join(f"{cell:>14}" for cell in cells) for label, *cells in rows]
+    )
+    yield Table(("per chip", *plan.phases), list(_describe_phases(plan)), "<>")
     if plan.read_bytes:
-        lines.append(
+        yield (
             f"loading: a host reads {plan.read_bytes / GIB:.2f} GiB of weights; "
             f"its memory peaks at about {plan.host_peak_bytes / GIB:.2f} GiB"
         )
-    lines.append(f"checkpoints: a host copies and writes {plan.saved_bytes / GIB:.2f} GiB")
+    yield f"checkpoints: a host copies and writes {plan.saved_bytes / GIB:.2f} GiB"
     train = plan.phases.get("train")
     if train and train.floor_seconds:
         hours = (
@@ -438,11 +438,8 @@ def render(plan: Plan) -> str:
             if plan.steps
             else "; set train.steps for the hours of the run"
         )
-        lines.append(
-            f"training: at most {plan.tokens_per_step / train.floor_seconds:,.0f} tokens/s{hours}"
-        )
-    lines.append("fits" if plan.fits else "does not fit")
-    return "\n".join(lines)
+        yield f"training: at most {plan.tokens_per_step / train.floor_seconds:,.0f} tokens/s{hours}"
+    yield "fits" if plan.fits else "does not fit"
 
 
 def _describe_phases(plan: Plan) -> Iterator[tuple[str, ...]]:

@@ -1,8 +1,8 @@
 """Prepare data: build, preview, audit and translate a mixture.
 
-  python -m crossin_jax.prepare build       --config FILE [--out DIR] [--format parquet|jsonl]
+  python -m crossin_jax.prepare build       --config FILE [--out DIR] [--file_format jsonl]
   python -m crossin_jax.prepare preview     --config FILE [-n 5] [--html PAGE]
-  python -m crossin_jax.prepare audit       --config FILE [--out DIR]
+  python -m crossin_jax.prepare audit       --config FILE [--out DIR] [--format csv]
   python -m crossin_jax.prepare translate   --config FILE [--command CMD] [--out FILE]
   python -m crossin_jax.prepare cross_xquad --config FILE [--out FILE]
 
@@ -17,12 +17,16 @@ from absl import flags
 from crossin_jax import cli
 from crossin_jax.config import hint
 from crossin_jax.prepare.commands import COMMANDS
+from crossin_jax.tables import FORMAT_FLAG
+
+FILE_FORMATS = ("parquet", "jsonl")
 
 
 def define_flags() -> None:
     """Flags beside --config."""
     flags.DEFINE_string("out", None, "folder or file to write; by default inside output_dir")
-    flags.DEFINE_enum("format", "parquet", ["parquet", "jsonl"], "file format of build")
+    flags.DEFINE_enum(*FORMAT_FLAG)
+    flags.DEFINE_enum("file_format", FILE_FORMATS[0], FILE_FORMATS, "file format of build")
     flags.DEFINE_integer("n", 5, "examples in preview", lower_bound=1)
     flags.DEFINE_string("html", None, "HTML page that preview writes")
     flags.DEFINE_string(
@@ -44,6 +48,8 @@ def main() -> None:
     if name is not None and name not in COMMANDS:
         names = ", ".join(COMMANDS)
         cli.fail(f"{name!r} is not a command of prepare{hint(name, COMMANDS)}; commands: {names}")
+    if (style := cli.flag_value(sys.argv, "format")) in FILE_FORMATS:
+        cli.fail(f"--format={style}: --format is how tables are printed; use --file_format={style}")
     cli.run(COMMANDS.get(name), define=define_flags)
 
 

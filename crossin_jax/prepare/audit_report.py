@@ -1,30 +1,22 @@
 """The report of an audit: tables as text or Markdown, and one figure."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from crossin_jax.tables import format_markdown, format_table
-
-Table = Callable[[tuple, list[tuple]], list[str]]
+from crossin_jax.tables import Table, render_parts
 
 
 def to_markdown(report: dict[str, Any]) -> str:
     """The report as Markdown, for audit.md."""
-    lines = _lines(report, lambda head, rows: format_markdown(head, rows, "<<>"))
+    lines, _ = render_parts("markdown", list_parts(report))
     return f"# Audit of mixture {report['mixture']}\n\n" + "\n".join(lines)
 
 
-def to_text(report: dict[str, Any]) -> str:
-    """The report for the terminal."""
-    lines = _lines(report, lambda head, rows: format_table([head, *rows], "<<>"))
-    return f"audit of mixture {report['mixture']}\n\n" + "\n".join(lines)
-
-
-def _lines(report: dict[str, Any], table: Table) -> Iterator[str]:
-    """The lines of a report; `table` formats a head and rows."""
+def list_parts(report: dict[str, Any]) -> Iterator[str | Table]:
+    """The tables of a report and the lines between them, for `tables.print_parts`."""
     packing = report["packing"]
     yield (
         f"{report['examples']} examples, rows of {report['length']} tokens, "
@@ -33,10 +25,10 @@ def _lines(report: dict[str, Any], table: Table) -> Iterator[str]:
         f"{packing['unpacked']:.1%}. Repeated examples: {report['duplicates']['examples']}.\n"
     )
     for rows in (_components, _lengths, _fertility, _languages):
-        yield from table(*rows(report))
+        yield Table(*rows(report), "<<>")
         yield ""
     for name, leakage in report["leakage"].items():
-        yield from table(*_leakage(name, leakage))
+        yield Table(*_leakage(name, leakage), "<<>")
         for e in leakage["strongest"]:
             found = f"{e['share']:.0%} by {e['kind']}, in the {e['side']} of row {e['row']}"
             yield f"- {e['language']} {e['item']} ({e['part']}): {found}"

@@ -20,7 +20,7 @@ from crossin_jax.files import read_json, write_whole
 from crossin_jax.ownership import own, own_output
 from crossin_jax.paths import as_path, is_bucket
 from crossin_jax.process import temporary
-from crossin_jax.tables import format_table
+from crossin_jax.tables import Table, print_parts
 
 # examples that are written at once
 BATCH = 4096
@@ -31,7 +31,7 @@ TEXTS = ("component", "prompt_language", "answer_language", "instruction", "inpu
 def build(config: Config, arguments: Any) -> None:
     """Writes one epoch of the mixture and its manifest."""
     mixture = Mixture(config.data, load_corpora(config.data, config.seed), config.seed)
-    path = output_path(config, arguments, "data") / f"mixture.{arguments.format}"
+    path = output_path(config, arguments, "data") / f"mixture.{arguments.file_format}"
     refuse_bucket(path.parent)
     manifest_path = path.with_name("manifest.json")
     manifest = mixture.manifest() | {"file": path.name}
@@ -41,11 +41,11 @@ def build(config: Config, arguments: Any) -> None:
     with own(path.parent), temporary(path.with_suffix(".part")) as part:
         # The manifest is removed first and written last: where there is one, its file is whole.
         manifest_path.unlink(missing_ok=True)
-        (write_parquet if arguments.format == "parquet" else write_jsonl)(mixture, part)
+        (write_parquet if arguments.file_format == "parquet" else write_jsonl)(mixture, part)
         os.replace(part, path)
         write_json(manifest_path, manifest)
-    print(describe_manifest(manifest))
-    print(f"wrote {path} and manifest.json (mixture {manifest['hash']})")
+    last = f"wrote {path} and manifest.json (mixture {manifest['hash']})"
+    print_parts(arguments.format, [*describe_manifest(manifest), last])
 
 
 def is_current(path: Path, manifest_path: Path, manifest: dict[str, Any]) -> bool:
@@ -91,19 +91,18 @@ def write_jsonl(mixture: Mixture, path: Path) -> None:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def describe_manifest(manifest: dict[str, Any]) -> str:
-    """Counts per component and language pair, as a table."""
-    table = [("component", "examples", "pairs")]
+def describe_manifest(manifest: dict[str, Any]) -> Iterator[str | Table]:
+    """Counts per component and language pair, and what was left out, for `tables.print_parts`."""
+    rows = []
     for component in manifest["components"]:
         pairs = "  ".join(f"{pair} {n}" for pair, n in component["pairs"].items())
-        table.append((component["name"], component["examples"], pairs))
-    lines = format_table(table, "<><")
+        rows.append((component["name"], component["examples"], pairs))
+    yield Table(("component", "examples", "pairs"), rows, "<><")
     for source in manifest["sources"]:
         dropped = ", ".join(f"{n} {reason}" for reason, n in source["dropped"].items()) or "none"
-        lines.append(f"source {source['name']}: {source['rows']} rows, texts dropped: {dropped}")
+        yield f"source {source['name']}: {source['rows']} rows, texts dropped: {dropped}"
         for what, count in manifest.get("ignored", {}).get(source["name"], {}).items():
-            lines.append(f"source {source['name']}: not read: {what} ({count} rows)")
-    return "\n".join(lines)
+            yield f"source {source['name']}: not read: {what} ({count} rows)"
 
 
 def preview(config: Config, arguments: Any) -> None:
@@ -157,8 +156,14 @@ def audit(config: Config, arguments: Any) -> None:
         with io.BytesIO() as image:
             audit_report.draw(report, image)
             write_whole(folder / "audit.png", image.getvalue())
-    print(audit_report.to_text(report))
-    print(f"wrote audit.json, audit.md and audit.png in {folder}")
+    print_parts(
+        arguments.format,
+        [
+            f"audit of mixture {report['mixture']}\n",
+            *audit_report.list_parts(report),
+            f"wrote audit.json, audit.md and audit.png in {folder}",
+        ],
+    )
 
 
 def translate(config: Config, arguments: Any) -> None:
@@ -177,8 +182,8 @@ def translate(config: Config, arguments: Any) -> None:
     languages, pivot = config.data.languages, config.data.pivot
     with own_output(out):
         counts = fill(corpus, languages, pivot, translator, out, engine=engine)
-    print("\n".join(f"{name:<36} {n:>8}" for name, n in sorted(counts.items())))
-    print(f"wrote {out}; suspicious rows have a field `flags`")
+    table = Table(("translated", "texts"), sorted(counts.items()), "<>")
+    print_parts(arguments.format, [table, f"wrote {out}; suspicious rows have a field `flags`"])
 
 
 def output_path(config: Config, arguments: Any, default: str) -> Path:

@@ -17,7 +17,7 @@ from crossin_jax.report.wording import (
     number,
     percent,
 )
-from crossin_jax.tables import format_csv, format_markdown, render_table
+from crossin_jax.tables import Table, format_markdown
 
 # Subsets of a benchmark that the terminal shows
 MAX_SUBSETS = 12
@@ -34,24 +34,41 @@ READING_HEADS = (
 )
 
 
-def print_table(blocks: Sequence[Block], style: str = "text") -> str:
-    """The headline scores of every benchmark, in one of `tables.STYLES`.
+def list_parts(tables: dict[str, Sequence[Block]], style: str = "text") -> list[str | Table]:
+    """The headline scores of every table of a study, for `tables.print_parts`; an evaluation has
+    one table without a name.
 
-    Of several ways of choosing, the primary one has its table, with differences from the first arm;
-    each other way has a line, with a note where its differences have another sign. With style "csv"
-    every score of every way is a row of one table. Of many subsets, such as the 57 subjects of
-    MMLU, only results.md has the tables.
+    With style "csv" every score of every way is a row of one table.
     """
     if style == "csv":
-        return "\n".join(
-            format_csv(CSV_HEAD, [row for block in blocks for row in list_rows(block)])
-        )
+        named = any(tables)
+        rows = [
+            ((name,) if named else ()) + row
+            for name, blocks in tables.items()
+            for block in blocks
+            for row in list_rows(block)
+        ]
+        return [Table((("table",) if named else ()) + CSV_HEAD, rows)]
+    parts: list[str | Table] = []
+    for name, blocks in tables.items():
+        parts += [f"== {name}\n"] if name else []
+        parts += _list_parts(blocks)
+    return parts
+
+
+def _list_parts(blocks: Sequence[Block]) -> list[str | Table]:
+    """Of one table.
+
+    Of several ways of choosing, the primary one has its table, with differences from the first arm;
+    each other way has a line, with a note where its differences have another sign. Of many subsets,
+    such as the 57 subjects of MMLU, only results.md has the tables.
+    """
     benchmarks = {block.benchmark for block in blocks}
     tags: dict[str, set[str]] = {}
     for block in blocks:
         tags.setdefault(block.benchmark, set()).update({block.tag} if block.tag else ())
     many = {name: len(found) for name, found in tags.items() if len(found) > MAX_SUBSETS}
-    lines = []
+    parts: list[str | Table] = []
     for primary, others in group_ways(blocks):
         if primary.tag and primary.benchmark in many:
             continue
@@ -63,18 +80,16 @@ def print_table(blocks: Sequence[Block], style: str = "text") -> str:
         wide = ("accuracy", primary.main_score)
         table = [[label(row), *format_scores(primary, row, wide)] for row in primary.rows]
         head = ["", *map(describe_score, primary.headline)]
-        lines += [describe_block(primary), *render_table(style, head, table)]
-        lines += describe_chance(primary)
+        parts += [describe_block(primary), Table(head, table), *describe_chance(primary)]
         if any(row.scores[name].change for row in primary.rows for name in row.scores):
-            head, table = tabulate_changes(primary)
-            lines += ["", *render_table(style, head, table)]
-        lines += [describe_way(other) for other in others]
-        lines += [note for other in others for note in compare_signs(primary, other)]
-        lines.append("")
-    lines += [f"{name}: {count} subsets are in results.md\n" for name, count in many.items()]
+            parts += ["", Table(*tabulate_changes(primary))]
+        parts += [describe_way(other) for other in others]
+        parts += [note for other in others for note in compare_signs(primary, other)]
+        parts.append("")
+    parts += [f"{name}: {count} subsets are in results.md\n" for name, count in many.items()]
     if any(len(ways) for _, ways in group_ways(blocks)):
-        lines.append(f"{WHY_PRIMARY}; see docs/evaluation.md")
-    return "\n".join([*lines, *warn_of_few(blocks), explain_marks(blocks)])
+        parts.append(f"{WHY_PRIMARY}; see docs/evaluation.md")
+    return [*parts, *warn_of_few(blocks), explain_marks(blocks)]
 
 
 # ---- Ways of choosing

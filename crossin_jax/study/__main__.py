@@ -29,7 +29,7 @@ from crossin_jax.study.run import (
     write_report,
 )
 from crossin_jax.study.trial import try_cells
-from crossin_jax.tables import STYLES
+from crossin_jax.tables import FORMAT_FLAG, print_parts
 from crossin_jax.train import keep_compiled
 
 
@@ -50,7 +50,7 @@ def define_flags() -> None:
         False,
         "open everything, count, time a few steps and prompts, print hours per cell, and exit",
     )
-    flags.DEFINE_enum("format", "text", STYLES, "how the tables are printed")
+    flags.DEFINE_enum(*FORMAT_FLAG)
     flags.DEFINE_bool("time", True, "time steps and prompts in a dry run; --notime only counts")
     flags.DEFINE_string(
         "topology",
@@ -76,17 +76,19 @@ def main(arguments: Any) -> None:
             # Planned for absent chips: neither data nor weights are opened, and real chips stay
             # free.
             jax.config.update("jax_platforms", "cpu")
-            print_costs(study, done, chosen, arguments.topology)
+            print_costs(study, done, chosen, arguments.topology, style=arguments.format)
         else:
             left = [cell for cell in study.cells[chosen] if cell.name not in done]
             check_folders(study, chosen)
-            print_costs(study, done, chosen, trials=try_cells(study, left, arguments.time))
+            trials = try_cells(study, left, arguments.time)
+            print_costs(study, done, chosen, trials=trials, style=arguments.format)
         return
     start = time.time()
     if not arguments.report_only:
         run_study(study, chosen)
     if not jax.process_index() and (page := write_report(study, arguments.format)):
-        print(f"{len(study.cells)} cells in {time.time() - start:.0f} s; report: {page}")
+        last = f"{len(study.cells)} cells in {time.time() - start:.0f} s; report: {page}"
+        print_parts(arguments.format, [last])
 
 
 def read_study(arguments: Any) -> Study:

@@ -20,6 +20,7 @@ from crossin_jax.plan.plan import make_plan
 from crossin_jax.plan.topology import NoCompiler, Topology, open_topology
 from crossin_jax.study.trial import Estimate as Trial
 from crossin_jax.study.trial import describe, describe_device, format_hours
+from crossin_jax.tables import Table, print_parts
 from crossin_jax.training.optim import make_optimizer
 from crossin_jax.training.state import abstract_model, abstract_state, model_spec
 
@@ -164,33 +165,41 @@ def print_costs(
     chosen: slice = slice(None),
     topology: str | None = None,
     trials: dict[str, Trial] | None = None,
+    style: str = "text",
 ) -> None:
-    """A line per cell, and the sums of what is still to do; without a TPU compiler one line says
-    so. `trials` are what the cells showed in miniature.
+    """A row per cell, and the sums of what is still to do; without a TPU compiler one line says
+    so. `trials` are what the cells showed in miniature, `style` is one of `tables.STYLES`.
     """
     slice_of_tpus, trials = None, trials or {}
+    parts: list[str | Table] = []
     try:
         slice_of_tpus = open_topology(topology) if topology else None
     except NoCompiler as error:
-        print(f"no plan: {error}")
+        parts.append(f"no plan: {error}")
     costs = estimate_costs(study, chosen, slice_of_tpus)
-    width = max((len(cost.name) for cost in costs), default=0)
-    for cost in costs:
-        state = "done" if cost.name in done else "to do"
-        shown = describe(trials[cost.name]) if cost.name in trials else f"{cost.length:>12s}"
-        print(
-            f"{cost.number:3d}  {state:5s}  {cost.name:{width}s}  {shown}  "
-            f"disk {_size(cost.disk):>9s}  {_describe_plan(cost)}".rstrip()
+    rows = [
+        (
+            cost.number,
+            "done" if cost.name in done else "to do",
+            cost.name,
+            describe(trials[cost.name]) if cost.name in trials else cost.length,
+            _size(cost.disk),
+            *(_describe_plan(cost) if topology else ()),
         )
+        for cost in costs
+    ]
+    head = ("", "state", "cell", "work", "disk", *(("per chip", "at least") if topology else ()))
+    parts.append(Table(head, rows, "><<<>"))
     left = [cost for cost in costs if cost.name not in done]
     hours = [cost.hours for cost in left if cost.hours is not None]
     timed = [trial for trial in trials.values() if trial.training_hours is not None]
-    print(
+    parts.append(
         f"{len(left)} of {len(costs)} cells to do; "
         f"disk {_size(sum(cost.disk or 0 for cost in left))}"
         + (f"; at least {sum(hours):.1f} hours on {topology}" if hours else "")
         + (f"; {describe_sum(timed)}" if timed else "")
     )
+    print_parts(style, parts)
 
 
 def describe_sum(timed: Sequence[Trial]) -> str:
@@ -204,11 +213,11 @@ def describe_sum(timed: Sequence[Trial]) -> str:
     )
 
 
-def _describe_plan(cost: Cost) -> str:
+def _describe_plan(cost: Cost) -> tuple[str, str]:
     if cost.hbm is None:
-        return ""
-    hours = f"at least {cost.hours:.2f} h" if cost.hours is not None else ""
-    return f"{cost.hbm / 2**30:5.2f} GiB per chip{'' if cost.fits else ', does not fit'}  {hours}"
+        return "", ""
+    hours = f"{cost.hours:.2f} h" if cost.hours is not None else ""
+    return f"{cost.hbm / 2**30:.2f} GiB{'' if cost.fits else ', does not fit'}", hours
 
 
 def _size(count: int | None) -> str:

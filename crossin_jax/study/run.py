@@ -28,9 +28,10 @@ from crossin_jax.parallel.mesh import make_mesh
 from crossin_jax.paths import absolute, as_path
 from crossin_jax.report.results import read_results, without_repeats, write_results
 from crossin_jax.report.summary import UNTUNED, Run
-from crossin_jax.report.text import print_table
+from crossin_jax.report.text import list_parts
 from crossin_jax.study.inputs import find_changed_input, identify_inputs
 from crossin_jax.study.report import Table, write_study
+from crossin_jax.tables import print_parts
 from crossin_jax.train import train
 from crossin_jax.training.state import model_spec
 
@@ -360,6 +361,5 @@ def write_report(study: Study, style: str = "text") -> Path | None:
         }
     else:
         blocks = write_study(out, study, tables, how.mode, how.rankc)
-    for name, found in blocks.items():
-        print("\n".join([f"== {name}", ""] if name else []) + print_table(found, style))
+    print_parts(style, list_parts(blocks, style))
     return out / "report.html"

@@ -1,5 +1,6 @@
 """The scoring program: real logs, SeaEval's layout both ways, and every fault a log can have."""
 
+import csv
 import gzip
 import json
 import os
@@ -14,6 +15,7 @@ from crossin_jax.evaluation.items import Item, Version
 from crossin_jax.evaluation.predictions import Answer, ItemAnswers, Predictions
 from crossin_jax.evaluation.seaeval import read_log, write_json, write_log
 from crossin_jax.score import main
+from crossin_jax.tables import STYLES
 
 CHOICES = ["(A) one", "(B) two", "(C) three"]
 
@@ -49,6 +51,7 @@ def score(log, **options):
                 "alignments": None,
                 "seed": 0,
                 "few_shot": "auto",
+                "format": "text",
             }
             | {key: str(value) if key != "seed" else value for key, value in options.items()}
         )
@@ -95,6 +98,28 @@ def test_real_log_end_to_end(shared, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["aligned.json", "score.json"]
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_scores_and_rates_are_printed_in_every_style(style, tmp_path, capsys):
+    log = write(tmp_path, [row(f"q{i}") for i in range(3)])
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text('{"language": "en", "text": "The capital is Lima, as everybody knows."}\n')
+    marks = {
+        "text": ("score  95 %: low", "language  answers"),
+        "markdown": ("| score | 95 %: low |", "| language | answers |"),
+        "latex": (r" & score & 95 \%: low", r"language & answers"),
+        "csv": (",score,95 %: low,high", "language,answers,"),
+    }[style]
+    score(log, format=style)
+    said = capsys.readouterr()
+    assert marks[0] in said.out and "accuracy/English" in said.out.replace("\\", "")
+    if style == "csv":
+        assert "3 items" in said.err
+        rows = list(csv.DictReader(said.out.splitlines()))
+        assert float(rows[0]["95 %: low"]) <= float(rows[0]["score"]) <= float(rows[0]["high"])
+    score("", answers=answers, format=style)
+    assert marks[1] in capsys.readouterr().out
+
+
 def test_every_mode_on_a_log_with_coins(shared, tmp_path, capsys):
     log = shared / "seaeval" / "logs" / "llama_2_7b_chat" / "cross_mmlu" / "zero_shot_p1.json.gz"
     results = {}
@@ -103,7 +128,7 @@ def test_every_mode_on_a_log_with_coins(shared, tmp_path, capsys):
         results[mode] = json.loads((tmp_path / "out.json").read_text())
         assert results[mode]["crossin_jax"]["mode"] == mode
         table = capsys.readouterr().out
-        assert "tie 13.9%" in table and ("least to most" in table) == (mode == "expectation")
+        assert "tie 13.9%" in table and ("least   most" in table) == (mode == "expectation")
     assert results["strict"]["overall_acc"] < results["expectation"]["overall_acc"]
     assert (
         results["expectation"]["crossin_jax"]["least"]["accuracy"]
@@ -347,7 +372,8 @@ def test_any_free_answers_have_pass_rates(tmp_path, capsys):
     table.write_text("\n".join(",".join(row) for row in ([*rows[0]], *map(dict.values, rows))))
     found = []
     for path in (lines, table):
-        flags = SimpleNamespace(answers=str(path), log=None, alignments=None, out=tmp_path / "out")
+        out, none = tmp_path / "out", dict.fromkeys(("log", "alignments"))
+        flags = SimpleNamespace(answers=str(path), out=out, format="text", **none)
         assert main(flags) == 0
         found.append(json.loads((tmp_path / "out").read_text())["rates"])
         assert "word pass" in capsys.readouterr().out
@@ -377,6 +403,8 @@ def test_any_free_answers_have_pass_rates(tmp_path, capsys):
 )
 def test_answers_that_cannot_be_read_are_refused(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
-    flags = SimpleNamespace(answers=str(tmp_path / name), log=None, alignments=None, out=None)
+    flags = SimpleNamespace(
+        answers=str(tmp_path / name), log=None, alignments=None, out=None, format="text"
+    )
     with pytest.raises(UserError, match=message):
         main(flags)

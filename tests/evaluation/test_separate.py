@@ -16,9 +16,9 @@ from crossin_jax.evaluation.seaeval import write_rows
 from crossin_jax.evaluation.stats import resample
 from crossin_jax.report.results import read_results, write_results
 from crossin_jax.report.summary import Run, summarise
-from crossin_jax.report.text import print_table
 from crossin_jax.score import read_free_answers
 from tests.evaluation.asking import ask, make_config
+from tests.helpers import print_table
 
 SEPARATE = {
     "en": [(0, (0,)), (1, (0, 1)), (1, (1,))],  # gold, candidates: right, a coin, right

@@ -119,7 +119,7 @@ COMMANDS: dict[str, Callable[[Path], tuple[str, ...]]] = {
         *("--out", str(folder / "model")),
     ),
     "prepare": lambda folder: (
-        *("prepare", "build", "--config", f"{TINY}:{folder / 'model'}", "--format", "jsonl"),
+        *("prepare", "build", "--config", f"{TINY}:{folder / 'model'}", "--file_format", "jsonl"),
         *("--out", str(folder / "data")),
     ),
     "evaluate": lambda folder: (

@@ -5,6 +5,7 @@ not there.
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -37,6 +38,7 @@ from crossin_jax.plan.plan import (
     render,
 )
 from crossin_jax.plan.topology import open_topology
+from crossin_jax.tables import STYLES, render_parts
 from tests.conftest import REPOSITORY
 from tests.models.published import CHECKPOINTS
 from tests.parallel.tpu import topology
@@ -54,6 +56,11 @@ SPEC = dataclasses.replace(
 )
 LAYER = 4 * 256 * 256 + 3 * 256 * 512  # numbers in the matrices of a layer
 TOKENS = ROWS * T // 4  # per chip
+
+
+def show(plan: Plan, style: str = "text") -> str:
+    """What the program prints of a plan."""
+    return "\n".join(render_parts(style, render(plan))[0])
 
 
 def config_of(folder, **changes) -> Config:
@@ -144,7 +151,7 @@ def test_what_is_offloaded_is_in_the_hosts_memory(planned):
     # queries, keys, values, context and output; gate and up; in bfloat16, for every layer
     assert train.offloaded_bytes == pytest.approx(3 * TOKENS * (5 * 256 + 2 * 512) * 2, rel=0.02)
     assert kept.offloaded_bytes == 0 and train.argument_bytes < train.peak_bytes < kept.peak_bytes
-    assert "memory of its host" in render(offloading) and "memory of its host" not in render(plan)
+    assert "memory of its host" in show(offloading) and "memory of its host" not in show(plan)
 
 
 def test_prefill_and_decoding_are_the_engines(planned):
@@ -271,7 +278,7 @@ SHOWN = {
 
 def test_every_number_is_printed_in_its_unit():
     """One line per number, one column per program; a dash where a program does not fit."""
-    lines = render(MADE_UP).splitlines()
+    lines = show(MADE_UP).splitlines()
     assert lines[0] == (
         "v5e:4x4: 16 chips on 4 hosts, mesh data 1 x fsdp 8 x tensor 2, 4,096 tokens per step"
     )
@@ -280,7 +287,7 @@ def test_every_number_is_printed_in_its_unit():
         label, _, cells = line.strip().partition("  ")
         found[label] = tuple(cells.split())
     assert {label: found.get(label) for label in SHOWN} == SHOWN
-    assert [tuple(line.split()) for line in lines if line.startswith("    times")] == [
+    assert [tuple(line.split()) for line in lines if line.startswith("  times")] == [
         ("times", "20", "0"),
         ("times", "3", "0"),
     ]
@@ -291,11 +298,28 @@ def test_every_number_is_printed_in_its_unit():
         "fits",
     ]
     other = dataclasses.replace(MADE_UP, fits=False, steps=None, hours_floor=None, read_bytes=0)
-    assert render(other).splitlines()[-2:] == [
+    assert show(other).splitlines()[-2:] == [
         "training: at most 16,384 tokens/s; set train.steps for the hours of the run",
         "does not fit",
     ]
-    assert "loading" not in render(other)
+    assert "loading" not in show(other)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_program_prints_every_style(style, capsys, monkeypatch):
+    monkeypatch.setattr(plan_command, "make_plan", lambda *_: MADE_UP)
+    monkeypatch.setattr(plan_command, "open_topology", lambda _: None)
+    flags = dict.fromkeys(("out", "tune", "search", "json"))
+    plan_command.main(Config(), SimpleNamespace(topology="v5e:4x4", format=style, **flags))
+    said = capsys.readouterr()
+    row = {
+        "text": r"HBM traffic, GB +11.00 +-",
+        "markdown": r"\| HBM traffic, GB \| 11.00 \| - \|",
+        "latex": r"HBM traffic, GB & 11.00 & - ",
+        "csv": r'"HBM traffic, GB",11.00,-',
+    }[style]
+    assert re.search(row, said.out)
+    assert ("16 chips on 4 hosts" in said.err) == (style == "csv") != ("fits" in said.out)
 
 
 def test_floors_follow_from_the_data_sheet(planned):
@@ -303,7 +327,7 @@ def test_floors_follow_from_the_data_sheet(planned):
     train = plan.phases["train"]
     assert train.floor_seconds == max(train.flops / 197e12, train.argument_bytes / 8.19e11)
     assert plan.hours_floor == pytest.approx(2 * train.floor_seconds)
-    text = render(plan)
+    text = show(plan)
     assert (
         "7,200 steps take at least" in text
         and "HBM, peak of 15.75 GiB" in text
@@ -314,7 +338,7 @@ def test_floors_follow_from_the_data_sheet(planned):
 
 def test_the_program_prints_its_plan_and_says_whether_it_fits(planned, capsys, monkeypatch):
     config, plan = planned
-    options = {"topology": "v5e:2x2", "out": None, "tune": False, "search": True}
+    options = {"topology": "v5e:2x2", "out": None, "tune": False, "search": True, "format": "text"}
 
     def run(fits, better=None, **more):
         monkeypatch.setattr(
@@ -324,7 +348,7 @@ def test_the_program_prints_its_plan_and_says_whether_it_fits(planned, capsys, m
         code = plan_command.main(config, SimpleNamespace(**options | more))
         return code, capsys.readouterr().out
 
-    assert run(True, json=False) == (0, render(plan) + "\n")
+    assert run(True, json=False) == (0, show(plan) + "\n")
     code, text = run(True, json=True)
     assert code == 0 and json.loads(text) == {
         "plan": json.loads(json.dumps(dataclasses.asdict(plan))),
@@ -334,7 +358,7 @@ def test_the_program_prints_its_plan_and_says_whether_it_fits(planned, capsys, m
     code, text = run(False, better, json=False)
     assert (
         code == 0
-        and f"the smallest change that fits: --config.model.remat=dots\n{render(better)}" in text
+        and f"the smallest change that fits: --config.model.remat=dots\n{show(better)}" in text
     )
     code, text = run(False, json=False)
     assert code == 1 and "does not fit\n" in text and "take more chips" in text
@@ -368,7 +392,7 @@ def test_tuning_says_what_it_proposes_and_whether_it_fits(
         "crossin_jax.plan.tune.propose", lambda *given: asked.append(given) or proposed
     )
     out = str(tmp_path / "p.json")
-    options = {"topology": "v5e:2x2", "out": out, "tune": True, "search": True}
+    options = {"topology": "v5e:2x2", "out": out, "tune": True, "search": True, "format": "text"}
     assert plan_command.main(Config(), SimpleNamespace(**options, json=False)) == code
     text = capsys.readouterr().out
     assert words in text and ("--tuned=" + out in text) == (proposed is not None)

@@ -19,8 +19,9 @@ from crossin_jax.data.prompts import Renderer
 from crossin_jax.evaluation.benchmarks import load_benchmark
 from crossin_jax.evaluation.items import Benchmark, Item, Version
 from crossin_jax.prepare.audit import audit, measure_fertility
-from crossin_jax.prepare.audit_report import draw, to_markdown, to_text
+from crossin_jax.prepare.audit_report import draw, list_parts, to_markdown
 from crossin_jax.prepare.leakage import NEAR, LeakIndex, Passage, hash_grams, sign, split_units
+from crossin_jax.tables import render_parts
 from tests.data.conftest import parallel_rows, write_lines
 
 CODES = ("en", "zh", "vi", "es")
@@ -147,7 +148,7 @@ def test_items_whose_context_is_in_training_are_named(tokenizer, tmp_path):
     assert (found["items"], found["in_training"]) == (3, 2)
     assert found["first"] == [{"item": i, "row": rows[4]["id"]} for i in ("q1", "q0")]
     said = "2 of 3 items of bench ask about a context that training rows hold, e.g. item q1 in row"
-    assert said in to_markdown(report) and said in to_text(report)
+    assert said in to_markdown(report)
     clean = audit(
         *open_rows(tokenizer, tmp_path, parallel_rows(9), Component(source="s")),
         [Benchmark("bench", items, ("en", "es"), "test")],
@@ -474,7 +475,8 @@ def test_tables_and_figures_are_written(tokenizer, tmp_path):
         and "tokens per character" in table
         and report["mixture"] in table
     )
-    assert all(len(line) < 140 for line in to_text(report).splitlines()[4:])
+    lines, _ = render_parts("text", list_parts(report))
+    assert all(len(line) < 140 for line in lines[2:])
     draw(report, tmp_path / "audit.png")
     assert (tmp_path / "audit.png").read_bytes()[:4] == b"\x89PNG"
 

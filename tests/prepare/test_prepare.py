@@ -23,8 +23,10 @@ from crossin_jax.data.mixture import Mixture, load_corpora
 from crossin_jax.data.pipeline import load_tokenizer, open_pipeline
 from crossin_jax.data.prompts import Renderer, RowFault
 from crossin_jax.evaluation.benchmarks import load_benchmark
+from crossin_jax.prepare import __main__ as program
 from crossin_jax.prepare import commands as prepare
 from crossin_jax.prepare import preview
+from crossin_jax.tables import STYLES
 from tests.data.conftest import parallel_rows, write_lines
 
 
@@ -44,7 +46,8 @@ def arguments(**changes):
     return SimpleNamespace(
         **{
             "out": None,
-            "format": "parquet",
+            "format": "text",
+            "file_format": "parquet",
             "n": 3,
             "html": None,
             "source": None,
@@ -57,7 +60,7 @@ def arguments(**changes):
 
 @pytest.mark.parametrize("form", ["parquet", "jsonl"])
 def test_build_writes_the_stream_and_its_manifest(config, tmp_path, form, capsys):
-    prepare.build(config, arguments(format=form))
+    prepare.build(config, arguments(file_format=form))
     folder = tmp_path / "run" / "data"
     manifest = json.loads((folder / "manifest.json").read_text())
     path = folder / manifest["file"]
@@ -74,10 +77,10 @@ def test_build_writes_the_stream_and_its_manifest(config, tmp_path, form, capsys
         (e.id, e.instruction, e.input, e.output) for e in mixture
     ]
     stamp = path.stat().st_mtime_ns
-    prepare.build(config, arguments(format=form))
+    prepare.build(config, arguments(file_format=form))
     assert path.stat().st_mtime_ns == stamp and "up to date" in capsys.readouterr().out
     config.data.components[1].count = 20
-    prepare.build(config, arguments(format=form))
+    prepare.build(config, arguments(file_format=form))
     assert json.loads((folder / "manifest.json").read_text())["examples"] == 70
     # What was built can be read again.
     source = Source(name="built", path=str(path), languages=("en",))
@@ -129,7 +132,7 @@ def test_a_built_row_is_the_whole_example(config, tmp_path, form):
         Component(kind=kind, source="rows") for kind in ("base", "x2x", "x2x", "trans")
     )
     config.data.tag = "sentence"
-    prepare.build(config, arguments(format=form))
+    prepare.build(config, arguments(file_format=form))
     mixture = Mixture(config.data, load_corpora(config.data, config.seed), config.seed)
     built = read_built(config, form)
     assert built == [
@@ -160,7 +163,7 @@ def test_a_turn_that_is_not_learned_keeps_its_weight_in_a_built_file(
     config.data.sources[0].path = write_lines(tmp_path / "chat.jsonl", [{"id": "1", "en": chat}])
     config.data.components = (Component(kind="base", source="rows"),)
     config.data.languages = ("en",)
-    prepare.build(config, arguments(format=form))
+    prepare.build(config, arguments(file_format=form))
     (row,) = read_built(config, form)
     assert [turn.get("weight") for turn in row["messages"]] == [None, 0, None, None]
     assert [turn["role"] for turn in row["messages"]] == [role for role, _ in turns]
@@ -172,7 +175,7 @@ def test_every_example_is_built_once_in_its_order(config, count):
     config.data.components = (
         Component(kind="x2x", source="rows", count=count, with_replacement=True),
     )
-    prepare.build(config, arguments(format="jsonl"))
+    prepare.build(config, arguments(file_format="jsonl"))
     mixture = Mixture(config.data, load_corpora(config.data, config.seed), config.seed)
     draws = mixture.draw(np.arange(count))
     codes, ids = config.data.languages, [*mixture.corpora["rows"].ids()]
@@ -186,7 +189,7 @@ def test_a_built_file_counts_as_current_only_while_it_is_that_of_the_manifest(co
     """Whichever other file lies beside it, and from whenever it is."""
 
     def build(form) -> bool:
-        prepare.build(config, arguments(format=form))
+        prepare.build(config, arguments(file_format=form))
         assert len(read_built(config, form)) == 50 + config.data.components[1].count
         return "up to date" not in capsys.readouterr().out
 
@@ -405,6 +408,30 @@ def test_the_audit_parts_the_embedded_world_as_training_does(tokenizer, tmp_path
     items = len(load_benchmark("cross_world:test", ("en",), seed=5).items)
     assert report["leakage"]["cross_world:test"]["languages"]["en"]["items"] == items
     assert all(entry["share"] < 1 for entry in report["leakage"]["cross_world:test"]["strongest"])
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_counts_of_a_mixture_are_printed_in_every_style(config, style, capsys):
+    prepare.build(config, arguments(format=style))
+    said = capsys.readouterr()
+    head = {
+        "text": "component  examples  pairs",
+        "markdown": "| component | examples | pairs |",
+        "latex": r"component & examples & pairs \\",
+        "csv": "component,examples,pairs",
+    }[style]
+    assert head in said.out.splitlines()
+    assert ("manifest.json" in said.err) == (style == "csv") != ("manifest.json" in said.out)
+    prepare.audit(config, arguments(format=style))
+    mark = {"text": "mean tokens", "markdown": "|--:|", "latex": r"\midrule", "csv": "tokens,5 %,"}
+    assert mark[style] in capsys.readouterr().out
+
+
+def test_the_former_flag_of_the_file_format_names_the_new_one(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prepare", "build", "--format", "jsonl"])
+    with pytest.raises(SystemExit, match="2"):
+        program.main()
+    assert "use --file_format=jsonl" in capsys.readouterr().err
 
 
 def test_translate_fills_a_source_through_a_command(config, tmp_path, capsys):

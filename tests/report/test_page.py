@@ -15,8 +15,8 @@ from crossin_jax.evaluation.items import Benchmark, Item, Version
 from crossin_jax.evaluation.predictions import Answer, ItemAnswers, Predictions
 from crossin_jax.report.results import write_results
 from crossin_jax.report.summary import Run, summarise
-from crossin_jax.report.text import print_table
 from crossin_jax.study.report import Table, write_study
+from tests.helpers import print_table
 
 
 class Page(HTMLParser):

@@ -22,10 +22,10 @@ from crossin_jax.evaluation.stats import bootstrap, restrict
 from crossin_jax.report import figures, heat_maps, wording
 from crossin_jax.report.results import read_pair, read_results, write_results
 from crossin_jax.report.summary import OTHERS, Run, summarise
-from crossin_jax.report.text import print_table
 from crossin_jax.tables import text_width
 from tests.evaluation.made_up import answer_benchmark, know
 from tests.evaluation.test_metrics import compare
+from tests.helpers import print_table
 
 LANGUAGES = ("en", "zh", "vi", "es")
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{title}} & \u2028"

@@ -10,8 +10,9 @@ import pytest
 
 from crossin_jax.evaluation.stats import Change, wilson
 from crossin_jax.report.summary import Block, Estimate, Row
-from crossin_jax.report.text import PRIMARY, list_rows, print_table
+from crossin_jax.report.text import PRIMARY, list_parts, list_rows
 from crossin_jax.tables import STYLES, render_table
+from tests.helpers import print_table
 
 
 def block(method, differences, benchmark="b", num_items=200):
@@ -99,6 +100,15 @@ def test_csv_has_every_score_of_every_way_in_one_table():
         0.0004,
     ]
     assert rows[0]["difference"] == rows[0]["p"] == rows[0]["sd"] == ""
+
+
+def test_csv_of_a_study_names_the_table_of_each_row():
+    blocks = [block("sum", {"x2x": 0.1})]
+    (table,) = list_parts({"small": blocks, "large": blocks}, "csv")
+    rows = [dict(zip(table.head, row, strict=True)) for row in table.rows]
+    assert [row["table"] for row in rows] == ["small"] * 10 + ["large"] * 10
+    parts = list_parts({"small": blocks, "large": blocks})
+    assert [part for part in parts if str(part).startswith("==")] == ["== small\n", "== large\n"]
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -232,7 +232,7 @@ def test_the_last_line_sums_what_is_to_do(planned, monkeypatch, capsys):
     print_costs(
         Study(name="costs", output_dir="out", cells=tuple(cells)), {"b"}, slice(None), "v5e:2x2"
     )
-    *lines, last = capsys.readouterr().out.splitlines()
+    _, *lines, last = capsys.readouterr().out.splitlines()
     assert [line.split()[:4] for line in lines] == [
         ["0", "to", "do", "a"],
         ["1", "done", "b", "2000000"],

@@ -1,5 +1,6 @@
 """A study in miniature: what cannot be opened is named, the rest is counted and timed."""
 
+import csv
 import dataclasses
 import json
 from pathlib import Path
@@ -100,8 +101,13 @@ def test_the_program_prints_a_line_per_cell_and_refuses_with_the_cell(
     monkeypatch.setattr("crossin_jax.study.__main__.read_study", lambda _: study)
     main(study_flags())
     lines = capsys.readouterr().out.splitlines()
-    assert "6 steps" in lines[0] and "12 prompts" in lines[0] and "24 prompts" in lines[1]
-    assert lines[2].startswith("2 of 2 cells to do")
+    assert "6 steps" in lines[1] and "12 prompts" in lines[1] and "24 prompts" in lines[2]
+    assert lines[3].startswith("2 of 2 cells to do")
+    main(study_flags(time=False, format="csv"))
+    said = capsys.readouterr()
+    rows = list(csv.reader(said.out.splitlines()))
+    assert [row[2] for row in rows] == ["cell", "a", "b"] and {len(row) for row in rows} == {5}
+    assert said.err.startswith("2 of 2 cells to do")
     (tmp_path / "a").mkdir()
     (tmp_path / "a/thesis.txt").write_text("work")
     with pytest.raises(UserError, match="was not made by a study"):
