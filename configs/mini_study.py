@@ -59,7 +59,7 @@ def pairs(kind: str, share: float = 0.5, **more) -> Component:
 
 
 ARMS = {
-    "base": (),
+    "english": (),
     "en2x": (pairs("en2x"),),
     "x2en": (pairs("x2en"),),
     "x2x": (pairs("x2x"),),
@@ -307,18 +307,18 @@ def get_study(
                 add("LoRA", arm, seed)
     if "tag" in chosen:
         for seed in seeds or SEEDS:
-            add("no tag", "base", seed)
+            add("no tag", "english", seed)
             for arm in CONTROLLED:
                 add("no tag", f"{arm}, no tag", seed, components=ARMS[arm], tag="none")
     seeds = seeds or FEWER
     if "full" in chosen:
         for seed in seeds:
-            for arm in ("base", *CONTROLLED):
+            for arm in ("english", *CONTROLLED):
                 add("full fine-tuning", arm, seed, full=True)
     if "volumes" in chosen:
         for seed in seeds:
             for volume in VOLUMES:
-                add(volume_table(volume), "base", seed)
+                add(volume_table(volume), "english", seed)
                 for arm in CONTROLLED:
                     add(volume_table(volume), arm, seed, volume=volume)
     if "question" in chosen:
@@ -328,11 +328,11 @@ def get_study(
                     add(table, arm, seed, base, steps=steps)
     if "seven" in chosen:
         for seed in seeds:
-            for arm in ("base", *CONTROLLED):
+            for arm in ("english", *CONTROLLED):
                 add("seven languages", arm, seed, Base(SEVEN, vocab_size=4000))
     if "smallest" in chosen:
         for seed in seeds:
-            for arm in ("base", *CONTROLLED):
+            for arm in ("english", *CONTROLLED):
                 add("smallest", arm, seed, Smallest(), steps=60, part="test/language")
     if "tuning" in chosen:
         for seed in seeds:
@@ -349,7 +349,7 @@ def get_study(
                     )
     if "beyond" in chosen:
         for seed in seeds:
-            for arm in ("base", *CONTROLLED):
+            for arm in ("english", *CONTROLLED):
                 add("beyond the paper", arm, seed)
             for arm, options in BEYOND.items():
                 add("beyond the paper", arm, seed, **options)

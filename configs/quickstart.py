@@ -8,7 +8,7 @@ every language?
 
 A 0.8 M parameter Llama is pretrained from random weights on English-heavy text about the world's
 territories; facts about half of them are stated in English only. The same base is then tuned by
-LoRA at equal steps on English questions (base), on pairs of languages (x2x, and x2x_same where a
+LoRA at equal steps on English questions (english), on pairs of languages (x2x, and x2x_same where a
 pair may be twice the same language), and on translated monolingual questions as control (mono).
 Every arm answers the questions about the other territories in every language.
 """
@@ -32,7 +32,7 @@ from crossin_jax.config import (
 LANGUAGES = ("en", "zh", "vi", "es")
 ROOT = "runs/quickstart"
 ARMS = {
-    "base": (),
+    "english": (),
     "x2x": (Component(kind="x2x", source="facts", share=0.5),),
     "x2x_same": (Component(kind="x2x", source="facts", share=0.5, allow_same=True),),
     "mono": (Component(kind="same", source="facts", share=0.5),),
@@ -54,7 +54,7 @@ def get_config(
             f"configs/quickstart.py:{variant}: choose pretrain or one of {', '.join(ARMS)}"
         )
     pairs = ARMS[variant]
-    base = Component(kind="base", source="facts", share=0.5 if pairs else 1.0)
+    english = Component(kind="base", source="facts", share=0.5 if pairs else 1.0)
     return Config(
         name=variant,
         seed=seed,
@@ -67,7 +67,7 @@ def get_config(
         lora=Lora(rank=16, alpha=32.0, dropout=0.0, modules_to_save=()),
         data=Data(
             sources=(Source(name="facts", kind="world", split="train"),),
-            components=(base, *pairs),
+            components=(english, *pairs),
             languages=languages,
             template="plain",
             tag="sentence",

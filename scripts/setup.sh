@@ -12,14 +12,16 @@ extras=$(IFS=,; echo "$*")
 wanted="$(cat setup.py pyproject.toml | cksum) ${extras}"
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
   echo "installing crossin_jax${extras:+[$extras]} into .venv …"
-  pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
+  # Python compiles what it imports at the first import; pip would compile every file of every package.
+  pip=(.venv/bin/python -m pip install --no-compile --progress-bar off --disable-pip-version-check)
+  show() { awk '/^Collecting/ { print "  " $2 } /^Installing/ { print "  unpacking all of them …" } { fflush() }'; }
   case " $* " in
     *" test "*)
       # The tests compare with torch on the CPU. Where this version is on offer as a CPU build (TORCH_INDEX names another
       # package index), it is taken first, so that nothing pulls in gigabytes of CUDA libraries later.
-      "${pip[@]}" ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "torch==2.13.0" ||
+      "${pip[@]}" ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "torch==2.13.0" | show ||
         echo "torch==2.13.0 is not on offer here; the newest torch is taken" >&2 ;;
   esac
-  "${pip[@]}" -e ".${extras:+[$extras]}"
+  "${pip[@]}" -e ".${extras:+[$extras]}" | show
   echo "$wanted" > .venv/installed
 fi

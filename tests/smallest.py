@@ -27,7 +27,7 @@ from crossin_jax.report.summary import OTHERS, Run, summarise
 from crossin_jax.train import train
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs/mini_study.py:smallest"
-ARMS = ("base", "x2x_same")
+ARMS = ("english", "x2x_same")
 
 
 @contextmanager

@@ -272,7 +272,7 @@ def test_what_no_flag_takes_is_refused(word, monkeypatch, capsys):
         (("--confg", "tests/configs/tiny.py"), "--confg: no such flag; did you mean --config?"),
         (("--config.seed=1",), "--config=FILE.py is missing"),
         (("--config", "nowhere.py"), "nowhere.py: no such file"),
-        (("--config", "configs/quickstart.py:x2y"), "choose pretrain or one of base, x2x"),
+        (("--config", "configs/quickstart.py:x2y"), "choose pretrain or one of english, x2x"),
         (("--config", QUICKSTART, "--config.train.steps=many"), "train.steps=many"),
         (("--config", QUICKSTART, "--confog.x=1"), "confog"),
         (

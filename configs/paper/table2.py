@@ -14,14 +14,14 @@ data/platypus/platypus_en.json; the benchmarks come from the Hub.
 
 Recipe of the release: LoRA r=64, alpha=128, dropout 0.05 on all seven projections, embed_tokens and
 lm_head in full, AdamW, cosine, 3 % warm-up, weight decay 0.01, 16 examples a step of at most 4096
-tokens, seed 42. Every arm has the English base data whole; an arm named after a direction adds that
-many examples of it, "+trans" as many of translation, and mono as many in the language of their
-question. So arms of one volume have equal examples but not more English than base has;
---budget=examples=N or tokens=N gives every arm the same amount instead.
+tokens, seed 42. Every arm has the English data whole, and "english" nothing else; an arm named
+after a direction adds that many examples of it, "+trans" as many of translation, and mono as many
+in the language of their question. So arms of one volume have equal examples but not more English
+than "english"; --budget=examples=N or tokens=N gives every arm the same amount instead.
 
 What `plan` computes per cell (jax 0.10.2, libtpu 0.0.52): HBM per chip with the longest rows, and
-hours to train, from base to x2x+trans-all, if all rows were of the shortest bucket (1,024 tokens)
-and the chips at their peak: no run is as fast, and benchmarks come on top.
+hours to train, from english to x2x+trans-all, if all rows were of the shortest bucket (1,024
+tokens) and the chips at their peak: no run is as fast, and benchmarks come on top.
 
               v5e-16 (15.75 GiB)      v5p-8 (95.73 GiB)
   llama-2-7b  3.3 GiB, 0.09 to 0.47   11.9 GiB, 0.16 to 0.80
@@ -64,9 +64,9 @@ PLATYPUS_ROWS, ALPACA_ROWS = (
     24_926,
     52_002,
 )
-ARMS = {  # what is added to the base data
-    "base": (),
-    "base+trans": ("trans",),
+ARMS = {  # what is added to the English data
+    "english": (),
+    "english+trans": ("trans",),
     "en2x": ("en2x",),
     "x2en": ("x2en",),
     "x2x": ("x2x",),
@@ -95,7 +95,7 @@ def get_config(variant: str = "llama-2-7b/x2x/3000/16") -> Config:
     count = None if volume == "all" else int(volume)
     folder, template = MODELS[model]
     examples = PLATYPUS_ROWS + len(ARMS[arm]) * (count or ALPACA_ROWS)
-    name = f"{model}/{arm}" if arm == "base" else f"{model}/{arm}-{volume}"
+    name = f"{model}/{arm}" if arm == "english" else f"{model}/{arm}-{volume}"
     added = tuple(
         Component(kind=kind, source="alpaca", count=count, translate="x2en") for kind in ARMS[arm]
     )
@@ -129,19 +129,19 @@ def get_config(variant: str = "llama-2-7b/x2x/3000/16") -> Config:
 
 
 def get_study(chips: str = "16", seeds: tuple[int, ...] = (42,)) -> Study:
-    """Every model, arm and volume; base stands in the table of every volume, trained once."""
+    """Every model, arm and volume; english stands in the table of every volume, trained once."""
     if not chips.isdigit():
         raise UserError(f"configs/paper/table2.py:{chips}: give the number of chips, 16 or 4")
     cells = []
     for model in MODELS:
         for seed in seeds:
             for arm in ARMS:
-                for volume in VOLUMES if arm != "base" else ("all",):
+                for volume in VOLUMES if arm != "english" else ("all",):
                     config = get_config(f"{model}/{arm}/{volume}/{chips}")
                     config.seed = seed
                     if len(seeds) > 1:
                         config.output_dir += f"/seed{seed}"
-                    stands = VOLUMES if arm == "base" else (volume,)
+                    stands = VOLUMES if arm == "english" else (volume,)
                     cells.append(
                         Cell(
                             name=config.output_dir.removeprefix(f"{ROOT}/"),
