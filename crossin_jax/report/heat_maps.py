@@ -23,6 +23,8 @@ MIN_GROUP = 2
 OTHER = "other scripts"
 # Cells of one line of accuracies
 LINE = 20
+# The cell of a language with itself; neither scale of colours has a grey
+OF_ITSELF = "#d9d9d9"
 
 
 def group_languages(languages: Sequence[str]) -> dict[str, list[str]]:
@@ -164,13 +166,14 @@ def _draw_maps(
     for i, (arm, matrix) in enumerate(maps.items()):
         axes = next(grid)
         values = matrix[np.ix_(order, order)].astype(float)
-        # A language agrees with itself: those cells are left blank.
+        # A language agrees with itself: those cells have no value.
         np.fill_diagonal(values, np.nan)
         shown = order if num_languages <= MANY_LANGUAGES else []
         labels = [shorten(language_code(block.languages[l]), 8) for l in shown]
         _heat(axes, values, labels, labels, with_numbers=has_numbers, **scale)
+        axes.set_facecolor(OF_ITSELF)
         if marks:
-            _mark(axes, marks[i][np.ix_(order, order)], cell)
+            _mark(axes, marks[i][np.ix_(order, order)], _is_dark(values, scale["vmax"]), cell)
         if not has_numbers:
             _group_axes(axes, groups, names_only=num_languages > MANY_LANGUAGES)
             bar = figure.colorbar(axes.images[0], ax=axes, shrink=0.5, pad=0.02)
@@ -193,13 +196,13 @@ def _scale(maps: Sequence[np.ndarray], are_changes: bool, has_numbers: bool) -> 
     return {"vmin": low, "vmax": max(high, low + 0.01)}
 
 
-def _mark(axes: Any, marks: np.ndarray, cell: float) -> None:
+def _mark(axes: Any, marks: np.ndarray, are_dark: np.ndarray, cell: float) -> None:
     """A dot at every marked cell; below the number, where there are numbers."""
     y, x = np.nonzero(marks & ~np.eye(len(marks), dtype=bool))
     below = 0.33 if cell > 0.3 else 0
-    axes.scatter(
-        x, y + below, s=(14 * cell) ** 2 / (4 if below else 2), color="black", linewidths=0
-    )
+    size = (14 * cell) ** 2 / (4 if below else 2)
+    colours = np.where(are_dark[y, x], "white", "black")
+    axes.scatter(x, y + below, s=size, c=colours, linewidths=0)
 
 
 def _group_axes(axes: Any, groups: dict[str, list[str]], *, names_only: bool) -> None:
@@ -239,7 +242,12 @@ def _heat(
     axes.imshow(values, cmap=cmap, vmin=vmin, vmax=vmax, aspect="auto")
     for (i, j), value in np.ndenumerate(values) if with_numbers else ():
         if not np.isnan(value):
-            colour = "white" if abs(value) > 0.6 * vmax else "black"
+            colour = "white" if _is_dark(value, vmax) else "black"
             axes.text(j, i, number(value), ha="center", va="center", fontsize=8, color=colour)
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
+
+
+def _is_dark(values: Any, vmax: float) -> Any:
+    """Whether black cannot be read on the colour of a value."""
+    return np.abs(values) > 0.6 * vmax

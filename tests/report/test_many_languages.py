@@ -165,6 +165,20 @@ def test_a_change_is_marked_where_its_test_says_so(few, many):
         assert marked == {(y, x) for y, x in zip(*np.nonzero(clear), strict=True)} and marked
         low, high = axes.images[0].get_clim()
         assert -low == high == pytest.approx(np.abs(shown).max())
+        dots = zip(axes.collections[0].get_facecolors(), sorted(marked), strict=True)
+        for colour, cell in dots:  # a dot can be seen on the darkest colours too
+            assert colour[:3].tolist() == [float(abs(shown[cell]) > 0.6 * high)] * 3
+
+
+def test_nothing_is_marked_where_no_change_is_clear(few):
+    base, arm = few.rows
+    table = arm.pairs["rankc"]
+    pairs = {"rankc": replace(table, p=np.ones_like(table.p).tolist())}
+    block = replace(few, rows=(base, replace(arm, pairs=pairs)))
+    (axes,) = draw_pair_changes(block, "rankc").axes
+    assert len(axes.collections[0].get_offsets()) == 0
+    grey = axes.get_facecolor()[:3]  # a language beside itself is not a change of 0
+    assert len({round(part, 3) for part in grey}) == 1 and 0.5 < grey[0] < 0.95
 
 
 def test_many_scores_stand_in_groups(many):
