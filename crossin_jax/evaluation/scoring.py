@@ -81,11 +81,13 @@ def choose_likeliest(
     """
     if values is None:
         return Answer(tuple(range(num_choices)), "too_long")
-    scores = _divide(entry, values, method)
-    best = int(np.argmax(scores))
-    same = (best,)
-    if method != "letter":
-        same = tuple(i for i, text in enumerate(entry.texts) if text == entry.texts[best])
+    scores, texts = _divide(entry, values, method), entry.texts
+    if method == "letter":
+        same: tuple[int, ...] = (int(np.argmax(scores)),)
+    else:
+        scores = scores[[texts.index(text) for text in texts]]
+        best = texts[int(np.argmax(scores))]
+        same = tuple(i for i, text in enumerate(texts) if text == best)
     reason = "matched" if len(same) == 1 else "tie"
     return Answer(same, reason, scores=tuple(float(score) for score in scores))
 

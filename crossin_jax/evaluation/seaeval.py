@@ -13,6 +13,7 @@ from typing import Any
 from crossin_jax.config import UserError
 from crossin_jax.evaluation.answers import LETTERS, align
 from crossin_jax.evaluation.items import Item
+from crossin_jax.evaluation.layouts import LABEL
 from crossin_jax.evaluation.predictions import Answer, ItemAnswers, Predictions
 from crossin_jax.files import read_json, write_whole
 from crossin_jax.languages import find_code, name_of
@@ -128,7 +129,11 @@ def _read_answer(version: Row, place: str) -> Answer:
     """The answer by its text, else by the likeliest choice; with the log-likelihoods, if any."""
     scores = _read_scores(version, place)
     if scores and "model_prediction" not in version:
-        return Answer((scores.index(max(scores)),), scores=scores)
+        # Choices of equal text are equally likely, as in `choose_likeliest`.
+        texts = [LABEL.sub("", choice, count=1) for choice in version["choices"]]
+        best = texts[scores.index(max(scores))]
+        same = tuple(i for i, text in enumerate(texts) if text == best)
+        return Answer(same, "matched" if len(same) == 1 else "tie", scores=scores)
     return replace(align(version["choices"], _read_text(version, place)), scores=scores)
 
 
@@ -192,7 +197,8 @@ def write_log(path: str | Path, items: Sequence[Item], predictions: Predictions)
     English name.
 
     An answer that was scored rather than written stands as its label, "(B)", beside the
-    log-likelihoods of the choices.
+    log-likelihoods of the choices. Where these fit two choices of equal text there is no label, so
+    no model_prediction: `read_log` finds both in the log-likelihoods.
     """
     answers = {item.id: item.answers for item in predictions.items}
     rows = []
@@ -207,15 +213,16 @@ def write_log(path: str | Path, items: Sequence[Item], predictions: Predictions)
                 **({} if version.context is None else {"context": version.context}),
                 "choices": list(version.choices),
                 "answer": version.choices[version.answer],
-                "model_prediction": _written(answers[item.id][language]),
-                **_likelihoods(answers[item.id][language]),
+                **_describe(answers[item.id][language]),
             }
         rows.append(row)
     write_json(path, rows)
 
 
-def _likelihoods(answer: Answer) -> Row:
-    return {} if answer.scores is None else {"log_likelihoods": list(answer.scores)}
+def _describe(answer: Answer) -> Row:
+    scores = {} if answer.scores is None else {"log_likelihoods": list(answer.scores)}
+    is_open = scores and answer.text is None and len(answer.candidates) > 1
+    return scores if is_open else {"model_prediction": _written(answer)} | scores
 
 
 def write_rows(path: str | Path, items: Sequence[Item], predictions: Predictions) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from crossin_jax.config import Study, UserError
+from crossin_jax.evaluation.items import Benchmark
 from crossin_jax.evaluation.metrics import Mode
 from crossin_jax.evaluation.pairs import Weights
 from crossin_jax.evaluation.predictions import Predictions
@@ -34,11 +35,15 @@ HIDDEN = ("byte",)  # ways of choosing that only the tables' own reports show
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The runs of one table; the other arms are compared with the first."""
+    """The runs of one table; the other arms are compared with the first.
+
+    `benchmarks` give the table's own report its questions.
+    """
 
     name: str
     runs: Sequence[Run]
     baselines: dict[str, list[Predictions]]
+    benchmarks: Sequence[Benchmark] = ()
 
 
 def write_study(
@@ -58,6 +63,7 @@ def write_study(
             mode=mode,
             rankc=rankc,
             title=f"{study.name}: {table.name}",
+            benchmarks=table.benchmarks,
         )
         for table in tables
     }

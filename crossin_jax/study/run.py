@@ -4,7 +4,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from crossin_jax.data.loader import make_loader
 from crossin_jax.data.mixture import Mixture, load_corpora
 from crossin_jax.data.pipeline import open_pipeline
 from crossin_jax.evaluate import evaluate, evaluate_untuned, write_run
+from crossin_jax.evaluation.items import Benchmark
 from crossin_jax.evaluation.runner import answer_without_model, load_benchmarks
 from crossin_jax.export import export
 from crossin_jax.files import content_hash, write_whole
@@ -346,7 +347,8 @@ def write_report(study: Study, style: str = "text") -> Path | None:
     tables = []
     for name in dict.fromkeys(name for cell in done for name in cell.tables or ("",)):
         cells = [cell for cell in done if name in (cell.tables or ("",))]
-        tables.append(Table(name, read_runs(cells), answer_without_model(cells[0].config)))
+        rules = answer_without_model(cells[0].config)
+        tables.append(Table(name, read_runs(cells), rules, read_questions(cells)))
     if len(tables) == 1 and not tables[0].name:
         (table,) = tables
         blocks = {
@@ -357,9 +359,28 @@ def write_report(study: Study, style: str = "text") -> Path | None:
                 mode=how.mode,
                 rankc=how.rankc,
                 title=study.name,
+                benchmarks=table.benchmarks,
             )
         }
     else:
         blocks = write_study(out, study, tables, how.mode, how.rankc)
     print_parts(style, list_parts(blocks, style))
     return out / "report.html"
+
+
+def read_questions(cells: Sequence[Cell]) -> list[Benchmark]:
+    """The benchmarks of cells, for the questions on the page. One that cannot be read any more is
+    left out, and named on stderr.
+    """
+    found: dict[str, Benchmark | None] = {}
+    for config in (cell.config for cell in cells):
+        for name in config.evaluation.benchmarks:
+            if name in found:
+                continue
+            evaluation = dataclasses.replace(config.evaluation, benchmarks=(name,))
+            try:
+                (found[name],) = load_benchmarks(dataclasses.replace(config, evaluation=evaluation))
+            except UserError as fault:
+                found[name] = None
+                print(f"the report has no questions of {name}: {fault}", file=sys.stderr)
+    return [benchmark for benchmark in found.values() if benchmark]

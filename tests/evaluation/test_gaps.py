@@ -174,6 +174,7 @@ def test_equal_candidates_are_equally_likely():
     entry = ScoredChoices(np.array([1]), [np.array([2])] * 3, ("Rom", "Oslo", "Rom"), ("sum",))
     answer = choose_likeliest(entry, np.array([-2.0, -3.0, -2.0000001]), "sum", 3)
     assert (answer.candidates, answer.reason) == ((0, 2), "tie")
+    assert answer.scores == (-2.0, -3.0, -2.0)  # nor between their ranks
     answer = choose_likeliest(entry, np.array([-2.0, -1.0, -2.0]), "sum", 3)
     assert (answer.candidates, answer.reason) == ((1,), "matched")
     assert choose_likeliest(entry, None, "sum", 3).candidates == (0, 1, 2)
