@@ -95,7 +95,7 @@ def test_both_arms_have_every_measure_of_every_language(folder):
     )
     assert block["languages"] == list(FACTS) and block["num_items"] == 5
     assert block["chance"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 2 + 1 / 4 + 1 / 2) / 5)
-    assert [row["arm"] for row in block["rows"]] == ["base", "x2x"]
+    assert [row["arm"] for row in block["rows"]] == ["english", "x2x"]
     for row in block["rows"]:
         names = {"accuracy", "consistency_4", "AC3_3", "rankc", "agreement_right", "conductivity"}
         names |= {f"accuracy/{code}" for code in FACTS} | {"transfer/zh", "conductivity/es"}
