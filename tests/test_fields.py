@@ -25,7 +25,7 @@ from crossin_jax.config import Component, Config, Data, Source, Train, UserError
 from crossin_jax.data import loader as loading
 from crossin_jax.data.corpus import load_corpus
 from crossin_jax.data.pipeline import open_eval_renderer, open_pipeline, open_tokenizer
-from crossin_jax.evaluation import during_training
+from crossin_jax.evaluation import during_training, runner
 from crossin_jax.parallel.mesh import leaf_name, make_mesh
 from crossin_jax.training.optim import make_optimizer, make_schedule
 from crossin_jax.training.state import abstract_model, abstract_state, model_spec
@@ -142,7 +142,7 @@ def benchmark(config: Config) -> tuple:
     ENGINES.clear()
     model = types.SimpleNamespace(graphdef=None, spec=None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(during_training, "Engine", Engine)
+        patch.setattr(runner, "Engine", Engine)
         patch.setattr(during_training.nnx, "merge_state", lambda *_: None)
         asker = open_eval_renderer(config, pipeline(repr(config.data), config).tokenizer)
         scores = during_training.Benchmarks(config, asker, model, None)(

@@ -739,7 +739,7 @@ def test_an_answer_without_tokens_cannot_be_learned(tokenizer, template, output,
     [
         (
             {"kind": "x2x", "template": "lama"},
-            r"data.components\[0\].template='lama' is no file .* did you mean llama\?",
+            r"data.components\[0\].template='lama' is neither a file .* did you mean llama\?",
         ),
         (
             {"kind": "x2x", "tag": "inptu"},

@@ -331,7 +331,8 @@ def test_cells_are_chosen_as_in_python(cells, shown, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "config", ["quickstart.py", "mini_study.py", "paper/table2.py:16", "paper/table2.py:4"]
+    "config",
+    ["quickstart.py", "mini_study.py", "real_study.py", "paper/table2.py:16", "paper/table2.py:4"],
 )
 def test_cells_of_every_study_that_we_ship_have_folders_of_their_own(config):
     file, _, argument = str(REPOSITORY / "configs" / config).partition(":")
