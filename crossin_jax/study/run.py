@@ -128,10 +128,11 @@ def check_mark(cell: Cell, study: Study) -> None:
     """Refuses a cell's folder that holds files but not this study's mark, key.json."""
     folder = find_folder(cell)
     # The note of an owner is no content: its process may have been killed before it wrote the mark.
+    # An audit is none either: `prepare audit` writes it there before anything runs, and it stays.
     if (
         not folder.exists()
         or folder.is_dir()
-        and all(path.name == OWNER for path in folder.iterdir())
+        and all(path.name in (OWNER, "audit") for path in folder.iterdir())
     ):
         return
     mark = read_mark(folder / "key.json") if folder.is_dir() else None

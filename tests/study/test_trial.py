@@ -108,7 +108,8 @@ def test_the_program_prints_a_line_per_cell_and_refuses_with_the_cell(
     rows = list(csv.reader(said.out.splitlines()))
     assert [row[2] for row in rows] == ["cell", "a", "b"] and {len(row) for row in rows} == {5}
     assert said.err.startswith("2 of 2 cells to do")
-    (tmp_path / "a").mkdir()
+    (tmp_path / "a/audit").mkdir(parents=True)
+    main(study_flags(time=False))  # what `prepare audit` has written is no result
     (tmp_path / "a/thesis.txt").write_text("work")
     with pytest.raises(UserError, match="was not made by a study"):
         main(study_flags())
