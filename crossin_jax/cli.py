@@ -20,12 +20,13 @@ from crossin_jax import process
 from crossin_jax.checks import check
 from crossin_jax.config import (
     Config,
+    Lora,
     UserError,
     hint,
     iterate_fields,
 )
 from crossin_jax.paths import explain
-from crossin_jax.settings import hint_setting, redact, shorten
+from crossin_jax.settings import OTHER_NAMES, hint_setting, redact, shorten
 
 EXIT_USER_ERROR = 2
 EXIT_BROKEN_PIPE = (
@@ -86,6 +87,8 @@ def _run(
         code = main(*arguments) or 0
         print(end="", flush=True)  # what cannot be written is an error now, and none at the exit
         sys.exit(code)
+    except flags.UnrecognizedFlagError as error:
+        fail(describe_unknown_flag(error.flagname, takes_config))
     except (UserError, flags.Error) as error:
         fail(str(error))
     except KeyboardInterrupt:
@@ -113,6 +116,18 @@ def _run(
 def is_news(record: logging.LogRecord) -> bool:
     """False for tracebacks that Orbax's threads log of what they raise: it is reported again."""
     return not (record.exc_info and "orbax" in record.pathname)
+
+
+def describe_unknown_flag(name: str, takes_config: bool) -> str:
+    """The message about a flag that the program does not have. A setting is named in full: "steps"
+    and "lr" are --config.train.steps and --config.optim.learning_rate.
+    """
+    settings = [name for name, _, _ in iterate_fields(Config(lora=Lora()))] if takes_config else []
+    wanted = {name, OTHER_NAMES.get(name)}
+    meant = [f"--config.{path}" for path in settings if path.rpartition(".")[2] in wanted]
+    own = [f"--{flag.name}" for flag in flags.FLAGS.get_flags_for_module("__main__")]
+    near = hint(f"--{name}", own) or "; --help lists the flags"
+    return f"--{name}: no such flag" + (f"; did you mean {' or '.join(meant)}?" if meant else near)
 
 
 def check_platforms(names: str) -> None:

@@ -276,6 +276,20 @@ def test_what_no_flag_takes_is_refused(word, monkeypatch, capsys):
         (("--config", QUICKSTART, "--config.train.steps=many"), "train.steps=many"),
         (("--config", QUICKSTART, "--confog.x=1"), "confog"),
         (
+            ("--config", QUICKSTART, "--steps=3"),
+            "--steps: no such flag; did you mean --config.train.steps?",
+        ),
+        (
+            ("--config", QUICKSTART, "--lr", "1e-4"),
+            "--lr: no such flag; did you mean --config.optim.learning_rate?",
+        ),
+        (
+            ("--config", QUICKSTART, "--languages=fr"),
+            "did you mean --config.data.languages or --config.evaluation.languages?",
+        ),
+        (("--config", QUICKSTART, "--resum"), "--resum: no such flag; did you mean --resume?"),
+        (("--config", QUICKSTART, "--zzz"), "--zzz: no such flag; --help lists the flags"),
+        (
             ("--config", QUICKSTART, "--profile_steps=12,10"),
             "--profile_steps=12,10: give two steps",
         ),
