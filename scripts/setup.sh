@@ -12,9 +12,12 @@ extras=$(IFS=,; echo "$*")
 wanted="$(cat setup.py pyproject.toml | cksum) ${extras}"
 if [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ]; then
   echo "installing crossin_jax${extras:+[$extras]} into .venv …"
-  # Python compiles what it imports at the first import; pip would compile every file of every package.
-  pip=(.venv/bin/python -m pip install --no-compile --progress-bar off --disable-pip-version-check)
-  show() { awk '/^Collecting/ { print "  " $2 } /^Installing/ { print "  unpacking all of them …" } { fflush() }'; }
+  # Python compiles what it imports at the first import; pip would compile every file.
+  pip=(.venv/bin/python -u -m pip install --no-compile --progress-bar off)
+  pip+=(--disable-pip-version-check)
+  show() {
+    awk '/^Collecting/ { print "  " $2 } /^Installing/ { print "  unpacking …" } { fflush() }'
+  }
   case " $* " in
     *" test "*)
       # The tests compare with torch on the CPU. Where this version is on offer as a CPU build (TORCH_INDEX names another
