@@ -317,6 +317,8 @@ def test_files_have_their_language_in_any_spelling(tmp_path):
     ("stem", "code"),
     [
         ("mmlu_ZH-CN", "zh"),
+        ("mmlu_PT-BR", "pt-BR"),  # BR alone is Breton, and LA Latin
+        ("mmlu_ES-LA", "es-419"),
         ("dev.zho_Hant", "zh-Hant"),
         ("alpaca-en", "en"),
         ("global_mmlu_French", "fr"),

@@ -60,10 +60,43 @@ def test_han_characters_with_kana_are_japanese_and_without_them_chinese():
         ("Pemerintah negeri itu karena hal", "id"),
         ("ang mga tao sa lungsod ay hindi", "fil"),
         ("ang mga tawo sa siyudad nga dili", "ceb"),
+        # no word decides: then the model's label does, and both relatives' scores count together
+        ("Warna merah putih", "ms"),
+        ("Negara hitam laut baru", "id"),
     ],
 )
 def test_words_decide_between_close_relatives(text, code):
     assert detect(text) == code
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("我哋今日去邊度食飯呀", "yue"),
+        ("我们今天去哪里吃饭呢", "zh"),
+        # the model's label of Alemannic, als, is that of Tosk Albanian in ISO 639
+        ("Ig ha hüt ds Huus vo mym Grosvatter gseh, es isch sehr schön gsi", "gsw"),
+        ("Sot pashë shtëpinë e gjyshit tim, ishte shumë e bukur", "sq"),
+    ],
+)
+def test_languages_beside_a_larger_one_have_their_own_code(text, code):
+    assert detect(text) == code
+
+
+@pytest.mark.parametrize(
+    ("text", "code"), [("Guten Tag", None), ("Merci", None), ("Buenos días", "es")]
+)
+def test_a_few_words_need_a_higher_score(text, code):
+    """The model's label has a score of .39, .46 and .92."""
+    assert detect(text) == code
+
+
+def test_what_nothing_tells_apart_counts_as_wanted():
+    """Serbian in Latin letters, Croatian and Bosnian."""
+    text = "Glavni grad Francuske je Pariz, najveći grad u zemlji"
+    for code in ("hr", "bs", "sr-Latn"):
+        assert identify(text, code) == code and is_in(text, code, 0.3)
+    assert identify(text, "sl") != "sl"
 
 
 def test_a_language_serves_its_scripts_and_regions():

@@ -12,7 +12,7 @@ import pytest
 
 from crossin_jax import score
 from crossin_jax.config import UserError
-from crossin_jax.evaluation import pairs
+from crossin_jax.evaluation import pair_tables, pairs
 from crossin_jax.evaluation.metrics import choice_probabilities, pair_agreement
 from crossin_jax.evaluation.pair_tables import tabulate_pairs
 from crossin_jax.evaluation.pairs import (
@@ -283,8 +283,8 @@ def test_intervals_are_those_of_resampled_items():
 def test_a_table_of_pairs_is_what_two_languages_alone_give(name, monkeypatch):
     """Value, interval and paired test of every pair, whatever the number of pairs at a time."""
     sides = []
-    for shift in (0, 1):  # two prompts of two seeds on each side
-        sides.append({s: [draw(20, 3, 10 * s + p + 5 * shift) for p in (0, 1)] for s in (0, 1)})
+    for shift in (0, 1):  # three prompts, whose median is no mean, of two seeds on each side
+        sides.append({s: [draw(20, 3, 10 * s + p + 5 * shift) for p in range(3)] for s in (0, 1)})
     base, arm = sides
     for seeds in sides:
         for several in seeds.values():  # the same items on both sides
@@ -340,6 +340,15 @@ def _score(name):
     return lambda p: {"x": pairs.MeanOverColumns(LanguagePairs(p).measure(name, EVERY))}
 
 
+@pytest.mark.parametrize(("most", "has_intervals"), [(4, True), (3, False)])
+def test_above_a_number_of_languages_pairs_have_a_value_alone(most, has_intervals, monkeypatch):
+    monkeypatch.setattr(pair_tables, "MAX_TESTED", most)
+    arm, base = {0: [draw(9, 4)]}, {0: [draw(9, 4)]}
+    for table in tabulate_pairs(arm, base).values():
+        assert [table.low, table.high, table.p].count(None) == (0 if has_intervals else 3)
+        assert np.shape(table.value) == np.shape(table.difference) == (4, 4)
+
+
 def test_arms_without_a_common_seed_or_measure_have_no_change():
     first = draw(8)
     assert tabulate_pairs({0: [first]}, {1: [first]})["rankc"].p is None
@@ -347,6 +356,9 @@ def test_arms_without_a_common_seed_or_measure_have_no_change():
         replace(item, answers={code: replace(a, scores=None) for code, a in item.answers.items()})
         for item in first.items
     )
-    tables = tabulate_pairs({0: [first]}, {0: [replace(first, items=items)]})
+    without = replace(first, items=items)
+    for several in ([first, without], [without, first]):  # one of two prompts has RankC
+        assert list(tabulate_pairs({0: several})) == ["agreement", "agreement_right"]
+    tables = tabulate_pairs({0: [first]}, {0: [without]})
     assert tables["rankc"].p is None and tables["agreement"].difference is not None
     assert np.allclose(tables["agreement"].difference, 0) and np.all(tables["agreement"].p)

@@ -120,6 +120,22 @@ def test_scores_and_rates_are_printed_in_every_style(style, tmp_path, capsys):
     assert marks[1] in capsys.readouterr().out
 
 
+def test_equal_choices_of_a_log_are_a_tie(tmp_path):
+    """Without a text the likeliest choice counts, and all choices that look like it."""
+    choices = ["(A) Rom", "(B) Oslo", "(C) Rom"]
+    for scores, candidates in (
+        ([-1.0, -2.0, -1.1], (0, 2)),
+        ([-1.2, -2.0, -1.1], (0, 2)),
+        ([-1.0, -0.5, -1.0], (1,)),
+    ):
+        rows = [{"English": version(answer=choices[1], choices=choices)}]
+        del rows[0]["English"]["model_prediction"]
+        rows[0]["English"]["log_likelihoods"] = scores
+        found = read_log(write(tmp_path, rows)).items[0].answers["English"]
+        assert (found.candidates, found.scores) == (candidates, tuple(scores))
+        assert found.reason == ("tie" if len(candidates) > 1 else "matched")
+
+
 def test_every_mode_on_a_log_with_coins(shared, tmp_path, capsys):
     log = shared / "seaeval" / "logs" / "llama_2_7b_chat" / "cross_mmlu" / "zero_shot_p1.json.gz"
     results = {}

@@ -14,6 +14,7 @@ import pytest
 from crossin_jax.config import UserError
 from crossin_jax.evaluation import registry
 from crossin_jax.evaluation.benchmarks import load_benchmark
+from crossin_jax.evaluation.layouts import COPA
 from crossin_jax.evaluation.registry import KNOWN, find_known
 from crossin_jax.evaluation.shots import draw_shot_items
 
@@ -214,7 +215,13 @@ PUBLISHED = {
         lambda code: option_rows(code, LETTERS, subject_category="STEM"),
         "category: STEM",
     ),
+    "global_mmlu_lite": (
+        {"en": "en", "es": "es", "zh": "zh"},
+        lambda code: option_rows(code, LETTERS, cultural_sensitivity_label="CS"),
+        "culture: sensitive",
+    ),
     "mmlu_prox": ({"en": "en", "es": "es", "zh": "zh"}, prox_rows, "category: law"),
+    "mmlu_prox_lite": ({"en": "en", "es": "es", "zh": "zh"}, prox_rows, "category: law"),
     "xcsqa": ({code: f"X-CSQA-{code}" for code in LANGUAGES}, xcsqa_rows, None),
     "belebele": ({"en": "eng_Latn", "es": "spa_Latn", "zh": "zho_Hans"}, belebele_rows, None),
 }
@@ -236,6 +243,55 @@ def test_short_names_find_the_configuration_of_each_language(hub, monkeypatch, n
     assert len(benchmark.pool) == 2 and benchmark.has_own_pool
     with pytest.raises(UserError, match="no configuration for language 'vi'"):
         load_benchmark(name, ("en", "vi"))
+
+
+@pytest.mark.parametrize("name", ["bmlama17", "bmlama53"])
+def test_bmlama_meets_by_row_and_has_a_gap(hub, monkeypatch, name):
+    def make(code):
+        words = WORDS[code]
+        # gold is the last candidate of every row
+        orders = [words[i % 3 + 1 :] + words[: i % 3 + 1] for i in range(4)]
+        return [
+            {"Prompt": f"{code} {i}: <mask>.", "Ans": order[-1], "Candidate Ans": ", ".join(order)}
+            for i, order in enumerate(orders)
+        ]
+
+    folder = hub(name, {code: {"test": make(code)} for code in LANGUAGES})
+    monkeypatch.setitem(registry.KNOWN, name, replace(KNOWN[name], hub=f"{folder}:{{lang}}"))
+    benchmark = load_benchmark(name, LANGUAGES)
+    assert (benchmark.name, benchmark.kind, benchmark.is_cloze) == (name, "parallel", True)
+    assert [item.id for item in benchmark.items] == ["1", "2", "3", "4"]
+    for i, item in enumerate(benchmark.items):
+        for code, version in item.versions.items():
+            assert version.question == f"{code} {i}: <mask>."
+            assert version.choices[version.answer][4:] == WORDS[code][i % 3]
+
+
+def test_xcopa_meets_by_row_and_has_examples(hub, monkeypatch):
+    def make(code, start=0):
+        return [
+            {
+                "premise": f"{code} {i}.",
+                "choice1": WORDS[code][0],
+                "choice2": WORDS[code][1],
+                "question": ("cause", "effect")[i % 2],
+                "label": i % 2,
+                "idx": 100 - i,
+                "changed": False,
+            }
+            for i in range(start, start + 3)
+        ]
+
+    parts = {code: {"test": make(code), "validation": make(code, 3)} for code in ("es", "zh")}
+    folder = hub("xcopa", parts | {"translation-es": {"test": make("en")}})
+    monkeypatch.setitem(registry.KNOWN, "xcopa", replace(KNOWN["xcopa"], hub=f"{folder}:{{lang}}"))
+    benchmark = load_benchmark("xcopa", ("es", "zh"), with_shots=True)
+    assert (benchmark.kind, len(benchmark.items), len(benchmark.pool)) == ("parallel", 3, 3)
+    for i, item in enumerate(benchmark.items):
+        for code, version in item.versions.items():
+            assert version.context == f"{code} {i}." and version.answer == i % 2
+            assert version.question == list(COPA.values())[i % 2]
+            assert [choice[4:] for choice in version.choices] == WORDS[code][:2]
 
 
 def test_mmmlu_takes_english_from_mmlu(hub, monkeypatch):

@@ -2,10 +2,10 @@
 
     python -m tests.planted.plant [--room ROOM] [--fault NAME] [--jobs N] [--list]
 
-The faults stand in `faults.py`. A fault says which code of a function is replaced by which. Code is
-compared as a syntax tree, so the format of a file and its place in the package may change. The
-tests of a fault run first without it. Exit code 0: every fault was noticed; 1: some were not, or
-could not be judged.
+The faults stand in `faults.py` and `many_languages.py`. A fault says which code of a function is
+replaced by which. Code is compared as a syntax tree, so the format of a file and its place in the
+package may change. The tests of a fault run first without it. Exit code 0: every fault was noticed;
+1: some were not, or could not be judged.
 """
 
 import argparse
@@ -26,9 +26,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from tests.planted.faults import FAULTS, Fault
+from tests.planted import faults as first_faults
+from tests.planted import many_languages
+from tests.planted.faults import Fault
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+FAULTS = (*first_faults.FAULTS, *many_languages.FAULTS)
 NOTICED = ("noticed", "time is up")  # the other outcomes are "unnoticed", "stale" and "broken"
 LONGEST = 1800  # seconds for tests without a fault
 
