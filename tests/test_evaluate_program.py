@@ -74,7 +74,7 @@ def silence(monkeypatch):
 ASKED = [  # flags, and the languages, prompts and number of items that they give
     ({}, ("en", "es", "vi"), ("2", "4"), 3),
     ({"languages": ["en"]}, ("en",), ("2", "4"), 3),
-    ({"languages": ["vi", "en"]}, ("vi", "en"), ("2", "4"), 3),
+    ({"languages": ["Vietnamese", "eng_Latn"]}, ("vi", "en"), ("2", "4"), 3),
     ({"limit": 2}, ("en", "es", "vi"), ("2", "4"), 2),
     ({"prompts": ["5", "1"]}, ("en", "es", "vi"), ("5", "1"), 3),
     ({"limit": 1, "prompts": ["3"], "languages": ["es"]}, ("es",), ("3",), 1),
@@ -122,6 +122,11 @@ def test_short_flags_ask_for_less(
         ({"prompts": ["one"]}, r"evaluation.prompts=\('one',\) is not one of harness"),
         ({"prompts": ["6"]}, r"evaluation.prompts=\(6,\) must be at most 5"),
         ({"limit": 0}, "evaluation.limit=0"),
+        (
+            {"languages": ["jp"]},
+            r"evaluation.languages: 'jp' is not .*; did you mean ja \(Japanese",
+        ),
+        ({"languages": ["fr", "French"]}, "'fr' and 'French' are both fr"),
     ],
 )
 def test_short_flags_are_checked_like_settings(own_benchmark, given, words):

@@ -29,6 +29,7 @@ from crossin_jax.data.loader import make_loader
 from crossin_jax.data.pipeline import open_pipeline
 from crossin_jax.evaluate import evaluate as evaluate_run
 from crossin_jax.evaluation import metrics
+from crossin_jax.evaluation.pairs import measure_pairs
 from crossin_jax.parallel.mesh import make_mesh
 from crossin_jax.train import train
 from crossin_jax.training import faults
@@ -532,8 +533,11 @@ def test_benchmarks_and_profiler_run_during_training(adapted, pretrained, tmp_pa
     assert all(0 <= record["cross_world:dev/sum/p0/accuracy/es"] <= 1 for record in scored)
     predictions, _ = evaluate_run(config, tmp_path / "run", tmp_path / "evaluation")
     (asked,) = [one for one in predictions if one.method == "sum"]
-    # Of the weights of that step.
-    for key, value in metrics.evaluate(asked, config.evaluation.mode).flatten().items():
+    # Of the weights of that step; of a measure that every language has, the mean alone
+    measured = {k: v for k, v in measure_pairs(asked).items() if "/" not in k}
+    assert {"rankc", "agreement_right", "transfer", "conductivity"} == measured.keys()
+    measured |= metrics.evaluate(asked, config.evaluation.mode).flatten()
+    for key, value in measured.items():
         assert scored[1][f"cross_world:dev/sum/p0/{key}"] == pytest.approx(value, nan_ok=True), key
     assert scored[0] | {"step": 6} != scored[1]
     assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))
