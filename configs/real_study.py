@@ -59,13 +59,14 @@ ARMS = {
 }
 
 
-def xquad(name: str, data: str) -> Source:
-    """A part of XQuAD, of whole articles."""
+def xquad(name: str, data: str, limit: int | None = None) -> Source:
+    """A part of XQuAD, of whole articles; `limit`: how many of its questions."""
     return Source(
         name=name,
         kind="squad",
         path=f"{data}/xquad/xquad.{{lang}}.json",
         portion=PORTIONS[name],
+        limit=limit,
         fields={"group": "article"},
     )
 
@@ -93,7 +94,7 @@ def get_config(
             # `test` is only named for `prepare cross_xquad`: no component draws from it.
             sources=(xquad("train", data), xquad("test", data)),
             components=(english, *ARMS[arm]),
-            eval_sources=(xquad("dev", data),),
+            eval_sources=(xquad("dev", data, limit=16),),
             languages=LANGUAGES,
             template=MODELS[model],
             length=1024,
