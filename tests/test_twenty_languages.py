@@ -14,6 +14,8 @@ from crossin_jax.data.pipeline import open_pipeline
 from crossin_jax.evaluate import evaluate
 from crossin_jax.evaluation.metrics import evaluate as score
 from crossin_jax.languages import canonical_list, name_of
+from crossin_jax.prepare import audit_report
+from crossin_jax.prepare.audit import audit
 from crossin_jax.train import train
 from tests.helpers import config_in
 
@@ -97,6 +99,7 @@ def test_the_mixture_asks_in_the_language_of_each_prompt(config):
     assert {e.prompt_language for e in examples if e.component == "x2x"} == set(CODES)
     french = [e for e in examples if e.component == "x2x" and e.prompt_language == "fr"]
     assert french and all(" Réponds en " in e.instruction for e in french)
+    report = audit(mixture, open_pipeline(config).renderer, config.data, limit=20)
     # neither Lao nor Ta'izzi-Adeni Arabic has a sentence, and CLDR has no name of the latter
     english = mixture.count_english_requests()
     assert {"lo", "acq"} <= set(english)
@@ -105,10 +108,16 @@ def test_the_mixture_asks_in_the_language_of_each_prompt(config):
         and ("Answer in " in e.instruction or "Translate the " in e.instruction)
         for e in examples
     )
+    assert report["english_requests"] == english and all(
+        f"{code} {count}" in audit_report.to_markdown(report) for code, count in english.items()
+    )
 
 
-def test_training_and_a_benchmark_run_in_all_of_them(config, tmp_path):
+def test_training_and_a_benchmark_run_in_all_of_them(config, tmp_path, caplog):
     folder = train(config)
+    counts = open_pipeline(config).mixture.count_english_requests()
+    listed = ", ".join(f"{code} {count}" for code, count in counts.items())
+    assert f"so they ask in English: {listed}" in caplog.text
     assert (folder / "checkpoints" / "20").is_dir()
     found, _ = evaluate(config, folder, tmp_path)
     predictions = next(each for each in found if each.method == "sum")
