@@ -40,6 +40,14 @@ def define_flags() -> None:
     )
 
 
+def rename_flag(word: str) -> str:
+    """--format of a command line that asks `build` for a file format, as --file_format: so the flag
+    was named before tables had formats.
+    """
+    name, equals, value = word.lstrip("-").partition("=")
+    return f"--file_format{equals}{value}" if word[:1] == "-" and name == "format" else word
+
+
 def main() -> None:
     """Takes the command's name off the command line and runs it."""
     name = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else None
@@ -48,8 +56,8 @@ def main() -> None:
     if name is not None and name not in COMMANDS:
         names = ", ".join(COMMANDS)
         cli.fail(f"{name!r} is not a command of prepare{hint(name, COMMANDS)}; commands: {names}")
-    if (style := cli.flag_value(sys.argv, "format")) in FILE_FORMATS:
-        cli.fail(f"--format={style}: --format is how tables are printed; use --file_format={style}")
+    if name == "build" and cli.flag_value(sys.argv, "format") in FILE_FORMATS:
+        sys.argv[:] = map(rename_flag, sys.argv)
     cli.run(COMMANDS.get(name), define=define_flags)
 
 

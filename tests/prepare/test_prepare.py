@@ -427,11 +427,20 @@ def test_the_counts_of_a_mixture_are_printed_in_every_style(config, style, capsy
     assert mark[style] in capsys.readouterr().out
 
 
-def test_the_former_flag_of_the_file_format_names_the_new_one(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["prepare", "build", "--format", "jsonl"])
-    with pytest.raises(SystemExit, match="2"):
-        program.main()
-    assert "use --file_format=jsonl" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        (["build", "--format", "jsonl"], ["--file_format", "jsonl"]),
+        (["build", "--format=parquet"], ["--file_format=parquet"]),
+        (["build", "--format=csv"], ["--format=csv"]),
+        (["audit", "--format", "jsonl"], ["--format", "jsonl"]),  # refused when flags are read
+    ],
+)
+def test_the_former_flag_of_the_file_format_is_read(given, read, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prepare", *given])
+    monkeypatch.setattr(program.cli, "run", lambda *_, **__: None)
+    program.main()
+    assert sys.argv == ["prepare", *read]
 
 
 def test_translate_fills_a_source_through_a_command(config, tmp_path, capsys):
