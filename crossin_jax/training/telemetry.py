@@ -91,7 +91,12 @@ class Telemetry:
         if not self._active:
             return
         verb = "continues from the checkpoint" if start else "begins anew"
-        print(f"step {start}/{num_steps} {verb} in {folder}", file=sys.stderr, flush=True)
+        print(
+            f"step {start}/{num_steps} {verb} in {folder}; its first step takes longer, because "
+            "it compiles",
+            file=sys.stderr,
+            flush=True,
+        )
         cut_records(folder / "metrics.jsonl", start)
         self._lines = Lines(folder / "metrics.jsonl")
         self._bar = None  # a log file gets a line per report instead
