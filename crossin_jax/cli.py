@@ -64,6 +64,7 @@ def _run(
     run_flag: tuple[str, Callable[[str], Config]] | None,
 ) -> None:
     argv = sys.argv
+    logging.basicConfig(format="%(levelname)s: %(message)s")
     logger = logging.getLogger("absl")
     logger.setLevel(logging.ERROR)  # Orbax warns of what is as intended
     logger.addFilter(is_news)
