@@ -140,7 +140,7 @@ def render_parts(style: str, parts: Iterable[str | Table]) -> tuple[list[str], l
         else:
             lines = part.split("\n")
         if style == "csv" and not is_table:
-            err += lines
+            err += filter(None, lines)
             continue
         if style == "latex" and not is_table:
             lines = [f"% {line}" if line else "" for line in lines]

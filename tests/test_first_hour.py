@@ -4,6 +4,7 @@ One run of six LoRA steps, one evaluation with its untuned model, one dry run. s
 plays the same with a real model.
 """
 
+import csv
 import dataclasses
 import json
 import os
@@ -99,7 +100,13 @@ def test_models_have_folders_of_their_own_and_compare(hour, monkeypatch, capsys)
         "csv": ",difference,",
     }.items():
         evaluate_program.compare(SimpleNamespace(**pair, out=None, format=style))
-        assert mark in capsys.readouterr().out
+        said = capsys.readouterr()
+        assert mark in said.out
+        # What is beside the tables is a comment of LaTeX, and not in the csv.
+        assert {"latex": "\n% report: ", "csv": "", "markdown": "\nreport: "}[style] in said.out
+        if style == "csv":
+            assert len({len(row) for row in csv.reader(said.out.splitlines())}) == 1
+            assert said.err.startswith("report: ")
     results = json.loads((hour.run / "evaluation/comparison/results.json").read_text())
     assert [run["name"] for run in results["runs"]] == ["untuned", "tiny_lora"]
 

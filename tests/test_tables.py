@@ -66,7 +66,7 @@ def test_tables_and_texts_are_printed_in_order(style, capsys):
     print_parts(style, PARTS)
     said = capsys.readouterr()
     assert said.out == PRINTED[style]
-    assert said.err == ("two tables\n\nbetween\n" if style == "csv" else "")
+    assert said.err == ("two tables\nbetween\n" if style == "csv" else "")
     print_parts(style, [])
     assert capsys.readouterr() == ("", "")
 

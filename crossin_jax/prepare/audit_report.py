@@ -62,7 +62,7 @@ def list_parts(report: dict[str, Any]) -> Iterator[str | Table]:
 
 def _components(report: dict[str, Any]) -> tuple[tuple, list[tuple]]:
     counts = ("over_long", "shortened", "dropped", "refused")
-    head = ("component", "pair", "examples", "tokens", "share", "learned", "share")
+    head = ("component", "pair", "examples", "tokens", "of tokens", "learned", "of learned")
     rows = [
         (
             group["component"],

@@ -182,7 +182,7 @@ def _check_languages(languages: Sequence[str]) -> None:
         if code not in WORLD_LANGUAGES:
             raise UserError(
                 f"languages: the embedded world has no {code!r}; "
-                f"use some of {', '.join(WORLD_LANGUAGES)}"
+                f"use some of {', '.join(WORLD_LANGUAGES)}, or data and benchmarks of your own"
             )
 
 
