@@ -22,6 +22,8 @@ LATEX = {
     "▲": r"$^{\uparrow}$",
     "▼": r"$^{\downarrow}$",
     "→": r"$\rightarrow$",
+    "<": "$<$",
+    ">": "$>$",
 }
 
 

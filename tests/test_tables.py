@@ -11,6 +11,7 @@ from absl import flags
 from crossin_jax.tables import (
     STYLES,
     Table,
+    escape_latex,
     format_markdown,
     format_table,
     print_parts,
@@ -76,6 +77,15 @@ def test_nothing_but_tables_and_comments_is_in_latex():
     inside = "\n".join(lines)
     outside = re.sub(r"(?s)\\begin\{tabular\}.*?\\end\{tabular\}", "", inside)
     assert all(line.startswith("%") for line in outside.split("\n") if line)
+
+
+@pytest.mark.parametrize(
+    ("cell", "shown"),
+    [("(<.001)", "($<$.001)"), ("en → zh", r"en $\rightarrow$ zh"), (">2", "$>$2")],
+)
+def test_signs_of_comparisons_are_mathematics_in_latex(cell, shown):
+    """In the usual encoding of text a "<" becomes an inverted exclamation mark."""
+    assert escape_latex(cell) == shown
 
 
 def test_a_cell_may_hold_anything_in_csv():
