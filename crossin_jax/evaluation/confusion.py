@@ -10,6 +10,7 @@ import functools
 import gzip
 import re
 import string
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -147,7 +148,10 @@ def split_words(line: str, language: str) -> Sequence[str]:
 
 @functools.cache
 def _jieba():
-    import jieba
+    with warnings.catch_warnings():
+        # Python warns of its regular expressions when it compiles the file for the first time.
+        warnings.simplefilter("ignore")
+        import jieba
 
     jieba.setLogLevel("ERROR")  # it reports its own start
     return jieba

@@ -595,7 +595,8 @@ def test_help_names_every_flag_with_its_default():
     told = dict(re.findall(r"^  --(\w+)  .*\(default: (.*)\)$", done.stdout, re.M))
     assert done.returncode == 0 and told == {
         "out": "None",
-        "format": "parquet",
+        "format": "text",
+        "file_format": "parquet",
         "n": "5",
         "html": "None",
         "source": "None",
