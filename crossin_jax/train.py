@@ -32,7 +32,7 @@ from crossin_jax import cli, process, provenance
 from crossin_jax.checkpoint.fingerprint import fingerprints
 from crossin_jax.checkpoint.store import Store, identify_start, list_steps, read_origin
 from crossin_jax.checks import check
-from crossin_jax.config import Config, Train, UserError, to_dict
+from crossin_jax.config import Config, Data, Train, UserError, to_dict
 from crossin_jax.data.lengths import describe_lost
 from crossin_jax.data.loader import Loader, make_loader
 from crossin_jax.data.pipeline import Pipeline, open_eval_renderer, open_pipeline
@@ -169,18 +169,8 @@ def set_up(config: Config, folder: Path) -> Run:
     # ---- Data
     spec = model_spec(config)  # before the data, so that a wrong model folder is reported at once
     data = open_pipeline(config)
-    if (english := data.mixture.count_english_requests()) and jax.process_index() == 0:
-        counts = ", ".join(f"{code} {count}" for code, count in english.items())
-        logging.warning(
-            "these languages have no sentence for requests, so they ask in English: %s", counts
-        )
     if jax.process_index() == 0:
-        lost = describe_lost(
-            data.mixture, data.held_out, data.renderer, config.data, spec.max_length
-        )
-        for line in lost:
-            logging.warning("data: %s", line)
-    warn_of_length(config.data.length, spec.max_length)
+        warn_of_data(config.data, data, spec.max_length)
     eval_renderer = open_eval_renderer(config, data.tokenizer)  # refuses a wrong template now
     for renderer in (data.renderer, eval_renderer):
         renderer.check_embeddings(spec.vocab_size, config.model.tokenizer or config.model.path)
@@ -229,13 +219,22 @@ def set_up(config: Config, folder: Path) -> Run:
     )
 
 
-def warn_of_length(length: int, context: int) -> None:
-    """Says that rows may hold examples longer than what the model reads, both in tokens."""
-    if length > context and jax.process_index() == 0:
+def warn_of_data(settings: Data, data: Pipeline, context: int) -> None:
+    """Says before the first step what the data lose, and what they ask in English; `context` is
+    how many tokens the model reads.
+    """
+    if english := data.mixture.count_english_requests():
+        counts = ", ".join(f"{code} {count}" for code, count in english.items())
+        logging.warning(
+            "these languages have no sentence for requests, so they ask in English: %s", counts
+        )
+    for line in describe_lost(data.mixture, data.held_out, data.renderer, settings, context):
+        logging.warning("data: %s", line)
+    if settings.length > context:
         logging.warning(
             "data.length=%d is longer than the context of the model, %d tokens: longer examples "
             "are learned at positions that the model has never seen; set data.length=%d",
-            length,
+            settings.length,
             context,
             context,
         )

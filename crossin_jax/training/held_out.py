@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from crossin_jax.data.loader import Loader
 from crossin_jax.training.state import AbstractModel, to_mesh
@@ -38,7 +40,16 @@ class HeldOut:
         """Means by name: held_out/loss, and held_out/loss/SOURCE/LANGUAGE."""
         with contextlib.closing(self._open_batches(num_epochs=1)) as loader:
             sums = []
-            for batch in loader:
+            # A large model needs minutes for it, before the first step already.
+            batches = tqdm(
+                loader,
+                desc="held-out loss",
+                total=math.ceil(loader.steps_per_epoch),
+                delay=5,
+                leave=False,
+                disable=jax.process_index() != 0,
+            )
+            for batch in batches:
                 self._wait((state, sums))
                 batch = to_mesh(batch, self._mesh)
                 sums.append(self._step(state.trainable, state.frozen, batch))
