@@ -105,7 +105,7 @@ def get_config(
             benchmarks=tuple(f"{data}/{file}" for file in files),
             method="choices",
             prompts=(1,),
-            limit=150,
+            limit=100,
             batch_size=16,
             over_long="skip",
             untuned=True,
