@@ -30,7 +30,13 @@ from jax.sharding import Mesh
 
 from crossin_jax import cli, process, provenance
 from crossin_jax.checkpoint.fingerprint import fingerprints
-from crossin_jax.checkpoint.store import Store, identify_start, list_steps, read_origin
+from crossin_jax.checkpoint.store import (
+    Store,
+    check_place,
+    identify_start,
+    list_steps,
+    read_origin,
+)
 from crossin_jax.checks import check
 from crossin_jax.config import Config, Data, Train, UserError, to_dict
 from crossin_jax.data.lengths import describe_lost
@@ -381,11 +387,7 @@ def describe_command() -> str:
 
 def find_folder(config: Config) -> Path:
     """The folder of the run, `output_dir`."""
-    if "://" in config.output_dir and not config.output_dir.startswith("gs://"):
-        raise UserError(
-            f"output_dir={config.output_dir}: checkpoints go to a folder or to gs://; name one, "
-            "and copy the results afterwards"
-        )
+    check_place(config.output_dir, "output_dir=")
     return as_path(config.output_dir)
 
 

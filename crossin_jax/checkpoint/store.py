@@ -390,6 +390,15 @@ def flatten_dict(values: Any, prefix: str = "") -> dict[str, Any]:
     return {name: leaf for path, value in parts for name, leaf in flatten_dict(value, path).items()}
 
 
+def check_place(path: str | Path, name: str = "") -> None:
+    """Refuses places for checkpoints of which Orbax has no driver: s3:// and other addresses."""
+    if "://" in str(path) and not str(path).startswith("gs://"):
+        raise UserError(
+            f"{name}{path}: checkpoints can be in a folder or in gs:// only; name one of these "
+            "(docs/tpu.md has the reason)"
+        )
+
+
 def is_run(path: str | Path) -> bool:
     """Whether a path is a run folder or one of its `checkpoints/STEP` folders."""
     folder = as_path(path)
@@ -400,6 +409,7 @@ def is_run(path: str | Path) -> bool:
 
 def find_checkpoint(path: str | Path) -> tuple[Path, int]:
     """(run folder, step) for a run folder or for one of its `checkpoints/STEP` folders."""
+    check_place(path)
     folder = absolute(path)
     if folder.name.isdigit() and folder.parent.name == "checkpoints":
         run = folder.parent.parent

@@ -33,6 +33,7 @@ from crossin_jax.report.text import list_parts
 from crossin_jax.study.inputs import find_changed_input, identify_inputs
 from crossin_jax.study.report import Table, write_study
 from crossin_jax.tables import print_parts
+from crossin_jax.train import find_folder as find_run
 from crossin_jax.train import train
 from crossin_jax.training.state import model_spec
 
@@ -95,7 +96,7 @@ def check_cells(study: Study) -> Study:
 
 def find_folder(cell: Cell) -> Path:
     """The folder of a cell."""
-    return as_path(cell.config.output_dir)
+    return find_run(cell.config)
 
 
 def check_folders(study: Study, chosen: slice) -> None:
