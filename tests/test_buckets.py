@@ -205,7 +205,9 @@ def test_data_and_benchmarks_come_from_a_bucket(storage, tmp_path, scheme):
         load_corpus(Source(name="x", path=f"{folder}/none.jsonl"), ("en",))
 
 
-def test_weights_come_from_s3_and_checkpoints_do_not_go_there(storage, pretrained):
+def test_weights_come_from_s3_and_checkpoints_do_not_go_there(
+    storage, pretrained, tmp_path, monkeypatch
+):
     folder = as_path("s3://tests/model")
     paths.upload(pretrained / "model", folder)
     tokens = [[1, 2, 3]]
@@ -220,6 +222,7 @@ def test_weights_come_from_s3_and_checkpoints_do_not_go_there(storage, pretraine
     ):
         with pytest.raises(UserError, match=f"^{place}s3://tests/x.* in a folder or in gs:// only"):
             start()
+    monkeypatch.chdir(tmp_path)  # Orbax takes "s3:" for the name of a folder here
     # Once Orbax has a driver for s3://, this fails and the refusal can go.
     with pytest.raises(ValueError, match="be absolute"), ocp.StandardCheckpointer() as orbax:
         orbax.save("s3://tests/orbax", {"a": np.ones(4)})
