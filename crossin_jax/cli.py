@@ -64,7 +64,10 @@ def _run(
     run_flag: tuple[str, Callable[[str], Config]] | None,
 ) -> None:
     argv = sys.argv
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    logging.basicConfig()
+    for handler in logging.root.handlers:
+        if type(handler) is logging.StreamHandler:  # ours, or one that an import has made
+            handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     logger = logging.getLogger("absl")
     logger.setLevel(logging.ERROR)  # Orbax warns of what is as intended
     logger.addFilter(is_news)

@@ -14,7 +14,7 @@ import dataclasses
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from crossin_jax.checks import check
 from crossin_jax.config import Config, UserError
 from crossin_jax.data.pipeline import open_eval_renderer, open_renderer
 from crossin_jax.data.templates import load_template
+from crossin_jax.evaluation.benchmarks import load_benchmark
 from crossin_jax.evaluation.items import Benchmark
 from crossin_jax.evaluation.predictions import Predictions
 from crossin_jax.evaluation.runner import (
@@ -223,16 +224,30 @@ def write_run(
     items = {benchmark.name: benchmark.items for benchmark in benchmarks}
     (out / "logs").mkdir(exist_ok=True)
     for predictions in run.predictions:
-        name = re.sub(
-            r"[^\w.]+",
-            "_",
-            f"{predictions.benchmark}_{predictions.method}_{predictions.prompt_label}",
-        )
-        if predictions.kind == "parallel":
-            write_log(out / "logs" / f"{name}.json", items[predictions.benchmark], predictions)
-        else:
-            write_rows(out / "logs" / f"{name}.jsonl", items[predictions.benchmark], predictions)
+        write = write_log if predictions.kind == "parallel" else write_rows
+        write(name_log(out, predictions), items[predictions.benchmark], predictions)
     return blocks
+
+
+def name_log(out: Path, predictions: Predictions) -> Path:
+    """The file of a run's answers in SeaEval's layout, beside its report."""
+    parts = predictions.benchmark, predictions.method, predictions.prompt_label
+    name = re.sub(r"[^\w.]+", "_", "_".join(parts))
+    return out / "logs" / f"{name}.{'json' if predictions.kind == 'parallel' else 'jsonl'}"
+
+
+def read_questions(folder: Path, runs: Sequence[Run]) -> Iterator[Benchmark]:
+    """The questions that the logs of a results folder hold, each parallel benchmark once."""
+    asked = {p.benchmark: p for run in runs for p in run.predictions if p.kind == "parallel"}
+    for name, predictions in asked.items():
+        file = name_log(folder, predictions)
+        try:
+            if file.is_file():
+                yield dataclasses.replace(
+                    load_benchmark(str(file), predictions.languages), name=name
+                )
+        except UserError as fault:
+            log.warning("the page has no questions of %s: %s", name, fault)
 
 
 def narrow(config: Config, arguments: Any) -> Config:
@@ -289,7 +304,13 @@ def compare(arguments: Any) -> None:
         log.warning("%s and %s: %s", arguments.compare, arguments.after, difference)
     out = as_path(arguments.out or arguments.after) / "comparison"
     title = f"{runs[0].name} and {runs[-1].name}"
-    blocks = write_results(out, runs, title=title, **read_rules(arguments.compare))
+    asked = [
+        benchmark
+        for folder in (arguments.compare, arguments.after)
+        for benchmark in read_questions(as_path(folder), runs)
+    ]
+    rules = read_rules(arguments.compare)
+    blocks = write_results(out, runs, title=title, benchmarks=asked, **rules)
     last = f"report: {out / 'report.html'}"
     print_parts(arguments.format, [*list_parts({"": blocks}, arguments.format), last])
 

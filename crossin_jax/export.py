@@ -70,7 +70,7 @@ def export(checkpoint: str | Path, format: str, out: str | Path, dtype: str | No
         # A run on plain text alone never asked anything: its model has no prompt of its own.
         if any(KINDS[component.kind].has_prompt for component in config.data.components):
             write_prompt(tokenizer, config, renderer)
-        identity = identify(restored, state, format, tokenizer)
+        identity = identify(restored, state, format, tokenizer, dtype)
         if format == "peft":
             write_adapter(out, restored, tokenizer, card, identity)
         else:
@@ -94,8 +94,12 @@ def export(checkpoint: str | Path, format: str, out: str | Path, dtype: str | No
     return as_path(out)
 
 
-def identify(restored: Any, state: Any, format: str, tokenizer: Path) -> dict[str, Any]:
-    """The provenance of an export, with its weights and those of an adapter's base by content."""
+def identify(
+    restored: Any, state: Any, format: str, tokenizer: Path, stored: str | None
+) -> dict[str, Any]:
+    """The provenance of an export, with its weights and those of an adapter's base by content, and
+    the precision in which it answers as the run did.
+    """
     from flax import nnx
 
     from crossin_jax.checkpoint.fingerprint import fingerprints_to_read
@@ -111,6 +115,10 @@ def identify(restored: Any, state: Any, format: str, tokenizer: Path) -> dict[st
     return restored.provenance | {
         "step": restored.step,
         "base": config.model.path,
+        # Products in bfloat16 would round a merged sum again, which may lose the update.
+        "precision": "float32"
+        if format == "merged" and stored == "float32"
+        else config.model.compute_dtype,
         "tokenizer": identify_tokenizer(load_tokenizer(str(tokenizer))),
         "weights": fingerprints_to_read(state_leaves(state)),
         "base_weights": fingerprints_to_read(state_leaves(base)),

@@ -88,7 +88,7 @@ def define_flags() -> None:
         "dtype",
         "auto",
         ["auto", "float32", "bfloat16"],
-        "precision; auto: a run's own, else what the device computes fast",
+        "precision; auto: the run's (its exports name it), else what the device computes fast",
     )
 
 

@@ -42,6 +42,7 @@ from crossin_jax.config import Config, Data, Train, UserError, to_dict
 from crossin_jax.data.lengths import describe_lost
 from crossin_jax.data.loader import Loader, make_loader
 from crossin_jax.data.pipeline import Pipeline, open_eval_renderer, open_pipeline
+from crossin_jax.evaluation.benchmarks import check_benchmarks
 from crossin_jax.files import write_whole
 from crossin_jax.guests import open_guest
 from crossin_jax.parallel import hosts
@@ -114,6 +115,7 @@ def train(
     folder.
     """
     config = check(config)
+    check_benchmarks(config)
     folder = find_folder(config)
     with hosts.own_folder(folder), process.cleanup(partial(forget_refused, folder)):
         config = settle_precision(config, folder if resume else None)
@@ -400,9 +402,7 @@ def forget_refused(folder: Path) -> None:
 
 
 def write_config(folder: Path, config: Config) -> None:
-    """Writes the resolved configuration for people and other programs; every checkpoint has its own
-    copy.
-    """
+    """Writes the resolved configuration; every checkpoint has its own copy."""
     if jax.process_index() == 0:
         text = json.dumps(to_dict(config), indent=2, ensure_ascii=False)
         write_whole(folder / "config.json", text)

@@ -246,9 +246,10 @@ def test_a_program_ends_with_a_code_that_scripts_can_go_by(fault, code, words, m
     assert stop.value.code == code and capsys.readouterr().err == words
 
 
-def test_a_warning_has_no_name_of_a_logger():
-    """What a user reads is the message."""
-    code = "import logging; from crossin_jax import cli; "
+@pytest.mark.parametrize("before", ["pass", "logging.basicConfig()"])
+def test_a_warning_has_no_name_of_a_logger(before):
+    """What a user reads is the message, also after an import has set up logging as Orbax does."""
+    code = f"import logging; {before}; from crossin_jax import cli; "
     code += "cli.run(lambda _: logging.warning('%s is old', 'x'), takes_config=False)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr == "WARNING: x is old\n"

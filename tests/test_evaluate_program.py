@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -114,6 +115,25 @@ def test_short_flags_ask_for_less(
         f"{num_items} items, {' '.join(languages)}" in printed
         and str(out / "report.html") in printed
     )
+
+
+def test_a_comparison_shows_the_questions_that_the_logs_hold(own_benchmark, monkeypatch, capsys):
+    """Of every benchmark: the file that it was read from may be gone."""
+    silence(monkeypatch)
+    program.main(own_benchmark, flags(limit=1))
+    out = Path(own_benchmark.output_dir) / "evaluation-untuned"
+    Path(own_benchmark.evaluation.benchmarks[0]).unlink()
+    pair = {"compare": str(out), "after": str(out), "out": None}
+    program.compare(SimpleNamespace(**pair, format="text"))
+    html = (out / "comparison/report.html").read_text()
+    (item,) = json.loads(re.search(r'id="data">(.*?)</script>', html, re.DOTALL)[1])["items"]
+    (asked,) = json.loads((out / "logs/own_sum_p2.json").read_text())
+    for code, language in {"en": "English", "es": "Spanish", "vi": "Vietnamese"}.items():
+        assert item["text"][code]["q"] == asked[language]["question"]
+    for file in (out / "logs").iterdir():
+        file.write_text("[")
+    program.compare(SimpleNamespace(**pair, format="text"))
+    assert '"text":' not in (out / "comparison/report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict
+from functools import partial
 from unittest import mock
 
 import huggingface_hub
@@ -27,6 +28,7 @@ from crossin_jax.config import Lora, UserError
 from crossin_jax.export import export, load_starts
 from crossin_jax.generation.model import load_model
 from crossin_jax.report.summary import Block, Estimate, Row
+from crossin_jax.training.state import describe_precision
 from tests.checkpoint.runs import (
     NEW,
     edit_config,
@@ -143,6 +145,27 @@ def test_a_merged_model(tmp_path, family, lora):
     out = export(tmp_path / "run", "merged", tmp_path / "out")
     wanted = our_logits(tmp_path / "run")
     np.testing.assert_allclose(logits_of(load_base(out), TOKENS), wanted, atol=2e-4)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_run_and_its_exports_compute_in_one_precision(tmp_path, precision):
+    """By "auto", whatever the device computes fast: that is for models that no run of ours made."""
+    make_run(tmp_path, "llama3.1", LORA, frozen_dtype="bfloat16")
+    run, base = tmp_path / "run", str(tmp_path / "base")
+    edit_config(run, 0, "model", compute_dtype=precision)
+    adapter = export(run, "peft", tmp_path / "adapter")
+    merged = {
+        dtype: export(run, "merged", tmp_path / dtype, dtype) for dtype in ("float32", "bfloat16")
+    }
+    open_auto = partial(open_model, dtype="auto", progress=False)
+    opened = [open_auto(run), open_auto(adapter), open_auto(base, adapter=str(adapter))]
+    opened.append(open_auto(merged["bfloat16"]))
+    assert {model.config.model.compute_dtype for model in opened} == {precision}
+    # What bfloat16 would round away again is computed in float32, as foreign models are here.
+    for source in (merged["float32"], base):
+        assert open_auto(source).config.model.compute_dtype == "float32"
+    said = describe_precision(opened[1].config, opened[1].mesh)
+    assert f"products in {precision}" in said
 
 
 def test_a_sum_is_rounded_once(tmp_path):

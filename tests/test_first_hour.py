@@ -24,6 +24,7 @@ from crossin_jax.config import Cell, Component, Config, Lora, Source, Study, Use
 from crossin_jax.data.pipeline import open_mixture
 from crossin_jax.export import export
 from crossin_jax.study.__main__ import main as study_main
+from crossin_jax.study.run import run_study
 from crossin_jax.train import train
 from tests.helpers import config_in
 
@@ -166,6 +167,22 @@ def test_languages_without_english_need_no_pivot():
     config.data.components = (Component(kind="en2x", source="facts"),)
     with pytest.raises(UserError, match="pivot"):
         check(config)
+
+
+def test_a_language_that_a_benchmark_lacks_is_refused_before_anything_is_read(tmp_path):
+    """By `train` and by a study; the model and the data of this configuration do not exist."""
+    config = config_in(tmp_path / "run", str(tmp_path / "no model"))
+    config.data = dataclasses.replace(config.data, languages=("en", "ko"))
+    cells = tuple(
+        Cell(name=name, config=dataclasses.replace(config, output_dir=str(tmp_path / name)))
+        for name in ("a", "b")
+    )
+    cells[0].config.evaluation = dataclasses.replace(config.evaluation, benchmarks=())
+    study = Study(name="hour", output_dir=str(tmp_path / "study"), cells=cells)
+    for start in (lambda: train(config), lambda: run_study(study)):
+        with pytest.raises(UserError, match="benchmark 'cross_world:dev': .* has no 'ko'; .*\\Z"):
+            start()
+    assert not any(tmp_path.iterdir())
 
 
 def test_names_of_other_libraries_are_understood():

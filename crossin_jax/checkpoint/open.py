@@ -38,7 +38,7 @@ from crossin_jax.checkpoint.store import (
 from crossin_jax.config import Config, UserError
 from crossin_jax.data.pipeline import open_tokenizer
 from crossin_jax.models.spec import ModelSpec
-from crossin_jax.parallel.mesh import fast_dtype, make_mesh
+from crossin_jax.parallel.mesh import make_mesh
 from crossin_jax.paths import as_path
 from crossin_jax.provenance import identify_tokenizer
 from crossin_jax.training.state import (
@@ -119,10 +119,10 @@ def open_model(
     or configuration.
 
     `dtype` is the precision of products, and for weights that belong to no run their own too;
-    "auto" is a run's own precision, else what the device computes fast. `mesh` None takes the
-    configuration's where it fits this machine, else one that shards parameters over all devices.
-    Other keywords override settings of `config.model`, e.g. `frozen_dtype="float32"`. Raises
-    `UserError` for what cannot be opened.
+    "auto" is that of the run, which its exports name too, else what the device computes fast.
+    `mesh` None takes the configuration's where it fits this machine, else one that shards
+    parameters over all devices. Other keywords override settings of `config.model`, e.g.
+    `frozen_dtype="float32"`. Raises `UserError` for what cannot be opened.
     """
     if dtype not in (None, "auto", "float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r}: models compute in auto, float32 or bfloat16")
@@ -130,7 +130,8 @@ def open_model(
     origin, tokenizer = {}, None
     if run is None and not isinstance(source, Config):
         if dtype == "auto":
-            dtype = fast_dtype(jax.devices()[0] if mesh is None else mesh.devices.flat[0])
+            device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+            dtype = resolve_precision(config, device).model.compute_dtype
         if dtype:
             model = {"param_dtype": dtype, "frozen_dtype": dtype} | model
     if dtype and dtype != "auto":  # "auto": a run computes as it did in training
@@ -201,7 +202,12 @@ def describe_weights(
             tokenizer = str(folder)
         folder = peft.find_base(folder)
     lora = peft.read_adapter(adapter, read_spec(folder)).lora if adapter else None
-    return Config(model=settings.Model(path=str(folder), tokenizer=tokenizer), lora=lora)
+    model = settings.Model(path=str(folder), tokenizer=tokenizer)
+    # An export of ours computes as its run did.
+    recorded = read_export(as_path(adapter or folder)).get("precision")
+    if recorded in ("float32", "bfloat16"):
+        model.compute_dtype = recorded
+    return Config(model=model, lora=lora)
 
 
 def is_adapter_folder(folder: Path) -> bool:

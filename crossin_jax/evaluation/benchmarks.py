@@ -5,12 +5,25 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from crossin_jax.config import UserError
+from crossin_jax.config import Config, UserError
 from crossin_jax.evaluation import layouts
 from crossin_jax.evaluation.items import Benchmark, Item, Version
 from crossin_jax.evaluation.layouts import Row
-from crossin_jax.evaluation.registry import KNOWN, Known, refuse_unknown, split_name
-from crossin_jax.evaluation.sources import Rows, has_split, is_hub_name, read_hub, read_path
+from crossin_jax.evaluation.registry import (
+    KNOWN,
+    Known,
+    check_languages,
+    refuse_unknown,
+    split_name,
+)
+from crossin_jax.evaluation.sources import (
+    Rows,
+    has_split,
+    is_hub_name,
+    needs_network,
+    read_hub,
+    read_path,
+)
 from crossin_jax.guests import open_guest
 from crossin_jax.languages import canonical, canonical_list, find_code, match, name_of
 
@@ -51,6 +64,8 @@ def load_benchmark(
     else:
         short, path = split_name(name)
         known = KNOWN[short] if short else None
+        if short and not path:
+            check_languages(short, codes)
         split = split or (known.split if known else "test")
         rows = _find_rows(name, short, path, codes, split)
         benchmark = _make_benchmark(rows, codes, known is None or known.is_parallel)
@@ -59,11 +74,38 @@ def load_benchmark(
     return replace(benchmark, items=_limit(benchmark, limit))
 
 
-def _load_world(name: str, codes: Sequence[str], seed: int) -> Benchmark:
+def check_benchmarks(config: Config) -> None:
+    """Refuses, before anything is trained, what `load_benchmark` would refuse afterwards, as far as
+    that is known without the network: benchmarks on the Hub are not read.
+    """
+    evaluation = config.evaluation
+    languages = evaluation.languages or config.data.languages
+    for name in evaluation.benchmarks:
+        short, path = split_name(name)
+        if name.split(":")[0] == "cross_world":
+            _, split, _ = _parse_world(name)
+            try:
+                open_guest("world").check_split(split, languages)
+            except UserError as fault:
+                raise UserError(f"benchmark {name!r}: {fault}") from None
+        elif short and not path and KNOWN[short].hub:
+            check_languages(short, languages)
+        elif short or not needs_network(name):
+            load_benchmark(name, languages, seed=config.seed, split=evaluation.split)
+
+
+def _parse_world(name: str) -> tuple[str, str, str]:
+    """Label, split and subset: "cross_world:dev/opaque" has the split "dev" and the subset
+    "opaque".
+    """
     label = name if ":" in name else "cross_world:test"
-    split, subset = label.partition(":")[2], "all"
-    if split.endswith("/opaque"):
-        split, subset = split.removesuffix("/opaque"), "opaque"
+    split = label.partition(":")[2]
+    whole = split.removesuffix("/opaque")
+    return label, whole, "all" if whole == split else "opaque"
+
+
+def _load_world(name: str, codes: Sequence[str], seed: int) -> Benchmark:
+    label, split, subset = _parse_world(name)
     rows = open_guest("world").world_benchmark(split, codes, seed, subset)
     items = [_read_wide(row, name, codes, number) for number, row in enumerate(rows, 1)]
     place = f"embedded world, seed {seed}"

@@ -37,6 +37,11 @@ def is_hub_name(name: str) -> bool:
     return "/" in name and not name.startswith((".", "/", "~")) and not name.endswith(NAMES)
 
 
+def needs_network(name: str) -> bool:
+    """Whether a name is a Hub id of which nothing is here."""
+    return is_hub_name(name) and not as_path(name.partition(":")[0]).exists()
+
+
 # What a name may be, and what is read for the language zh and the split test:
 #
 #     items.jsonl              that file, whose rows or columns say their language

@@ -95,8 +95,9 @@ def load_model(
 ) -> Model:
     """A run, a Hugging Face folder, a Hub id or a PEFT adapter (on the base it names).
 
-    `dtype` is the precision of products: "auto" is a run's own, else what the device computes fast.
-    `mesh` None is one device. Raises `UserError` for what cannot be loaded.
+    `dtype` is the precision of products: "auto" is that of the run, which its exports name too,
+    else what the device computes fast. `mesh` None is one device. Raises `UserError` for what
+    cannot be loaded.
     Example: `load_model("Qwen/Qwen2.5-0.5B").generate(["Name a river."])`.
     """
     mesh = mesh or make_mesh(settings.Mesh(), jax.local_devices()[:1])

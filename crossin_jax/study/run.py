@@ -4,7 +4,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from crossin_jax.data.loader import make_loader
 from crossin_jax.data.mixture import Mixture, load_corpora
 from crossin_jax.data.pipeline import open_pipeline
 from crossin_jax.evaluate import evaluate, evaluate_untuned, write_run
+from crossin_jax.evaluation.benchmarks import check_benchmarks
 from crossin_jax.evaluation.items import Benchmark
 from crossin_jax.evaluation.runner import answer_without_model, load_benchmarks
 from crossin_jax.export import export
@@ -62,6 +63,8 @@ def run_study(study: Study, chosen: slice = slice(None)) -> list[Run]:
     study = check_cells(study)
     keys = cell_keys(study)
     check_folders(study, chosen)
+    left = [cell for cell in study.cells[chosen] if not is_done(cell, keys)]
+    check_each(study, left, check_benchmarks)
     for cell in study.cells[chosen]:
         done = is_done(cell, keys)
         if not jax.process_index():
@@ -82,16 +85,26 @@ def read_runs(cells: Iterable[Cell]) -> list[Run]:
 
 
 def check_cells(study: Study) -> Study:
-    """The study with canonical language codes in every cell; `UserError` at the first fault, with
+    """The study with canonical language codes in every cell."""
+    configs = check_each(study, study.cells, check)
+    cells = [
+        dataclasses.replace(cell, config=config)
+        for cell, config in zip(study.cells, configs, strict=True)
+    ]
+    return dataclasses.replace(study, cells=tuple(cells))
+
+
+def check_each(study: Study, cells: Iterable[Cell], check: Callable[[Config], Any]) -> list[Any]:
+    """What a check returns for the configuration of each cell; `UserError` at the first fault, with
     its cell.
     """
-    cells = []
-    for cell in study.cells:
+    found = []
+    for cell in cells:
         try:
-            cells.append(dataclasses.replace(cell, config=check(cell.config)))
+            found.append(check(cell.config))
         except UserError as fault:
             raise UserError(f"study {study.name}: cell {cell.name}: {fault}") from None
-    return dataclasses.replace(study, cells=tuple(cells))
+    return found
 
 
 def find_folder(cell: Cell) -> Path:

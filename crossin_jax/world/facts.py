@@ -182,8 +182,24 @@ def _check_languages(languages: Sequence[str]) -> None:
         if code not in WORLD_LANGUAGES:
             raise UserError(
                 f"languages: the embedded world has no {code!r}; "
-                f"use some of {', '.join(WORLD_LANGUAGES)}, or data and benchmarks of your own"
+                f"use some of {', '.join(WORLD_LANGUAGES)} (evaluation.languages for the benchmark "
+                "alone), or data and benchmarks of your own"
             )
+
+
+def check_split(split: str, languages: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """The part and the tested relations of a split of Cross-World; refuses one without any, and
+    languages that the world does not have.
+    """
+    _check_languages(languages)
+    part, relations = _parse(split, PARTS)
+    tested = tuple(relation for relation in relations if relation in TESTED)
+    if not tested:
+        raise UserError(
+            f"split={split!r}: {SHARED} is stated in every language and never tested; "
+            f"use {', '.join(TESTED)}"
+        )
+    return part, tested
 
 
 def _select(part: str, relations: tuple[str, ...], seed: int) -> list[Fact]:
@@ -389,19 +405,12 @@ def world_benchmark(
     are answers of opaque facts that share no substring with the territory either. They are drawn in
     proportion to the frequency squared, so that common answers are often wrong ones.
     """
-    _check_languages(languages)
-    part, relations = _parse(split, PARTS)
+    part, relations = check_split(split, languages)
     if subset not in ("all", "opaque"):
         raise UserError(
             f"subset={subset!r} is not one of all, opaque{hint(subset, ('all', 'opaque'))}"
         )
     only_opaque = subset == "opaque"
-    relations = tuple(relation for relation in relations if relation in TESTED)
-    if not relations:
-        raise UserError(
-            f"split={split!r}: {SHARED} is stated in every language and never tested; "
-            f"use {', '.join(TESTED)}"
-        )
     opaque = {
         fact.id for fact in facts() if fact.relation in relations and is_opaque(fact, languages)
     }

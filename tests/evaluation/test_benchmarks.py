@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from crossin_jax.config import UserError
-from crossin_jax.evaluation.benchmarks import load_benchmark
+from crossin_jax.config import Config, Evaluation, UserError
+from crossin_jax.evaluation.benchmarks import check_benchmarks, load_benchmark
 from crossin_jax.evaluation.frames import make_prompt
 from crossin_jax.evaluation.items import Version
 from crossin_jax.evaluation.shots import draw_shot_items, draw_shots, list_shots
@@ -261,6 +261,38 @@ ZERO_SHOT = {
     "(A) Rome\n"
     "(B) Oslo",
 }
+
+
+@pytest.mark.parametrize(
+    ("name", "languages", "fault"),
+    [
+        ("cross_world:held_out/opaque", ("en", "fil"), None),
+        ("cross_world", ("en", "ko"), "'cross_world': .* has no 'ko'"),
+        ("cross_world:held_in", ("en",), "split='held_in' .* did you mean held_out"),
+        ("cross_world:dev/continent", ("en",), "never tested"),
+        ("Cross-MMLU", ("en", "fil"), None),
+        ("cross_mmlu", ("en", "fr"), r"'cross_mmlu' has no French \(fr\), only en, zh"),
+        ("xcopa", ("en", "zh"), r"no English \(en\), only et, "),
+        ("mmmlu", ("es", "pt", "zh"), None),
+        ("belebele", ("en", "ko"), None),  # read from the Hub, by `evaluate`
+        ("someone/else", ("en",), None),
+        ("someone/else.json", ("en",), "no such file"),
+        ("cross_mmlu:{folder}/nowhere", ("en",), "does not exist"),
+        ("{folder}/f.json", ("en", "zh"), None),
+        ("{folder}/f.json", ("en", "fr"), r"no French \(fr\) version"),
+        ("language_confusion", ("en",), "not on the Hub"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_known_before_training(name, languages, fault, tmp_path):
+    """Without the network: what is on the Hub is not read, and files are."""
+    write(tmp_path / "f.json", [row("a")])
+    asked = (name.replace("{folder}", str(tmp_path)),)
+    config = Config(evaluation=Evaluation(benchmarks=asked, languages=languages))
+    if fault is None:
+        check_benchmarks(config)
+    else:
+        with pytest.raises(UserError, match=fault):
+            check_benchmarks(config)
 
 
 def test_prompts_are_seaevals():

@@ -404,6 +404,7 @@ def test_filters_in_a_browser(world, tmp_path):
         "pivot": {"arm": "base", "outcome": "pivot"},
         "coin": {"outcome": "coin"},
         "differ": {"arm": "x2x", "outcome": "disagree"},
+        "models": {"language": "vi", "outcome": "differ"},
         "text": {"text": world.items[3].versions["zh"].choices[0][4:]},
         "none": {"text": "no such words"},
     }
@@ -464,6 +465,9 @@ def test_filters_in_a_browser(world, tmp_path):
     )
     expected["differ"] = sum(
         len({a.candidates for a in i.answers.values()}) > 1 for i in x2x.values()
+    )
+    expected["models"] = sum(
+        base[id].answers["vi"].candidates != x2x[id].answers["vi"].candidates for id in base
     )
     assert {name: results[name] for name in expected} == expected
     assert 0 < results["text"] < 80
