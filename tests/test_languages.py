@@ -257,8 +257,9 @@ def test_a_request_is_in_the_language_of_the_prompt(prompt, answer, sentence):
     assert request_language(prompt, answer) == (sentence, True)
 
 
-def test_requests_are_curated_for_the_languages_of_global_mmlu_and_todays():
-    codes = sorted({*GLOBAL_MMLU.split(), *LANGUAGES})
+def test_requests_are_curated_for_sixty_languages_with_global_mmlu_and_todays():
+    codes = sorted(code for code, entry in ENTRIES.items() if entry.request)
+    assert {*GLOBAL_MMLU.split(), *LANGUAGES} <= {*codes} and len(codes) == 60  # see docs/data.md
     for code in codes:
         assert request_language(code, "en")[1] and request_language(code, code)[1], code
         assert ENTRIES[code].request.count("{}") == 1
