@@ -1,8 +1,8 @@
 """MaxText's training step under the TPU compiler on the work of `tpu_compile.py`, for compile times
 on one machine.
 
-    python benchmarks/maxtext_compile.py --work W1@v6e:4x4 [--without tensorflow grain ...] --out
-    FILE.jsonl python benchmarks/maxtext_compile.py --table FILE.jsonl
+    python benchmarks/maxtext_compile.py --work W1@v6e:4x4 [--without tensorflow ...] --out FILE
+    python benchmarks/maxtext_compile.py --table FILE.jsonl
 
 Runs where MaxText's sources can be imported (`PYTHONPATH=maxtext/src`; tried with e591f30).
 `--without` names packages that it imports and that compiling does not use; empty ones stand in for

@@ -1,10 +1,9 @@
-"""Tables and figures of docs/mini_study.md and docs/new_language.md, from the archived results of
-the miniature study.
+"""Tables and figures of docs/mini_study.md, from the archived results of the miniature study.
 
     python benchmarks/mini_study.py
     python benchmarks/mini_study.py --archive runs/mini_study   (archives that folder first)
 
-Rewrites what stands between <!-- NAME --> and <!-- end --> in both pages, and
+Rewrites what is between <!-- NAME --> and <!-- end --> in the page, and
 docs/figures/mini_study_*.png. Means and standard deviations are over the seeds that every row of a
 table has.
 """
@@ -31,7 +30,7 @@ from crossin_jax.study import report as study_report
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks/results/2026-11-26-mini-study"
-PAGES = (ROOT / "docs/mini_study.md", ROOT / "docs/new_language.md")
+PAGE = ROOT / "docs/mini_study.md"
 ALL, OPAQUE, DEVELOPMENT = "cross_world:test", "cross_world:test/opaque", "cross_world:dev"
 SCORES = {
     "accuracy": "accuracy",
@@ -305,7 +304,7 @@ def figures(blocks: Blocks) -> Iterator[tuple[str, Any]]:
 
 
 def main() -> None:
-    """Rewrites the pages and the figures."""
+    """Rewrites the page and the figures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -315,8 +314,7 @@ def main() -> None:
     if folder := parser.parse_args().archive:
         archive(folder)
     blocks = read_results()
-    for page in PAGES:
-        page.write_text(fill(page.read_text(encoding="utf-8"), blocks), encoding="utf-8")
+    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), blocks), encoding="utf-8")
     for name, figure in figures(blocks):
         (ROOT / f"docs/figures/mini_study_{name}.png").write_bytes(study_figures.to_png(figure))
 

@@ -1,8 +1,8 @@
 """What `plan` says of the paper's models on four slices of TPUs: the table of docs/plan.md. No TPU,
 no weights.
 
-    python benchmarks/paper_plans.py [--model llama-2-7b ...] [--topology v5e:4x4 ...] [--out
-    FILE.jsonl] python benchmarks/paper_plans.py --table FILE.jsonl
+    python benchmarks/paper_plans.py [--model llama-2-7b ...] [--topology v5e:4x4 ...] [--out FILE]
+    python benchmarks/paper_plans.py --table FILE.jsonl
 
 The recipe is that of configs/paper/table2.py; of each model there is only its config.json.
 """

@@ -1,8 +1,8 @@
 """Our training step under the TPU compiler, on the work that peers were compiled with; no TPU is
 needed.
 
-    python benchmarks/tpu_compile.py [--work W2@v5e:4x4 ...] [--remat full] [--tune] [--out
-    FILE.jsonl] python benchmarks/tpu_compile.py --table FILE.jsonl
+    python benchmarks/tpu_compile.py [--work W2@v5e:4x4 ...] [--remat full] [--tune] [--out FILE]
+    python benchmarks/tpu_compile.py --table FILE.jsonl
 
 W1: Llama-2-7B in full, 64 x 2048 tokens. W2: the same with LoRA r=64 on all projections. W3:
 Gemma-2B with LoRA r=64, 32 x 2048. All with FSDP over every chip and full rematerialisation. Peers'

@@ -1,13 +1,13 @@
 """Evaluate a checkpoint or a base model on the benchmarks, and compare results.
 
-  python -m crossin_jax.evaluate --checkpoint runs/xquad               (with the run's settings)
-  python -m crossin_jax.evaluate --config configs/xquad_llama.py --checkpoint runs/xquad
-  python -m crossin_jax.evaluate --config configs/xquad_llama.py       (the model before tuning)
-  python -m crossin_jax.evaluate --checkpoint runs/xquad --untuned     (and the model before tuning)
+  python -m crossin_jax.evaluate --checkpoint runs/mine            (with the run's settings)
+  python -m crossin_jax.evaluate --config configs/mine.py --checkpoint runs/mine
+  python -m crossin_jax.evaluate --config configs/mine.py          (the model before tuning)
+  python -m crossin_jax.evaluate --checkpoint runs/mine --untuned  (and the model before tuning)
   python -m crossin_jax.evaluate --compare runs/a/evaluation runs/b/evaluation
 
 An interrupted evaluation goes on where it stopped. Results: results.json, results.md, report.html,
-predictions/ (with logs in SeaEval's layout).
+answers.json.gz, logs/ (answers in SeaEval's layout), predictions/ (answers as they come).
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """Write a trained model as a Hugging Face folder or a PEFT adapter.
 
-  python -m crossin_jax.export --checkpoint runs/xquad --format merged --out models/xquad
+  python -m crossin_jax.export --checkpoint runs/mine --format merged --out models/mine
 
 The folder appears whole or not at all. `hf` is for runs that trained every weight, `peft` and
 `merged` for LoRA runs; `transformers` and `peft` load the results.

@@ -1,12 +1,12 @@
 """Ask a model, with prompts from the command line or the keyboard.
 
   python -m crossin_jax.generate --model meta-llama/Llama-2-7b-hf --prompt "Name a river."
-  python -m crossin_jax.generate --model models/xquad --temperature 0.7 --seed 3
-  python -m crossin_jax.generate --model runs/xquad
+  python -m crossin_jax.generate --model models/mine --temperature 0.7 --seed 3
+  python -m crossin_jax.generate --model runs/mine
 
-  python -m crossin_jax.generate --model runs/xquad --chat
-  python -m crossin_jax.generate --model runs/xquad --messages conversation.json
-  python -m crossin_jax.generate --model runs/xquad --prompts questions.jsonl --out answers.jsonl
+  python -m crossin_jax.generate --model runs/mine --chat
+  python -m crossin_jax.generate --model runs/mine --messages conversation.json
+  python -m crossin_jax.generate --model runs/mine --prompts questions.jsonl --out answers.jsonl
 
 Without --prompt it reads prompts from the keyboard, each by itself; with --chat they are turns of
 one conversation. Of a run it takes the newest checkpoint. An answer appears as it is made. Several

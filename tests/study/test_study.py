@@ -301,19 +301,19 @@ def test_one_report_over_several_tables(tmp_path):
     assert after.seed_scores[2]["AC3_3"] == pytest.approx(before.seed_scores[2]["AC3_3"], abs=1e-6)
 
 
-def test_the_pages_show_the_archived_results():
+def test_the_page_shows_the_archived_results():
     """Tables of docs/mini_study.md are those that its program makes of the archive."""
     spec = importlib.util.spec_from_file_location(
         "mini_study_pages", REPOSITORY / "benchmarks/mini_study.py"
     )
-    pages = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pages)
-    blocks = pages.read_results()
-    for page in pages.PAGES:
-        text = page.read_text(encoding="utf-8")
-        assert pages.fill(text, blocks) == text
-        for figure in re.findall(r"\]\((figures/.+?)\)", text):
-            assert (page.parent / figure).stat().st_size < 100_000
+    maker = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(maker)
+    text = maker.PAGE.read_text(encoding="utf-8")
+    assert maker.fill(text, maker.read_results()) == text
+    figures = re.findall(r"\]\((figures/.+?)\)", text)
+    assert len(figures) == 3
+    for figure in figures:
+        assert (maker.PAGE.parent / figure).stat().st_size < 100_000
 
 
 def options(**given) -> SimpleNamespace:
