@@ -4,10 +4,13 @@ Shape letters: B batch rows · T positions · D model width.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from crossin_jax import config as settings
@@ -60,11 +63,37 @@ def make_mesh(mesh: settings.Mesh, devices: list[Any] | None = None) -> Mesh:
             f"mesh data={mesh.data} x fsdp={mesh.fsdp} x tensor={mesh.tensor} does not match "
             f"{len(devices)} devices; the product must be {len(devices)}"
         )
-    return jax.make_mesh(
-        (data, mesh.fsdp, mesh.tensor),
-        AXES,
-        axis_types=(AxisType.Auto,) * len(AXES),
-        devices=devices,
+    shape, axis_types = (data, mesh.fsdp, mesh.tensor), (AxisType.Auto,) * len(AXES)
+    if (slices := count_slices(devices)) > 1:
+        return Mesh(_join_slices(shape, slices, devices), AXES, axis_types=axis_types)
+    return jax.make_mesh(shape, AXES, axis_types=axis_types, devices=devices)
+
+
+def count_slices(devices: Sequence[Any]) -> int:
+    """In how many slices the devices are: within one they have links, between them a network."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def _join_slices(shape: tuple[int, ...], slices: int, devices: list[Any]) -> np.ndarray:
+    """The devices of several slices in the shape of the mesh: only data crosses the network."""
+    # data=4, fsdp=2 on two slices of four chips:
+    #
+    #     data   0      1      2      3
+    #     fsdp  [a b]  [c d]  [e f]  [g h]
+    #            slice 0       slice 1
+    if shape[0] % slices:
+        if devices[0].platform == "tpu":
+            raise UserError(
+                f"mesh data={shape[0]} does not divide over {slices} slices: only data may cross "
+                f"the slow network between them; set mesh.data to a multiple of {slices}"
+            )
+        # The "slices" of GPUs are the machines, between which fsdp is common.
+        return np.array(devices).reshape(shape)
+    inside = (shape[0] // slices, *shape[1:])
+    # as jax.make_mesh does: two sides of a v5e slice may be one axis of the mesh
+    split = devices[0].device_kind in ("TPU v5 lite", "TPU v5e")
+    return mesh_utils.create_hybrid_device_mesh(
+        inside, (slices, 1, 1), devices, allow_split_physical_axes=split
     )
 
 

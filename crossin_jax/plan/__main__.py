@@ -24,14 +24,19 @@ from crossin_jax import cli
 from crossin_jax.config import Config, UserError
 from crossin_jax.files import check_output
 from crossin_jax.paths import as_path
-from crossin_jax.plan.plan import describe_change, find_change, make_plan, render
+from crossin_jax.plan.plan import describe_change, find_change, make_plan
+from crossin_jax.plan.report import render
 from crossin_jax.plan.topology import Topology, open_topology
 from crossin_jax.tables import FORMAT_FLAG, print_parts
 
 
 def define_flags() -> None:
     """Flags beside the configuration."""
-    flags.DEFINE_string("topology", None, "TPU slice, e.g. v5e:4x4, v6e:2x4, v5p:2x2x4, v4:2x2x2")
+    flags.DEFINE_string(
+        "topology",
+        None,
+        "TPU slice, e.g. v5e:4x4, v6e:2x4, v5p:2x2x4, v4:2x2x2, or slices: v5e:4x4x2slices",
+    )
     flags.DEFINE_bool("json", False, "print JSON")
     flags.DEFINE_enum(*FORMAT_FLAG)
     flags.DEFINE_bool(

@@ -3,13 +3,7 @@
 XLA's own cost analysis counts the body of a loop once, so that a model of 32 scanned layers would
 cost as much as one of 2. This module reads the text of the optimised program and counts matrix
 FLOPs, bytes to and from HBM, bytes that collectives send, and the compiler's estimate of cycles,
-which covers neither Pallas kernels nor collectives nor asynchronous copies. Part of such a text:
-
-    %body (p: (s32[], bf16[8,64])) -> (s32[], bf16[8,64]) {
-      %p = (s32[], bf16[8,64]{1,0}) parameter(0)
-      %i = s32[] get-tuple-element(%p), index=0
-      ROOT %t = (s32[], bf16[8,64]{1,0}) tuple(%next, %dot.1)
-    }
+which covers neither Pallas kernels nor collectives nor asynchronous copies.
 """
 
 import dataclasses
@@ -22,8 +16,17 @@ from typing import Any
 
 import numpy as np
 
-# Other types have their width in their name: s32, f8e4m3.
-_BITS = {"pred": 8, "s4": 4, "u4": 4, "token": 0, "bf16": 16}
+from crossin_jax.plan.hlo import Computation, Instruction, parse
+from crossin_jax.plan.schedule import (
+    BETWEEN_SLICES,
+    Event,
+    Timeline,
+    chain_key,
+    done_key,
+    rendezvous_key,
+    sent_between_slices,
+)
+
 _COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -47,6 +50,8 @@ _NO_TRAFFIC = (
     "slice-done",
     "async-done",
     "async-update",
+    "send-done",
+    "recv-done",
     "partition-id",
     "opt-barrier",
     "custom-call",
@@ -54,9 +59,6 @@ _NO_TRAFFIC = (
 # A loop whose counter is followed for more turns counts as one of unknown length.
 _MOST_TURNS = 1 << 17
 
-_HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-_INSTRUCTION = re.compile(r"\s+(ROOT )?%([\w.\-]+) = (.*)")
-_SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
 _ARITHMETIC = {
     "add": operator.add,
     "subtract": operator.sub,
@@ -85,102 +87,22 @@ class Cost:
     # by kind of collective: bytes that a chip sends, and how often
     sent: Counter[str] = dataclasses.field(default_factory=Counter)
     collectives: Counter[str] = dataclasses.field(default_factory=Counter)
+    # by kind: those of the bytes that are sent while other work runs
+    beside: Counter[str] = dataclasses.field(default_factory=Counter)
+    # of every computation with a collective: what happens in which order
+    timelines: list[Timeline] = dataclasses.field(default_factory=list)
     # by name: how often a Pallas kernel is called
     kernels: Counter[str] = dataclasses.field(default_factory=Counter)
     # loops whose length depends on data; they count once
     unknown_loops: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class _Shape:
-    bytes: float
-    dims: tuple[int, ...]
-    in_hbm: bool
-
-
-@dataclasses.dataclass
-class _Instruction:
-    name: str
-    shapes: list[_Shape]
-    is_tuple: bool
-    op: str
-    operands: list[str]
-    # between the parentheses: a constant's value, a parameter's number
-    text: str
-    attributes: str
-    is_root: bool
-
-    @property
-    def is_scalar(self) -> bool:
-        return len(self.shapes) == 1 and not self.shapes[0].dims and not self.is_tuple
-
-    def attribute(self, name: str) -> str | None:
-        found = re.search(name + r"=\{?%?([\w.\-]+)", self.attributes)
-        return found and found.group(1)
-
-
-Computation = dict[str, _Instruction]
-
-
 def count(text: str) -> Cost:
     """The cost of a program from its optimised text with the compiler's annotations."""
-    computations, entry = _parse(text)
+    computations, entry = parse(text)
     counter = _Counter(computations)
     counter.walk(entry, 1, None)
     return counter.cost
-
-
-def _parse(text: str) -> tuple[dict[str, Computation], str]:
-    computations: dict[str, Computation] = {}
-    entry, current = "", None
-    for line in text.splitlines():
-        if not line.startswith(" "):
-            header = _HEADER.match(line)
-            if header:
-                current = computations[header.group(2)] = {}
-                entry = header.group(2) if header.group(1) else entry
-        elif current is not None and (found := _INSTRUCTION.match(line)):
-            current[found.group(2)] = _read(found)
-    return computations, entry
-
-
-def _read(found: re.Match) -> _Instruction:
-    rest = found.group(3)
-    end = _closing(rest, 0) + 1 if rest[0] == "(" else rest.index(" ")
-    kind, rest = rest[:end], rest[end:].lstrip()
-    start = rest.index("(")
-    end = _closing(rest, start)
-    inside = rest[start + 1 : end]
-    return _Instruction(
-        found.group(2),
-        _shapes(kind),
-        kind[0] == "(",
-        rest[:start],
-        re.findall(r"%([\w.\-]+)", inside),
-        inside,
-        rest[end + 1 :],
-        bool(found.group(1)),
-    )
-
-
-def _closing(text: str, start: int) -> int:
-    depth = 0
-    for found in re.finditer(r"[()]", text[start:]):
-        depth += 1 if found.group() == "(" else -1
-        if not depth:
-            return start + found.start()
-    raise ValueError(f"unbalanced: {text[:80]}")
-
-
-def _shapes(text: str) -> list[_Shape]:
-    shapes = []
-    for dtype, dims, layout in _SHAPE.findall(text):
-        sizes = tuple(int(size.lstrip("<=")) for size in dims.split(",") if size)
-        bits = _BITS.get(dtype) if dtype in _BITS else int(re.search(r"\d+", dtype).group())
-        # A scalar is in the core, and so is an array whose layout names a memory space: {1,0:S(1)}.
-        in_hbm = bool(sizes) and not re.search(r"S\([1-9]", layout)
-        shapes.append(_Shape(math.prod(sizes) * bits / 8, sizes, in_hbm))
-    return shapes
 
 
 class _Counter:
@@ -190,9 +112,22 @@ class _Counter:
             name: next(i for i in body.values() if i.is_root) for name, body in computations.items()
         }
 
-    def walk(self, name: str, times: float, state: Any, *, fused: bool = False) -> None:
-        """Adds a computation that runs `times` times; `state` is what is known of its parameter."""
+    def walk(
+        self,
+        name: str,
+        times: float,
+        state: Any,
+        *,
+        fused: bool = False,
+        caller: tuple[str, list[Event]] | None = None,
+    ) -> None:
+        """Adds a computation that runs `times` times; `state` is what is known of its parameter.
+
+        A collective in a fusion, or in an asynchronous call, is a step of the `caller`: its name
+        and its steps.
+        """
         body, cost, values = self.computations[name], self.cost, {}
+        events = caller[1] if caller else []
         # A collective that runs beside other work is in the text of every fusion that it spans.
         # Only the one that starts it counts.
         starts = {
@@ -202,18 +137,25 @@ class _Counter:
             for o in i.operands
         }
         for one in body.values():
-            base = one.op.removesuffix("-start")
+            base, before = one.op.removesuffix("-start"), cost.cycles
             if one.op in _MATRIX:
                 cost.flops += times * self._matrix_flops(body, one)
             elif base in _COLLECTIVES and not (
                 fused and "chain_id=" in one.attributes and one.name not in starts
             ):
-                kind, sent = self._sent(name, body, one, base)
-                cost.collectives[kind] += times
-                cost.sent[kind] += times * sent
+                key = one.name if one.op != base else None
+                if fused:
+                    key = chain_key(one) if one.name in starts else None
+                elif caller:
+                    key = caller[0]
+                self._collect(*self._sent(name, body, one, base), times, events, key)
+            elif one.op == "send" and (between := sent_between_slices(body, one)):
+                self._collect(*between, times, events, rendezvous_key(one))
             elif one.op == "custom-call" and '"tpu_custom_call"' in one.attributes:
                 cost.kernels[re.sub(r"[.\d]+$", "", one.name)] += times
                 cost.bytes += times * self._traffic(body, one)
+            elif (key := done_key(body, one)) is not None:
+                events.append(Event("done", key=key))
             if not fused:
                 cost.bytes += times * self._traffic(body, one) if one.op not in _NO_TRAFFIC else 0
                 cycles = re.search(r'"estimated_cycles":"?(\d+)', one.attributes)
@@ -221,21 +163,51 @@ class _Counter:
                     cost.cycles += times * int(cycles.group(1))
                     is_matrix = one.op == "fusion" and self._has_matrix(one.attribute("calls"))
                     cost.matrix_cycles += times * int(cycles.group(1)) * is_matrix
-            if one.op == "while":
-                turns, kept = self._turns(one, self._value(body, one.operands[0], state, values))
-                cost.unknown_loops += turns is None
-                self.walk(one.attribute("body"), times * (1 if turns is None else turns), kept)
-            elif one.op == "conditional":
-                self._walk_costliest(one, times)
-            elif one.op in ("fusion", "call", "async-start"):
-                called = (
-                    one.attribute("calls")
-                    or one.attribute("to_apply")
-                    or one.attribute("called_computation")
-                )
-                self.walk(called, times, None, fused=fused or one.op == "fusion")
+            self._walk_called(body, one, times, state, values, events, fused)
+            if caller is None and times and cost.cycles > before:
+                events.append(Event("work", (cost.cycles - before) / times))
+        if caller is None and any(event.kind == "start" for event in events):
+            cost.timelines.append((times, events))
 
-    def _walk_costliest(self, one: _Instruction, times: float) -> None:
+    def _walk_called(
+        self,
+        body: Computation,
+        one: Instruction,
+        times: float,
+        state: Any,
+        values: dict[str, Any],
+        events: list[Event],
+        fused: bool,
+    ) -> None:
+        """Adds the computations that an instruction calls."""
+        if one.op == "while":
+            turns, kept = self._turns(one, self._value(body, one.operands[0], state, values))
+            self.cost.unknown_loops += turns is None
+            self.walk(one.attribute("body"), times * (1 if turns is None else turns), kept)
+        elif one.op == "conditional":
+            self._walk_costliest(one, times)
+        elif one.op in ("fusion", "call", "async-start"):
+            called = (
+                one.attribute("calls")
+                or one.attribute("to_apply")
+                or one.attribute("called_computation")
+            )
+            fused = fused or one.op == "fusion"
+            caller = None if one.op == "call" and not fused else (one.name, events)
+            self.walk(called, times, None, fused=fused, caller=caller)
+
+    def _collect(
+        self, kind: str, sent: float, times: float, events: list[Event], key: str | None
+    ) -> None:
+        """Adds a collective; without a key nothing runs beside it."""
+        self.cost.collectives[kind] += times
+        self.cost.sent[kind] += times * sent
+        self.cost.beside[kind] += 0 if key is None else times * sent
+        events.append(Event("start", sent, key or "", kind.endswith(BETWEEN_SLICES)))
+        if key is None:
+            events.append(Event("done"))
+
+    def _walk_costliest(self, one: Instruction, times: float) -> None:
         """Adds the branch with the most cycles: which one runs depends on data."""
         branches = re.search(r"branch_computations=\{([^}]*)\}", one.attributes)
         names = (
@@ -264,7 +236,7 @@ class _Counter:
     #
     # An array is None: nothing that depends on it is known.
 
-    def _turns(self, loop: _Instruction, state: Any) -> tuple[int | None, Any]:
+    def _turns(self, loop: Instruction, state: Any) -> tuple[int | None, Any]:
         """How often a loop runs from a first state, and the part of the state that is constant."""
         known = re.search(r"known_trip_count\W+n\W+(\d+)", loop.attributes)
         if not isinstance(state, list):
@@ -297,7 +269,7 @@ class _Counter:
         return values[name]
 
     def _evaluate(
-        self, body: Computation, one: _Instruction, state: Any, values: dict[str, Any]
+        self, body: Computation, one: Instruction, state: Any, values: dict[str, Any]
     ) -> Any:
         if not (one.is_scalar or one.is_tuple):
             return None
@@ -334,7 +306,7 @@ class _Counter:
             for i in self.computations[name].values()
         )
 
-    def _matrix_flops(self, body: Computation, one: _Instruction) -> float:
+    def _matrix_flops(self, body: Computation, one: Instruction) -> float:
         left, right = (body[o].shapes[0].dims for o in one.operands[:2])
         out = one.shapes[0].dims
         if one.op == "dot":
@@ -371,9 +343,7 @@ class _Counter:
             )
         return flops
 
-    def _sent(
-        self, name: str, body: Computation, one: _Instruction, kind: str
-    ) -> tuple[str, float]:
+    def _sent(self, name: str, body: Computation, one: Instruction, kind: str) -> tuple[str, float]:
         """The kind of a collective and the bytes that each chip sends for it, on a ring."""
         # all-gather of n chips: each sends n - 1 times its share. all-reduce: a reduce-scatter and
         # an all-gather, so about twice the input.
@@ -390,7 +360,7 @@ class _Counter:
             return "reduce-scatter", inputs
         return kind, 2 * inputs if kind == "all-reduce" else inputs
 
-    def _traffic(self, body: Computation, one: _Instruction) -> float:
+    def _traffic(self, body: Computation, one: Instruction) -> float:
         """Bytes that an instruction moves between HBM and the cores."""
         shapes = [body[o].shapes for o in one.operands if o in body]
         if one.op in ("dynamic-slice", "slice", "gather", "slice-start"):

@@ -1,6 +1,7 @@
 """Compiles the programs of a run for absent TPUs, and looks for changes if it does not fit."""
 
 import dataclasses
+import math
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -21,9 +22,12 @@ from crossin_jax.generation.decoding import RING
 from crossin_jax.generation.programs import CHUNK, Programs
 from crossin_jax.generation.sampling import make_sampling
 from crossin_jax.models.attention import Kernel, choose_kernel, kernel_flops
-from crossin_jax.parallel.mesh import batch_sharding, check_batch, make_mesh
+from crossin_jax.parallel.mesh import batch_sharding, check_batch, count_slices, make_mesh
+from crossin_jax.plan.cost import Cost
 from crossin_jax.plan.proposal import replace_settings
+from crossin_jax.plan.schedule import BETWEEN_SLICES, Speed, waiting_seconds
 from crossin_jax.plan.topology import (
+    Chip,
     Program,
     Topology,
     compile_program,
@@ -31,7 +35,6 @@ from crossin_jax.plan.topology import (
     shard_bytes,
     uncached,
 )
-from crossin_jax.tables import Table
 from crossin_jax.training.optim import make_optimizer
 from crossin_jax.training.state import (
     AbstractModel,
@@ -47,6 +50,8 @@ PROGRAMS = ("load", "train", "prefill", "decode")
 # bytes of a number in a checkpoint's bfloat16 file
 FILE_BYTES = 2
 GIB = 2**30
+# seconds until a collective sends, in the upper estimates; assumed: no data sheet has it
+COLLECTIVE_START = 5e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Phase:
     """A compiled program of the run; all numbers are per chip and per execution.
 
     Decode counts one token of every row. A program that does not fit has no costs: they are None.
+    Seconds in pairs are estimates, the lower and the upper one: see `_estimate`.
     """
 
     argument_bytes: int
@@ -72,6 +78,13 @@ class Phase:
     sent_bytes: dict[str, float] | None = None
     collectives: dict[str, float] | None = None
     floor_seconds: float | None = None
+    # in which the chip only waits for others
+    waiting_seconds: tuple[float, float] | None = None
+    seconds: tuple[float, float] | None = None
+    # those of sent_bytes that go while other work runs
+    beside_bytes: dict[str, float] | None = None
+    # of the batch, or prompts that a run of the program serves
+    rows: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +105,11 @@ class Plan:
     saved_bytes: int
     tokens_per_step: int
     steps: int | None
-    hours_floor: float | None
+    # of all steps: the estimates
+    hours: tuple[float, float] | None
+    # of 1,000 prompts of full length, each with an answer of `answer_tokens`
+    answer_hours: tuple[float, float] | None
+    answer_tokens: int
     # settings that differ from the given configuration
     change: dict[str, Any]
 
@@ -124,7 +141,7 @@ def make_plan(
         phase.peak_bytes + (beside if name in ("prefill", "decode") else 0) <= topology.hbm_limit
         for name, phase in phases.items()
     )
-    seconds = phases["train"].floor_seconds if "train" in phases else None
+    seconds = phases["train"].seconds if "train" in phases else None
     chips_per_host = len(topology.devices) // topology.num_hosts
     return Plan(
         topology.name,
@@ -139,8 +156,23 @@ def make_plan(
         shard_bytes((state.trainable, state.optimizer)) * chips_per_host,
         config.train.batch_size * config.data.length,
         config.train.steps,
-        seconds * config.train.steps / 3600 if seconds and config.train.steps else None,
+        tuple(one * config.train.steps / 3600 for one in seconds)
+        if seconds and config.train.steps
+        else None,
+        _estimate_answers(phases, config.evaluation.max_new_tokens),
+        config.evaluation.max_new_tokens,
         {},
+    )
+
+
+def _estimate_answers(phases: dict[str, Phase], tokens: int) -> tuple[float, float] | None:
+    """Hours of 1,000 prompts of full length with answers of so many tokens: lower, upper."""
+    prefill, decode = phases.get("prefill"), phases.get("decode")
+    if not (prefill and decode and prefill.seconds and decode.seconds):
+        return None
+    return tuple(
+        1000 * (first / prefill.rows + tokens * more / decode.rows) / 3600
+        for first, more in zip(prefill.seconds, decode.seconds, strict=True)
     )
 
 
@@ -175,7 +207,7 @@ def _plan_load(config: Config, topology: Topology, mesh: Mesh, model: AbstractMo
     )
     phase = _phase(topology, mesh, model, compiled, Kernel("reference"), 0, 0)
     # No lower limit of the time: files are slower than the chip.
-    return dataclasses.replace(phase, floor_seconds=None)
+    return dataclasses.replace(phase, floor_seconds=None, waiting_seconds=None, seconds=None)
 
 
 def _plan_step(
@@ -205,9 +237,10 @@ def _plan_step(
         compiler_options=COMPILER_OPTIONS["tpu"],
     )
     compiled = compile_program(step, state, batch)
-    return _phase(
+    phase = _phase(
         topology, mesh, model, compiled, kernel, rows // config.train.accumulation, length
     )
+    return dataclasses.replace(phase, rows=rows)
 
 
 class AbsentPrograms(Programs):
@@ -294,9 +327,9 @@ def _phase(
     )
     flops = cost.flops + in_kernels
     # Every argument is read at least once, and the chip is never faster than its data sheet.
-    floor = max(
-        flops / peak_flops(topology.devices[0]), compiled.argument_bytes / topology.chip.hbm
-    )
+    peak = peak_flops(topology.devices[0])
+    floor = max(flops / peak, compiled.argument_bytes / topology.chip.hbm)
+    waiting, seconds = _estimate(topology.chip, cost, floor, in_kernels / peak)
     return Phase(
         **sizes,
         flops=flops,
@@ -305,9 +338,30 @@ def _phase(
         cycles=cost.cycles,
         matrix_cycles=cost.matrix_cycles,
         sent_bytes=dict(cost.sent),
+        beside_bytes=dict(cost.beside),
         collectives=dict(cost.collectives),
         floor_seconds=floor,
+        waiting_seconds=waiting,
+        seconds=seconds,
+        rows=rows,
     )
+
+
+def _estimate(
+    chip: Chip, cost: Cost, floor: float, kernels: float
+) -> tuple[tuple[float, float] | None, tuple[float, float] | None]:
+    """Seconds of waiting for others, and of one run, each lower and upper; None if unknown."""
+    if chip.network is None and any(kind.endswith(BETWEEN_SLICES) for kind in cost.sent):
+        return None, None
+    # The lower one: as fast as the data sheet says, with all links in use. The upper one: the
+    # compiler's cycles, attention kernels at half the peak, one link in use, half the network, and
+    # a start of every collective.
+    network = chip.network or math.inf
+    fast = Speed(chip.clock, chip.links, network, 0)
+    slow = Speed(chip.clock, chip.links / chip.num_links, network / 2, COLLECTIVE_START)
+    waiting = tuple(waiting_seconds(cost.timelines, speed) for speed in (fast, slow))
+    upper = cost.cycles / chip.clock + 2 * kernels + waiting[1]
+    return waiting, (floor + waiting[0], max(floor + waiting[1], upper))
 
 
 def _file_sizes(config: Config, model: AbstractModel) -> list[int]:
@@ -394,7 +448,8 @@ def changes(config: Config, topology: Topology) -> Iterator[dict[str, Any]]:
     # First less memory per token, then with the least of it also fewer tokens at once.
     here = [*remats, *([remats[-1] | one for one in micro] if remats else micro)]
     yield from here
-    devices, mesh = len(topology.devices), config.mesh
+    # The chips of one slice, for data alone may cross to another.
+    devices, mesh = len(topology.devices) // count_slices(topology.devices), config.mesh
     least = here[-1] if here else {}
     for tensor in sorted({mesh.tensor, 2, 4, 8}):
         fsdp = devices // tensor
@@ -412,62 +467,3 @@ def changes(config: Config, topology: Topology) -> Iterator[dict[str, Any]]:
 def describe_change(change: dict[str, Any]) -> str:
     """A change as flags, e.g. "--config.model.remat=full"."""
     return " ".join(f"--config.{name}={value}" for name, value in change.items())
-
-
-# ---- What is printed
-
-
-def render(plan: Plan) -> Iterator[str | Table]:
-    """The plan for people: its table, and what is said before and after it."""
-    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
-    yield (
-        f"{plan.topology}: {plan.chips} chips on {plan.hosts} hosts, mesh {mesh}, "
-        f"{plan.tokens_per_step:,} tokens per step"
-    )
-    yield Table(("per chip", *plan.phases), list(_describe_phases(plan)), "<>")
-    if plan.read_bytes:
-        yield (
-            f"loading: a host reads {plan.read_bytes / GIB:.2f} GiB of weights; "
-            f"its memory peaks at about {plan.host_peak_bytes / GIB:.2f} GiB"
-        )
-    yield f"checkpoints: a host copies and writes {plan.saved_bytes / GIB:.2f} GiB"
-    train = plan.phases.get("train")
-    if train and train.floor_seconds:
-        hours = (
-            f"; {plan.steps:,} steps take at least {plan.hours_floor:.2f} hours"
-            if plan.steps
-            else "; set train.steps for the hours of the run"
-        )
-        yield f"training: at most {plan.tokens_per_step / train.floor_seconds:,.0f} tokens/s{hours}"
-    yield "fits" if plan.fits else "does not fit"
-
-
-def _describe_phases(plan: Plan) -> Iterator[tuple[str, ...]]:
-    """The rows of the table: a label, and a cell for each phase."""
-    phases = plan.phases.values()
-
-    def row(label: str, values: list[float | None], form: str = ",.2f") -> tuple[str, ...]:
-        return (label, *("-" if value is None else f"{value:{form}}" for value in values))
-
-    def scaled(field: str, unit: float) -> list[float | None]:
-        values = [getattr(phase, field) for phase in phases]
-        return [None if value is None else value / unit for value in values]
-
-    yield row("HBM, arguments, GiB", scaled("argument_bytes", GIB))
-    yield row("HBM, temporaries, GiB", scaled("temporary_bytes", GIB))
-    yield row(f"HBM, peak of {plan.hbm_limit / GIB:.2f} GiB", scaled("peak_bytes", GIB))
-    if any(phase.offloaded_bytes for phase in phases):
-        yield row("memory of its host, GiB", scaled("offloaded_bytes", GIB))
-    yield row("matrix TFLOP executed", scaled("flops", 1e12), ",.3f")
-    yield row("  of it in attention kernels (formula)", scaled("kernel_flops", 1e12), ",.3f")
-    yield row("HBM traffic, GB", scaled("hbm_bytes", 1e9))
-    yield row("compiler's Mcycles", scaled("cycles", 1e6), ",.1f")
-    shares = [phase.matrix_cycles / phase.cycles if phase.cycles else None for phase in phases]
-    yield row("  of it matrix work", shares, ".0%")
-    for kind in sorted({kind for phase in phases for kind in phase.sent_bytes or ()}):
-        sent = [(phase.sent_bytes or {}).get(kind, 0) / 1e9 for phase in phases]
-        yield row(f"sent by {kind}, GB", sent)
-        times = [(phase.collectives or {}).get(kind, 0) for phase in phases]
-        yield row("  times", times, ",.0f")
-    yield row("compiled here in seconds", scaled("compile_seconds", 1), ",.0f")
-    yield row("seconds at least (ceiling of the chip)", scaled("floor_seconds", 1), ",.4f")

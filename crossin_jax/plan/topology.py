@@ -29,7 +29,9 @@ FORMS = (
     "v5p:4x4x4",
     "v6e:2x4",
     "v6e:16x16",
+    "v5e:4x4x2slices",
 )
+_SHAPE = re.compile(r"(\d+(?:x\d+)*?)(?:x(\d+)slices)?")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -42,24 +44,27 @@ class Chip:
     """What one chip can do, from the maker's data sheets: bytes per second, cycles per second."""
 
     hbm: float
-    # what all links together can send
+    # what all links together can send, and their number
     links: float
+    num_links: int
+    # its share of what its host can send to other slices; the sheet of v4 does not say
+    network: float | None
     # The data sheets have FLOP/s. A unit of 128 x 128 makes 2 * 128 * 128 FLOP per cycle; v4 and
     # v5p have 8 such units, v5e has 4, and v6e has 16.
     clock: float
 
 
 CHIPS = {
-    "v4": Chip(1.228e12, 3.0e11, 1.05e9),
-    "v5e": Chip(8.19e11, 2.0e11, 1.5e9),
-    "v5p": Chip(2.765e12, 6.0e11, 1.75e9),
-    "v6e": Chip(1.64e12, 4.0e11, 1.75e9),
+    "v4": Chip(1.228e12, 3.0e11, 6, None, 1.05e9),
+    "v5e": Chip(8.19e11, 2.0e11, 4, 3.125e9, 1.5e9),
+    "v5p": Chip(2.765e12, 6.0e11, 6, 6.25e9, 1.75e9),
+    "v6e": Chip(1.64e12, 4.0e11, 4, 1.25e10, 1.75e9),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """An absent slice of TPUs."""
+    """An absent slice of TPUs, or several slices that are alike."""
 
     name: str
     chip: Chip
@@ -69,7 +74,7 @@ class Topology:
 
     @property
     def num_hosts(self) -> int:
-        """Machines that the chips of the slice are in."""
+        """Machines that the chips are in."""
         return len({device.process_index for device in self.devices})
 
 
@@ -91,15 +96,17 @@ class Program:
 def open_topology(name: str) -> Topology:
     """The slice with a name like v5e:4x4; `UserError` for an unknown one, or without a compiler."""
     kind, _, shape = name.partition(":")
-    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
+    form = _SHAPE.fullmatch(shape)
+    if kind not in CHIPS or not form:
         raise UserError(
             f"--topology={name}: not a TPU slice; give CHIP:SHAPE with {', '.join(CHIPS)}, "
             f"e.g. {', '.join(FORMS)}"
         )
-    sides, form = (3, "three") if kind in ("v4", "v5p") else (2, "two")
+    shape, slices = form.groups()
+    sides, number = (3, "three") if kind in ("v4", "v5p") else (2, "two")
     if shape.count("x") + 1 != sides:
         raise UserError(
-            f"--topology={name}: a slice of {kind} has {form} sides, e.g. "
+            f"--topology={name}: a slice of {kind} has {number} sides, e.g. "
             + ", ".join(known for known in FORMS if known.startswith(f"{kind}:"))
         )
     set_libtpu_env()
@@ -115,13 +122,15 @@ def open_topology(name: str) -> Topology:
 
     # The two cores of a v4 or v5p chip work as one device, as on real slices.
     options = {"chip_config_name": "megacore"} if kind in ("v4", "v5p") else {}
+    if slices:
+        options["num_slices"] = int(slices)
     # libtpu ends the process if XLA_FLAGS has a flag that it does not know, so they are removed for
     # a moment. The backend of this machine reads them when it starts, so it is started before.
     jax.devices()
     xla_flags = os.environ.pop("XLA_FLAGS", None)
     try:
         devices = topologies.get_topology_desc(
-            platform="tpu", topology_name=name, **options
+            platform="tpu", topology_name=f"{kind}:{shape}", **options
         ).devices
         return Topology(name, CHIPS[kind], tuple(devices), _hbm_limit(devices[0]))
     except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError) as error:

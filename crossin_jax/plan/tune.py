@@ -13,6 +13,7 @@ from typing import Any
 from crossin_jax.checks import check
 from crossin_jax.config import Config, UserError
 from crossin_jax.models.attention import choose_kernel, tile
+from crossin_jax.parallel.mesh import count_slices
 from crossin_jax.plan.plan import PROGRAMS, Phase, Plan, describe_change, make_plan
 from crossin_jax.plan.proposal import replace_settings, write_proposal
 from crossin_jax.plan.topology import Topology
@@ -51,7 +52,7 @@ class Trial:
     compiler: float | None = None
     # attention: FLOPs at the chip's peak, and a start for every tile
     kernels: float | None = None
-    # collectives: bytes at the speed of the links, as if nothing else ran at the same time
+    # waiting for collectives at the speed of the data sheet, after the program's schedule
     links: float | None = None
 
     @property
@@ -145,9 +146,9 @@ def _try_remats(search: "_Search") -> None:
 
 def meshes(topology: Topology) -> Iterator[dict[str, Any]]:
     """Meshes over all chips, those without tensor parallelism first."""
-    devices = len(topology.devices)
+    devices, slices = len(topology.devices), count_slices(topology.devices)
     for tensor in (1, 2, 4, 8):
-        for data in (1, 2, 4) if tensor == 1 else (1,):
+        for data in (slices, 2 * slices, 4 * slices) if tensor == 1 else (slices,):
             if devices % (tensor * data) == 0:
                 yield {
                     "mesh.data": data,
@@ -209,7 +210,7 @@ class _Search:
             True,
             phase.cycles,
             kernels * chip.clock,
-            sum(phase.sent_bytes.values()) / chip.links * chip.clock,
+            (phase.waiting_seconds or (0.0,))[0] * chip.clock,
         )
 
     def next_accumulation(self, trial: Trial) -> int | None:

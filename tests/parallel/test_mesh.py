@@ -1,11 +1,13 @@
 """The mesh and its one table: what does not fit is refused with a place and a remedy."""
 
+import dataclasses
 import itertools
 import types
 
 import jax
 import jax.extend.core
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from hypothesis import given, settings
@@ -39,6 +41,45 @@ def test_the_free_axis_takes_the_devices_that_are_left():
         make_mesh(Mesh(fsdp=3))
     with pytest.raises(UserError, match="data=4"):
         make_mesh(Mesh(data=4))
+
+
+@dataclasses.dataclass(frozen=True)
+class StandIn:
+    """A chip of one of several slices, or a GPU of one of several machines."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+    process_index: int = 0
+    core_on_chip: int = 0
+
+
+def stand_ins(**changes) -> list[StandIn]:
+    """Two slices of 2 x 2 chips, in no order."""
+    chips = [StandIn(i, i // 4, (i % 2, i // 2 % 2, 0)) for i in (6, 1, 0, 7, 4, 3, 2, 5)]
+    return [dataclasses.replace(chip, **changes) for chip in chips]
+
+
+@pytest.mark.parametrize(
+    "mesh", [Mesh(fsdp=4), Mesh(fsdp=2, tensor=2), Mesh(fsdp=2), Mesh(data=4, tensor=2), Mesh()]
+)
+def test_only_data_crosses_from_slice_to_slice(mesh):
+    """The first half of data is one slice, the second half the other."""
+    devices = make_mesh(mesh, stand_ins()).devices
+    halves = np.split(devices, 2)
+    assert [{chip.slice_index for chip in half.flat} for half in halves] == [{0}, {1}]
+    assert devices.shape == (mesh.data or 8 // (mesh.fsdp * mesh.tensor), mesh.fsdp, mesh.tensor)
+    assert {chip.id for chip in devices.flat} == set(range(8))
+
+
+@pytest.mark.parametrize("mesh", [Mesh(fsdp=8), Mesh(data=1, fsdp=2, tensor=4)])
+def test_an_axis_over_the_slow_network_is_refused_for_tpus(mesh):
+    with pytest.raises(UserError, match="data=1 does not divide over 2 slices.* multiple of 2"):
+        make_mesh(mesh, stand_ins())
+    gpus = stand_ins(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
+    assert make_mesh(mesh, gpus).devices.size == 8
 
 
 def test_a_batch_that_does_not_divide_names_sizes_that_do():

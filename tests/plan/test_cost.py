@@ -198,6 +198,23 @@ def test_collectives_of_a_scan_over_sharded_weights():
     assert sum(cost.sent.values()) == L * D * D * 2 * 3 / 4
 
 
+def test_slices_add_their_gradients_over_the_network():
+    """Within a slice each chip has added up its share of the weights; only that goes between."""
+    name = "v5e:2x2x2slices"
+    devices = list(topology(name).devices)
+    assert len(devices) == 8 and topology(name).num_hosts == 2
+    mesh = make_mesh(settings.Mesh(fsdp=4), devices)
+    batch, weights = PartitionSpec(("data", "fsdp")), PartitionSpec(None, "fsdp")
+
+    def gradient(x, weights):
+        return jax.grad(lambda weights: chain(x, weights).astype(jnp.float32).sum())(weights)
+
+    shapes, specs = ((8 * M, D), (L, D, D)), [batch, weights]
+    program, _ = compiled(gradient, *shapes, name=name, specs=specs, mesh=mesh)
+    assert program.cost.sent["all-reduce between slices"] == L * D * D * 2 / 4
+    assert program.cost.collectives["all-reduce between slices"] == L
+
+
 def test_what_does_not_fit_has_the_peak_that_it_would_need():
     size = 1 << 18
     program, _ = compiled(lambda x, y: jnp.sin(x @ y) @ x, (size, 1024), (1024, size))
@@ -235,14 +252,20 @@ def test_a_chip_holds_its_shard_and_a_whole_copy_of_what_is_not_sharded(specs, s
 
 
 @pytest.mark.parametrize(
-    ("kind", "units", "hbm", "links"),
-    [("v4", 8, 1228, 2400), ("v5e", 4, 819, 1600), ("v5p", 8, 2765, 4800), ("v6e", 16, 1640, 3200)],
+    ("kind", "units", "hbm", "links", "num_links", "network"),
+    [
+        ("v4", 8, 1228, 2400, 6, None),
+        ("v5e", 4, 819, 1600, 4, 6400 / 256),
+        ("v5p", 8, 2765, 4800, 6, 50),
+        ("v6e", 16, 1640, 3200, 4, 25_600 / 256),
+    ],
 )
-def test_chips_are_those_of_the_data_sheets(kind, units, hbm, links):
-    """Gigabytes per second of HBM, gigabits per second of all links, and a clock that makes up the
-    peak.
+def test_chips_are_those_of_the_data_sheets(kind, units, hbm, links, num_links, network):
+    """Gigabytes per second of HBM, gigabits per second of all links and of the network, and a clock
+    that makes up the peak.
     """
     chip, peak = CHIPS[kind], PEAK_FLOPS[f"TPU {kind}"]
+    assert (chip.num_links, chip.network) == (num_links, network and network * 1e9 / 8)
     assert (chip.hbm, chip.links) == pytest.approx((hbm * 1e9, links * 1e9 / 8), rel=1e-3)
     assert chip.clock * 2 * 128 * 128 * units == pytest.approx(peak, rel=5e-3)
     assert set(CHIPS) == {"v4", "v5e", "v5p", "v6e"}
@@ -288,6 +311,8 @@ def test_limits_are_the_compilers():
         ("v7:2x2", "v5e:4x4"),
         ("v5e:3x3", "known forms"),
         ("h100:8", "CHIP:SHAPE"),
+        ("v5e:4x4x2", "two sides"),
+        ("v5e:4x4x2slice", "v5e:4x4x2slices"),
     ],
 )
 def test_a_topology_that_does_not_exist_is_refused_with_those_that_do(name, words):

@@ -8,6 +8,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from crossin_jax.plan.cost import count
+from crossin_jax.plan.schedule import Event, Speed, waiting_seconds
 
 BIG, SMALL = "f32[32,8]{1,0:T(8,128)}", "f32[4,8]{1,0:T(8,128)}"
 BIG_BYTES, SMALL_BYTES = 32 * 8 * 4, 4 * 8 * 4
@@ -309,3 +310,149 @@ def test_a_convolution_counts_the_products_with_input(size, kernel, stride, pad)
         )
     )
     assert cost.flops == 2 * batch * features * filters * meet
+
+
+# ---- waiting for the links
+
+# 1,000 cycles per second, 100 bytes per second over links and 10 between slices
+SPEED = Speed(1e3, 100.0, 10.0, 0.5)
+
+
+def wait(*events: Event, times: float = 1, speed: Speed = SPEED) -> float:
+    """Seconds that a chip waits in a computation."""
+    return waiting_seconds([(times, list(events))], speed)
+
+
+def test_a_chip_waits_for_what_is_not_done_by_then():
+    """600 bytes take 6 seconds and half a one; two collectives share the links, not the network."""
+    start, done = Event("start", 600, "a"), Event("done", key="a")
+    assert wait(start, done) == 6.5 and wait(start, done, times=3) == 19.5
+    assert wait(start, Event("work", 5000), done) == 1.5
+    assert wait(Event("work", 100), start, Event("work", 9000), done, Event("work", 100)) == 0
+    # The second starts when the first is done, and then has 1.5 seconds to go.
+    both = start, Event("start", 100, "b"), Event("work", 6500), done, Event("done", key="b")
+    assert wait(*both) == 1.5
+    between = start, Event("start", 50, "b", True), Event("work", 6500), done
+    assert wait(*between, Event("done", key="b")) == 0
+    assert wait(Event("start", 50, "b", True), Event("done", key="b")) == 5.5
+    assert wait(Event("done", key="a copy")) == 0
+
+
+CHAIN = f'%s = {BIG} all-reduce(%p), to_apply=%sum, frontend_attributes={{chain_id="1"}}'
+BESIDE = {  # how a collective of BIG_BYTES * 2 runs beside 300 cycles: (instructions, computations)
+    "fusions": (
+        [
+            f"%y = {BIG} fusion(%big), calls=%first",
+            f"%w = {BIG} fusion(%big), calls=%plain, {annotated(300)}",
+            f"%z = {BIG} fusion(%y), calls=%last",
+        ],
+        computation(
+            "first",
+            f"%p = {BIG} parameter(0)",
+            CHAIN,
+            f'%t = {BIG} custom-call(%s), custom_call_target="AsyncCollectiveStart"',
+        )
+        + computation("plain", f"%p = {BIG} parameter(0)", f"%n = {BIG} negate(%p)")
+        + computation(
+            "last",
+            f"%p = {BIG} parameter(0)",
+            CHAIN,
+            f'%t = {BIG} custom-call(%p, %s), custom_call_target="AsyncCollectiveDone"',
+        ),
+    ),
+    "start and done": (
+        [
+            f"%y = {BIG} all-reduce-start(%big), to_apply=%sum",
+            f"%w = {BIG} copy(%big), {annotated(300)}",
+            f"%z = {BIG} all-reduce-done(%y)",
+        ],
+        "",
+    ),
+    "asynchronous call": (
+        [
+            f"%y = (({BIG}), {BIG}) async-start(%big), calls=%call",
+            f"%w = {BIG} copy(%big), {annotated(300)}",
+            f"%z = {BIG} async-done(%y)",
+        ],
+        computation(
+            "call", f"%p = {BIG} parameter(0)", f"%s = {BIG} all-reduce(%p), to_apply=%sum"
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("form", BESIDE)
+def test_work_between_start_and_done_hides_a_collective(form):
+    """The three forms in which the compiler writes it; nothing is hidden without them."""
+    lines, beside = BESIDE[form]
+    cost = count(program(f"%big = {BIG} parameter(0)", *lines, beside=beside))
+    assert cost.sent == cost.beside == {"all-reduce": 2 * BIG_BYTES} and cost.cycles == 300
+    speed = Speed(1e3, BIG_BYTES, 1.0, 0.0)
+    assert waiting_seconds(cost.timelines, speed) == pytest.approx(2 - 0.3)
+    alone = count(
+        program(
+            f"%big = {BIG} parameter(0)",
+            f"%y = {BIG} all-reduce(%big), to_apply=%sum",
+            f"%w = {BIG} copy(%big), {annotated(300)}",
+        )
+    )
+    assert alone.beside["all-reduce"] == 0
+    assert waiting_seconds(alone.timelines, speed) == 2
+
+
+def test_a_loop_is_work_for_what_spans_it_and_waits_every_turn():
+    """Seven turns of 10 cycles hide 70 cycles of the outer one; the inner sum stands alone."""
+    body = computation(
+        "body",
+        f"%s = {PAIR} parameter(0)",
+        "%i = s32[] get-tuple-element(%s), index=0",
+        f"%x = {SMALL} get-tuple-element(%s), index=1",
+        f"%y = {SMALL} all-reduce(%x), to_apply=%sum",
+        f"%c = {SMALL} copy(%y), {annotated(10)}",
+        f"%t = {PAIR} tuple(%i, %c)",
+    )
+    told = 'backend_config={"known_trip_count":{"n":"7"}}'
+    cost = count(
+        program(
+            f"%small = {SMALL} parameter(0)",
+            "%start = s32[] parameter(1)",
+            f"%a = {SMALL} all-reduce-start(%small), to_apply=%sum",
+            f"%state = {PAIR} tuple(%start, %small)",
+            f"%loop = {PAIR} while(%state), condition=%body, body=%body, {told}",
+            f"%b = {SMALL} all-reduce-done(%a)",
+            beside=body,
+        )
+    )
+    speed = Speed(1e3, 2 * SMALL_BYTES, 1.0, 0.0)
+    assert waiting_seconds(cost.timelines, speed) == pytest.approx(7 * 1 + 1 - 0.07)
+
+
+@pytest.mark.parametrize(
+    ("target", "kind", "share"),
+    [
+        ("{1,2}x{0:3}", "ALL_REDUCE", 1),
+        ("{1:4}x{0:3}", "ALL_REDUCE", 1.5),
+        ("{1,2}x{0:3}", "ALL_GATHER", 0.5),
+    ],
+)
+def test_what_goes_between_slices_is_counted_apart(target, kind, share):
+    """Of two slices each sends half of a sum to the other, and the other half's result."""
+    meets = '_xla_host_transfer_rendezvous="sum.5"'
+    cost = count(
+        program(
+            f"%big = {BIG} parameter(0)",
+            "%token = token[] after-all()",
+            f"%s = ({BIG}, u32[], token[]) send(%big, %token), channel_id=2, "
+            f'frontend_attributes={{{meets},_xla_megascale_target="{target}",'
+            f'_xla_megascale_transfer_type="{kind}"}}',
+            f"%r = ({BIG}, u32[], token[]) recv(%token), channel_id=1, "
+            f'frontend_attributes={{{meets},_xla_megascale_transfer_type="{kind}"}}',
+            f"%w = {BIG} copy(%big), {annotated(300)}",
+            f"%d = ({BIG}, token[]) recv-done(%r), channel_id=1",
+        )
+    )
+    name = kind.lower().replace("_", "-") + " between slices"
+    assert cost.sent == cost.beside == {name: share * BIG_BYTES}
+    assert cost.collectives == {name: 1}
+    speed = Speed(1e3, 1.0, BIG_BYTES, 0.0)
+    assert waiting_seconds(cost.timelines, speed) == pytest.approx(share - 0.3)

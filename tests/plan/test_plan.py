@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import jax
@@ -28,16 +29,19 @@ from crossin_jax.config import (
 )
 from crossin_jax.models.spec import spec_from_hf, spec_to_hf
 from crossin_jax.plan import __main__ as plan_command
+from crossin_jax.plan.cost import Cost
 from crossin_jax.plan.plan import (
     Phase,
     Plan,
+    _estimate,
     changes,
     describe_change,
     find_change,
     make_plan,
-    render,
 )
-from crossin_jax.plan.topology import open_topology
+from crossin_jax.plan.report import render
+from crossin_jax.plan.schedule import Event
+from crossin_jax.plan.topology import CHIPS, open_topology
 from crossin_jax.tables import STYLES, render_parts
 from tests.conftest import REPOSITORY
 from tests.models.published import CHECKPOINTS
@@ -248,6 +252,9 @@ MADE_UP = Plan(
             {"all-gather": 4e9, "all-reduce": 6e9},
             {"all-gather": 20, "all-reduce": 3},
             0.25,
+            (0.03, 0.125),
+            (0.28, 0.625),
+            {"all-gather": 3e9},
         ),
         "decode": Phase(2 * GIB, GIB, 4 * GIB, 0, 8.0),
     },
@@ -256,7 +263,9 @@ MADE_UP = Plan(
     saved_bytes=12 * GIB,
     tokens_per_step=4096,
     steps=7200,
-    hours_floor=0.5,
+    hours=(0.56, 1.25),
+    answer_hours=(0.005, 150.0),
+    answer_tokens=128,
     change={},
 )
 SHOWN = {
@@ -273,6 +282,8 @@ SHOWN = {
     "sent by all-reduce, GB": ("6.00", "0.00"),
     "compiled here in seconds": ("61", "8"),
     "seconds at least (ceiling of the chip)": ("0.2500", "-"),
+    "seconds waiting": ("0.03 to 0.125", "-"),
+    "seconds, estimated": ("0.28 to 0.625", "-"),
 }
 
 
@@ -285,21 +296,28 @@ def test_every_number_is_printed_in_its_unit():
     found = {}
     for line in lines[2:]:
         label, _, cells = line.strip().partition("  ")
-        found[label] = tuple(cells.split())
+        found[label] = tuple(re.split(" {2,}", cells.strip()))
     assert {label: found.get(label) for label in SHOWN} == SHOWN
-    assert [tuple(line.split()) for line in lines if line.startswith("  times")] == [
+    assert [tuple(line.split()) for line in lines if line.startswith(("  times", "  of it b"))] == [
+        ("of", "it", "beside", "other", "work", "75%", "-"),
         ("times", "20", "0"),
+        ("of", "it", "beside", "other", "work", "0%", "-"),
         ("times", "3", "0"),
     ]
-    assert lines[-4:] == [
+    assert lines[-5:] == [
         "loading: a host reads 6.00 GiB of weights; its memory peaks at about 7.00 GiB",
         "checkpoints: a host copies and writes 12.00 GiB",
-        "training: at most 16,384 tokens/s; 7,200 steps take at least 0.50 hours",
+        "training, estimated: 6,554 to 14,629 tokens/s; 7,200 steps take 0.56 to 1.25 hours, "
+        "8.96 to 20 chip-hours",
+        "evaluation, estimated: 1,000 prompts of full length with answers of 128 tokens take "
+        "0.005 to 150 hours, 0.08 to 2,400 chip-hours",
         "fits",
     ]
-    other = dataclasses.replace(MADE_UP, fits=False, steps=None, hours_floor=None, read_bytes=0)
+    other = dataclasses.replace(
+        MADE_UP, fits=False, steps=None, hours=None, answer_hours=None, read_bytes=0
+    )
     assert show(other).splitlines()[-2:] == [
-        "training: at most 16,384 tokens/s; set train.steps for the hours of the run",
+        "training, estimated: 6,554 to 14,629 tokens/s; set train.steps for the hours of the run",
         "does not fit",
     ]
     assert "loading" not in show(other)
@@ -326,13 +344,20 @@ def test_floors_follow_from_the_data_sheet(planned):
     config, plan = planned
     train = plan.phases["train"]
     assert train.floor_seconds == max(train.flops / 197e12, train.argument_bytes / 8.19e11)
-    assert plan.hours_floor == pytest.approx(2 * train.floor_seconds)
+    # The upper estimate: the compiler's cycles, attention at half the peak, and longer waiting.
+    (low, high), (least, most) = train.waiting_seconds, train.seconds
+    assert 0 < low < high and least == train.floor_seconds + low
+    work = train.cycles / 1.5e9 + 2 * train.kernel_flops / 197e12
+    assert most == pytest.approx(max(work, train.floor_seconds) + high)
+    assert plan.hours == pytest.approx((2 * least, 2 * most))
+    prefill, decode = plan.phases["prefill"], plan.phases["decode"]
+    pairs = zip(prefill.seconds, decode.seconds, strict=True)
+    answers = [1000 * (first / prefill.rows + 32 * more / 32) for first, more in pairs]
+    assert plan.answer_hours == pytest.approx([seconds / 3600 for seconds in answers])
+    assert plan.phases["load"].seconds is plan.phases["load"].waiting_seconds is None
+    assert all(train.beside_bytes[kind] <= sent for kind, sent in train.sent_bytes.items())
     text = show(plan)
-    assert (
-        "7,200 steps take at least" in text
-        and "HBM, peak of 15.75 GiB" in text
-        and text.endswith("fits")
-    )
+    assert "7,200 steps take" in text and "HBM, peak of 15.75 GiB" in text and text.endswith("fits")
     json.dumps(dataclasses.asdict(plan))
 
 
@@ -453,6 +478,20 @@ def moved(fsdp: int, tensor: int) -> dict[str, int | None]:
     return {"mesh.data": None, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
 
 
+@pytest.mark.parametrize(("kind", "is_known"), [("v4", False), ("v5e", True)])
+def test_time_between_slices_is_estimated_where_the_data_sheet_has_the_network(kind, is_known):
+    """Four gigabytes over 25 gigabits per second; half of that in the upper estimate."""
+    cost = Cost(sent=Counter({"all-reduce between slices": 4e9}))
+    steps = [Event("start", 4e9, "sum", True), Event("done", key="sum")]
+    cost.timelines.append((1, steps))
+    waiting, seconds = _estimate(CHIPS[kind], cost, 0.5, 0.0)
+    if not is_known:
+        assert waiting is seconds is None
+    else:
+        assert waiting == pytest.approx((4 / 3.125, 8 / 3.125 + 5e-6))
+        assert seconds == pytest.approx((0.5 + waiting[0], 0.5 + waiting[1]))
+
+
 FULL, DOTS = {"model.remat": "full"}, {"model.remat": "dots"}
 PARTS = {parts: {"train.accumulation": parts} for parts in (2, 4, 8, 16, 32)}
 CHANGES = [  # (remat, batch size, micro-batches, mesh, what is tried, in this order)
@@ -520,6 +559,8 @@ def test_changes_go_from_cheap_to_dear(remat, rows, parts, mesh, expected):
         train=Train(batch_size=rows, accumulation=parts),
     )
     assert list(changes(asked, SimpleNamespace(devices=(None,) * 4))) == expected
+    two = [SimpleNamespace(slice_index=i // 4) for i in range(8)]
+    assert list(changes(asked, SimpleNamespace(devices=two))) == expected
 
 
 def test_lora_pairs_are_sharded_on_both_sides(tmp_path):

@@ -152,17 +152,18 @@ def test_no_batch_is_cut_into_parts_that_do_not_divide_over_the_mesh(made_up):
 
 def phase_with(**changes) -> Phase:
     """A made-up step that fits, with some numbers changed."""
-    sound = Phase(5, 5, 10, 0, 2.0, 1.0, 0.0, 1.0, 1000.0, 500.0, {"all-gather": 0.0}, {}, 1.0)
+    sound = Phase(
+        5, 5, 10, 0, 2.0, 1.0, 0.0, 1.0, 1000.0, 500.0, {}, {}, 1.0, waiting_seconds=(0.0, 0.0)
+    )
     return dataclasses.replace(sound, **changes)
 
 
 def test_cycles_are_those_of_compiler_kernels_and_links(made_up, monkeypatch):
-    """The kernels' FLOPs at the chip's peak and a start for every tile; all bytes that are sent."""
+    """The kernels' FLOPs at the chip's peak and a start for every tile; the lower waiting."""
     config, slice_, _ = made_up
     config.data.length = 2048
-    slice_.chip = types.SimpleNamespace(clock=2e9, links=4e9)
-    sent = {"all-gather": 3e6, "all-reduce": 5e6}
-    phase = phase_with(cycles=7e6, kernel_flops=6e9, sent_bytes=sent)
+    slice_.chip = types.SimpleNamespace(clock=2e9)
+    phase = phase_with(cycles=7e6, kernel_flops=6e9, waiting_seconds=(2e-3, 5e-3))
     monkeypatch.setattr(
         tuning, "make_plan", lambda *_: types.SimpleNamespace(phases={"train": phase})
     )
@@ -174,7 +175,7 @@ def test_cycles_are_those_of_compiler_kernels_and_links(made_up, monkeypatch):
         tiles.add(tile)
         # one start of .35 microseconds for every 3 products of tile x tile x 128
         seconds = 6e9 / 1e12 + 6e9 / (3 * 2 * tile**2 * 128) * 0.35e-6
-        assert (trial.compiler, trial.links) == (7e6, pytest.approx(8e6 / 4e9 * 2e9))
+        assert (trial.compiler, trial.links) == (7e6, pytest.approx(2e-3 * 2e9))
         assert trial.kernels == pytest.approx(seconds * 2e9)
         assert trial.cycles == trial.compiler + trial.kernels + trial.links
     assert tiles == {512, 1024, 2048}
@@ -182,12 +183,12 @@ def test_cycles_are_those_of_compiler_kernels_and_links(made_up, monkeypatch):
 
 @pytest.mark.parametrize(
     ("part", "value"),
-    [("cycles", 900.0), ("kernel_flops", 0.0), ("sent_bytes", {"all-gather": 0.0})],
+    [("cycles", 900.0), ("kernel_flops", 0.0), ("waiting_seconds", (0.0, 0.0))],
 )
 def test_each_part_of_the_cycles_can_decide(made_up, monkeypatch, part, value):
     """The mesh 2 x 2 wins where one part of its cycles is lower and the others are alike."""
     config, slice_, _ = made_up
-    alike = {"cycles": 1000.0, "kernel_flops": 1e14, "sent_bytes": {"all-gather": 100.0}}
+    alike = {"cycles": 1000.0, "kernel_flops": 1e14, "waiting_seconds": (100.0, 100.0)}
 
     def make_plan(config, *_):
         wins = (config.mesh.fsdp, config.mesh.tensor) == (2, 2)
@@ -240,6 +241,14 @@ def test_meshes_cover_all_chips(chips, expected):
     ]
     assert set(found) == expected and len(found) == len(expected)
     assert [tensor for *_, tensor in found] == sorted(tensor for *_, tensor in found)
+    # On two slices, data alone crosses from one to the other.
+    twice = [types.SimpleNamespace(slice_index=i // chips) for i in range(2 * chips)]
+    assert {
+        (data // 2, fsdp, tensor)
+        for data, fsdp, tensor in map(
+            dict.values, tuning.meshes(types.SimpleNamespace(devices=twice))
+        )
+    } == expected
 
 
 @pytest.mark.parametrize(
