@@ -1,4 +1,7 @@
-"""Compiles the programs of a run for absent TPUs, and looks for changes if it does not fit."""
+"""Compiles the programs of a run for absent TPUs, and looks for changes if it does not fit.
+
+Shape letters: B batch rows · T positions.
+"""
 
 import dataclasses
 import math
