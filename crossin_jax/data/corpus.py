@@ -1,7 +1,7 @@
 """Files and Hub data sets become parallel records: one row id, one text per language.
 
-The text of every row lies in an Arrow file: in memory for small sources, memory-mapped from a cache
-folder for large ones, whose index is mapped as well.
+The texts are in an Arrow file: in memory for small sources, memory-mapped from a cache folder for
+large ones. The index that joins the languages of a record is cached and mapped too.
 """
 
 import json
@@ -17,7 +17,16 @@ import numpy as np
 
 from crossin_jax.config import Source, UserError
 from crossin_jax.data.readers import File, find_files
-from crossin_jax.data.records import UNREAD, Record, Text, TextReader, as_row, digest, hash_key
+from crossin_jax.data.records import (
+    UNREAD,
+    Record,
+    Text,
+    TextReader,
+    TextRow,
+    as_row,
+    digest,
+    hash_key,
+)
 from crossin_jax.guests import open_guest
 from crossin_jax.languages import canonical_list
 from crossin_jax.paths import as_path
@@ -30,13 +39,13 @@ TEXT_COLUMNS = ("instruction", "input", "output", "messages")
 # The joined index, one entry per record: the hash of its id, the row of each language's text (-1:
 # none), how many earlier records have the same content, and the hash of its group.
 INDEX = ("keys", "rows", "twice", "groups")
-FORMAT = 3  # raised when the cached layout changes, or what is read of a row
+FORMAT = 3  # raised when the layout of the cache changes, or what is read from a row
 
 
 def _count_earlier(keys: np.ndarray, languages: np.ndarray) -> np.ndarray:
     """How often the same (key, language) occurred before, for each row."""
-    # Sorted by key and language, repeats stand side by side. `starts` holds where each run begins,
-    # and the distance from there is the count: keys a a b a → sorted a a a b → counts 0 1 2 0.
+    # Sorted by key and language, equal rows are neighbours. `starts` holds where each run of them
+    # begins, and the distance from there is the count: keys a a b a → sorted a a a b → 0 1 2 0.
     order = np.lexsort((np.arange(len(keys)), languages, keys))
     same = np.zeros(len(keys), bool)
     same[1:] = (np.diff(keys[order]) == 0) & (np.diff(languages[order]) == 0)
@@ -50,10 +59,10 @@ class Corpus(Sequence):
     """Parallel records by index, here from a list; `keys` (N,) uint64 hash the row ids, `has[code]`
     (N,) bool.
 
-    `dropped` counts the texts that a documented policy removed (with their whole record),
-    `dropped_rows` names some. `ignored` counts the rows of which something was not read,
-    `ignored_rows` names the first of each sort. `groups` (N,) uint64 hash the values that
-    `fields["group"]` keeps together, `masked_turns` counts the turns of chats that are read but not
+    `dropped` counts texts that cannot be used, by reason; their whole records are removed, and
+    `dropped_rows` names some. `ignored` counts rows by what was not read of them, and
+    `ignored_rows` names the first row of each. `groups` (N,) uint64 hash the values that
+    `fields["group"]` keeps together. `masked_turns` counts the turns of chats that are read but not
     learned.
     """
 
@@ -93,7 +102,7 @@ class Corpus(Sequence):
         return self._records[i]
 
     def pick(self, i: int, codes: Sequence[str]) -> Record:
-        """Record i in some of its languages; cheaper than all of them where texts lie on disk."""
+        """Record i in some of its languages; this reads less than `self[i]` from a file."""
         return self[i]
 
     def ids(self) -> Iterator[str]:
@@ -117,12 +126,12 @@ class ArrowCorpus(Corpus):
         self.ignored, self.ignored_rows = Counter(meta["ignored"]), meta["ignored_rows"]
         self.masked_turns = meta["masked_turns"]
         self._open()
-        if "dropped" in meta:  # joined before
+        if "dropped" in meta:  # the index was saved
             self.dropped, self.dropped_rows = Counter(meta["dropped"]), meta["dropped_rows"]
             self.keys, self._rows, self._twice, self.groups = (
                 np.asarray(np.load(f"{content}/{part}.npy", mmap_mode="r")) for part in INDEX
             )
-            self._index()
+            self._find_languages()
         else:
             self._join()
 
@@ -143,7 +152,7 @@ class ArrowCorpus(Corpus):
 
     def _join(self) -> None:
         """Groups the texts by key; records keep the order in which their key first appeared."""
-        # Texts as they come, one row of the Arrow file each:    Records, by the row of each text:
+        # The texts, one row of the Arrow file each:             Records: the row of each text
         #
         #     row  key  language                                      en  zh
         #      0    b    en                                      b     0   2
@@ -158,7 +167,7 @@ class ArrowCorpus(Corpus):
                 f"{self._text_place(b)}: id {self._cell(a, 'id')!r} was already used in "
                 f"{self._text_place(a)}; ids must be unique ({int((twice > 0).sum())} repeated)"
             )
-        # Rows without an id are named by their content: rows that are alike get keys of their own.
+        # Rows without an id are named by their content, so equal rows need different keys.
         keys = keys + twice.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         unique, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
         order = np.argsort(first, kind="stable")
@@ -172,19 +181,17 @@ class ArrowCorpus(Corpus):
         first_text = self._rows[np.arange(len(unique)), (self._rows >= 0).argmax(axis=1)]
         self.groups = self._column("group", np.uint64)[first_text]
         self._drop(record, self._column("fault", np.uint16))
-        self._index()
+        self._find_languages()
 
     def save(self, folder: Path) -> None:
-        """Writes the joined index and what was dropped beside the texts, so that nobody joins
-        again.
-        """
+        """Writes the index and what was dropped beside the texts, so that they are joined once."""
         for part, values in zip(INDEX, self._columns(), strict=True):
             np.save(folder / f"{part}.npy", values)
         meta = self._meta | {"dropped": dict(self.dropped), "dropped_rows": self.dropped_rows}
         (folder / "meta.json").write_text(json.dumps(meta))
 
     def _drop(self, record: np.ndarray, faults: np.ndarray) -> None:
-        """Removes records with a faulty text in any language; counts and the first places stay."""
+        """Removes records with an unusable text in any language; counts them, and names some."""
         self.dropped, self.dropped_rows = Counter(), {}
         for row in np.flatnonzero(faults):
             reason = self._meta["reasons"][faults[row]]
@@ -205,7 +212,7 @@ class ArrowCorpus(Corpus):
     def _keep(self, rows: np.ndarray) -> None:
         self.keys, self._rows, self._twice, self.groups = (c[rows] for c in self._columns())
 
-    def _index(self) -> None:
+    def _find_languages(self) -> None:
         self.has = {code: self._rows[:, j] >= 0 for j, code in enumerate(self._codes)}
         self.has = {code: mask for code, mask in self.has.items() if mask.any()}
         self.languages = tuple(self.has)
@@ -213,7 +220,7 @@ class ArrowCorpus(Corpus):
     def take(self, rows: np.ndarray) -> "ArrowCorpus":
         """Keeps these records, in place."""
         self._keep(rows)
-        self._index()
+        self._find_languages()
         self.fingerprint = digest(f"{self.fingerprint} {int(self.keys.sum())} of {len(rows)}").hex()
         return self
 
@@ -264,8 +271,8 @@ class ArrowCorpus(Corpus):
 #     files ─ readers ─► rows ─ TextReader ─► texts ─► Arrow file ─ join by key ─► ArrowCorpus
 #
 # The Arrow file of a small source is in memory. That of a large source or of a Hub data set is
-# CACHE/HASH/texts.arrow, where HASH stands for everything that decides what is read. The joined
-# index is saved beside it.
+# CACHE/HASH/texts.arrow, where HASH is of everything that decides what is read. The index is saved
+# beside it.
 def load_corpus(
     source: Source, languages: Sequence[str], *, seed: int = 0, cache: str | None = None
 ) -> Corpus:
@@ -279,61 +286,29 @@ def load_corpus(
     codes = canonical_list(source.languages or languages, f"data source {source.name!r}")
     if source.kind == "world":
         records = open_guest("world").world_corpus(source.split, codes, seed)
-        return _limit(
-            Corpus(source.name, records, place=f"the embedded world ({source.split})"), source
-        )
+        corpus = Corpus(source.name, records, place=f"the embedded world ({source.split})")
+        return _take_portion(corpus, source)
     files = find_files(source, codes)
-    size = sum(as_path(file.path).stat().st_size for file in files if file.layout != "hub")
-    if size <= CACHE_BYTES and not any(file.layout == "hub" for file in files):
+    is_hub = source.kind == "hub"
+    if is_hub or sum(as_path(file.path).stat().st_size for file in files) > CACHE_BYTES:
+        corpus = _open_cached(source, codes, files, cache)
+    else:
         import pyarrow as pa
 
         sink = pa.BufferOutputStream()
         meta = _write_texts(source, codes, files, sink)
         corpus = ArrowCorpus(source.name, sink.getvalue(), meta)
-        return _limit(_check_unread(corpus, source), source)
-    folder = Path(
-        cache or os.environ.get("CROSSIN_CACHE", "~/.cache/crossin_jax/corpora")
-    ).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    # A file that changes gets another size or time, and so another cache folder.
-    stamp = [
-        (
-            f,
-            *(
-                stat(p)
-                for p in (
-                    sorted(as_path(f.path).rglob("*"))
-                    if as_path(f.path).is_dir()
-                    else [as_path(f.path)]
-                )
-                if p.is_file()
-            ),
-        )
-        for f in files
-    ]
-    later = ("name", "limit", "portion")  # these are no part of what is read
-    settings = {k: v for k, v in asdict(source).items() if k not in later}
-    path = folder / digest(json.dumps([FORMAT, settings, codes, stamp])).hex()
-    if not path.is_dir():
-        _write_cached(source, codes, files, path)
-    corpus = ArrowCorpus(source.name, str(path), json.loads((path / "meta.json").read_text()))
-    return _limit(_check_unread(corpus, source), source)
+    _check_unread(corpus, source)
+    return _take_portion(corpus, source)
 
 
-def stat(path: Path) -> tuple[str, int, int]:
-    """What tells one state of a file from another."""
-    return path.name, path.stat().st_size, path.stat().st_mtime_ns
-
-
-def _limit(corpus: Corpus, source: Source) -> Corpus:
-    """The source's portion and limit, whatever the order in the files.
-
-    Rows come in hash order of their ids, groups in hash order of the value that they share:
-
-        portion=(0, 0.5)                     portion=(0, 0.5), fields={"group": "paragraph"}
-    ids by hash:    c a f | e b d        paragraphs by hash: P3 P1 | P2 P4   → all rows of P3 and P1
-    """
-    # The order is that of hashes, so a portion keeps its rows when files are joined or sorted anew.
+# Rows are taken in hash order of their ids, groups in hash order of the value that they share. So a
+# portion keeps its rows when files are joined or sorted differently:
+#
+#     portion=(0, 0.5)                                        ids          c a f | e b d
+#     portion=(0, 0.5), fields={"group": "paragraph"}         paragraphs   P3 P1 | P2 P4
+def _take_portion(corpus: Corpus, source: Source) -> Corpus:
+    """The rows of the source's portion, up to its limit."""
     order = np.argsort(corpus.keys, kind="stable")
     if not source.fields.get("group"):
         first, last = (round(share * len(corpus)) for share in source.portion)
@@ -355,8 +330,8 @@ def _limit(corpus: Corpus, source: Source) -> Corpus:
 
 
 def describe_losses(corpus: Corpus) -> str:
-    """What of a source is not used, in a line: "dropped: 3 empty output; not read: field 'topic'
-    (90 rows)"; or "".
+    """One line about what is not used: "dropped: 3 empty output; not read: field 'topic' (90
+    rows)"; "" where all is used.
     """
     parts = {
         "dropped": [f"{n} {reason}" for reason, n in corpus.dropped.items()],
@@ -365,19 +340,41 @@ def describe_losses(corpus: Corpus) -> str:
     return "; ".join(f"{name}: {', '.join(found)}" for name, found in parts.items() if found)
 
 
-def _check_unread(corpus: Corpus, source: Source) -> Corpus:
-    """Refuses fields and rows that are not read, where the source says so."""
-    if source.fields.get(UNREAD) != "refuse" or not corpus.ignored:
-        return corpus
-    raise UserError(
-        f"source {source.name!r} refuses what is not read: {describe_losses(corpus)}\n"
-        f"first: {next(iter(corpus.ignored_rows.values()))}\n"
-        f"map it with `fields`, take it out of the data, or leave fields[{UNREAD!r}] out"
-    )
+def _check_unread(corpus: Corpus, source: Source) -> None:
+    """Refuses columns and rows that are not read, where the source says so."""
+    if source.fields.get(UNREAD) == "refuse" and corpus.ignored:
+        raise UserError(
+            f"source {source.name!r} refuses what is not read: {describe_losses(corpus)}\n"
+            f"first: {next(iter(corpus.ignored_rows.values()))}\n"
+            f"map it with `fields`, take it out of the data, or leave fields[{UNREAD!r}] out"
+        )
+
+
+def _open_cached(
+    source: Source, codes: Sequence[str], files: list[File], cache: str | None
+) -> ArrowCorpus:
+    """The corpus of a large source from its cache folder, which is written where it is absent."""
+    folder = Path(
+        cache or os.environ.get("CROSSIN_CACHE", "~/.cache/crossin_jax/corpora")
+    ).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    # These settings do not change what is read.
+    settings = {k: v for k, v in asdict(source).items() if k not in ("name", "limit", "portion")}
+    stamps = [(file, *_stamp(as_path(file.path))) for file in files]
+    path = folder / digest(json.dumps([FORMAT, settings, codes, stamps])).hex()
+    if not path.is_dir():
+        _write_cached(source, codes, files, path)
+    return ArrowCorpus(source.name, str(path), json.loads((path / "meta.json").read_text()))
+
+
+def _stamp(path: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of a file, or of each file in a folder: a changed file has others."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
 
 
 def _write_cached(source: Source, codes: Sequence[str], files: list[File], path: Path) -> None:
-    """Makes the cache folder of a source; it appears when it is whole."""
+    """Writes the cache folder of a source under another name, and renames it when it is whole."""
     import pyarrow as pa
 
     with temporary(Path(tempfile.mkdtemp(dir=path.parent, suffix=".part"))) as part:
@@ -387,20 +384,18 @@ def _write_cached(source: Source, codes: Sequence[str], files: list[File], path:
         try:
             os.rename(part, path)
         except OSError:
-            if not path.is_dir():  # else another process made it meanwhile
+            if not path.is_dir():  # else another process has written it meanwhile
                 raise
 
 
 def _write_texts(
     source: Source, codes: Sequence[str], files: list[File], sink: Any
 ) -> dict[str, Any]:
-    """Streams every text of the source into one Arrow file; returns what the file itself cannot
-    say.
-    """
+    """Streams every text of the source into one Arrow file; returns what is known beside it."""
     import pyarrow as pa
     from tqdm import tqdm
 
-    numbers = {
+    numbers = {  # in the order of TextRow
         "key": pa.uint64(),
         "group": pa.uint64(),
         "language": pa.uint8(),
@@ -410,28 +405,25 @@ def _write_texts(
     }
     schema = pa.schema(numbers | dict.fromkeys(("id", *TEXT_COLUMNS), pa.string()))
     reader = TextReader(source, codes, files)
-    columns: list[list] = [[] for _ in schema]
+    rows: list[TextRow] = []
     fingerprint = 0
     with pa.ipc.new_file(sink, schema) as writer:
 
         def flush() -> None:
-            writer.write_batch(
-                pa.record_batch(
-                    [pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)],
-                    schema=schema,
-                )
-            )
-            for column in columns:
-                column.clear()
+            columns = zip(*rows, strict=True)
+            arrays = [pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)]
+            writer.write_batch(pa.record_batch(arrays, schema=schema))
+            rows.clear()
 
         # A sum of hashes does not depend on the order of the rows.
         for row in tqdm(reader, desc=f"read {source.name}", unit=" texts", delay=2, leave=False):
-            fingerprint += int.from_bytes(digest(json.dumps([codes[row[2]], *row[6:]])), "little")
-            for column, value in zip(columns, row, strict=True):
-                column.append(value)
-            if len(columns[0]) == BATCH_ROWS:
+            text = [codes[row.language], row.id, row.instruction, row.input, row.output]
+            content = json.dumps([*text, row.messages])
+            fingerprint += int.from_bytes(digest(content), "little")
+            rows.append(row)
+            if len(rows) == BATCH_ROWS:
                 flush()
-        if columns[0]:
+        if rows:
             flush()
     return {
         "place": source.path,
@@ -444,6 +436,3 @@ def _write_texts(
         "masked_turns": reader.masked_turns,
         "fingerprint": f"{fingerprint % 2**128:032x}",
     }
-
-
-__all__ = ["ArrowCorpus", "Corpus", "Record", "Text", "hash_key", "load_corpus"]

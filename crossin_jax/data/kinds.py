@@ -9,7 +9,6 @@ Shape letters: N examples that are drawn together · C languages of data.languag
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +22,7 @@ Indices = np.ndarray  # (N,) int64: positions in `data.languages`
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """What one training sequence says: for kind "text" only `output`, for a chat its `messages`."""
+    """One example as text. Kind "text" has only an `output`; for a chat, `messages` count."""
 
     id: str
     component: str
@@ -36,7 +35,10 @@ class Example:
 
     @property
     def exchanges(self) -> list[tuple[str, str, str, bool]]:
-        """(instruction, input, answer, is it learned) of each; a system text opens the first."""
+        """(instruction, input, answer, is it learned) of each question and answer.
+
+        A system text goes before the first question.
+        """
         if not self.messages:
             return [(self.instruction, self.input, self.output, True)]
         exchanges, pending = [], ""
@@ -52,9 +54,9 @@ class Example:
 # ---- How a pair of languages is drawn
 
 
-# A hash takes the place of a random generator. A generator has a state, so its 1000th number needs
-# the 999 before it. A hash gives the number of any row alone: mix_bits(row, key) is the same on
-# every host, in every worker and after a restart, in whatever order the rows are asked for.
+# A hash is used instead of a random generator. A generator has a state, so its 1000th number needs
+# the 999 before it. A hash needs the row alone: mix_bits(row, key) is the same on every host, in
+# every worker and after a restart, in any order of the rows.
 def mix_bits(words: np.ndarray | int, key: int = 0) -> np.ndarray:
     """SplitMix64 of uint64 words under a key: uniform, and the same on every machine."""
     z = np.atleast_1d(np.asarray(words, np.uint64)) ^ np.uint64(key)
@@ -65,50 +67,41 @@ def mix_bits(words: np.ndarray | int, key: int = 0) -> np.ndarray:
 
 
 class Draws:
-    """The draws of n units of one component: everything is a hash of the unit, so that nothing
-    depends on its neighbours.
+    """What a kind can draw for N examples of one component.
 
-    Each decision has its own salt. A salt never changes: another one would draw other examples for
-    the same seed.
+    `words` (N,) uint64 are a hash for each example, and `weights_NC` the weight of each language. A
+    decision mixes the hash with its own salt. A salt never changes: with another one the same seed
+    would draw other examples.
     """
 
     def __init__(
-        self,
-        component: Component,
-        make_words: Callable[[], np.ndarray],
-        weights_NC: np.ndarray,
-        pivot: int | None,
+        self, component: Component, words: np.ndarray, weights_NC: np.ndarray, pivot: int | None
     ):
-        self.component, self._make_words = component, make_words
-        self.weights_NC, self._pivot = weights_NC, pivot
-
-    @cached_property
-    def _words(self) -> np.ndarray:  # (N,) uint64, one per unit; kinds that draw nothing never ask
-        return self._make_words()
+        self.component, self._words = component, words
+        self._weights_NC, self._pivot = weights_NC, pivot
 
     @property
     def pivot(self) -> Indices:
-        """The pivot language for every unit."""
-        return np.full(len(self.weights_NC), self._pivot)
+        """The pivot language for every example."""
+        return np.full(len(self._words), self._pivot)
 
     def language(self, salt: int, *, besides: Indices | None = None) -> Indices:
-        """A language per unit, with probability proportional to its weight, other than
+        """A language for each example, with probability proportional to its weight, but not
         `besides`.
         """
-        weights_NC = self.weights_NC
+        weights_NC = self._weights_NC
         if besides is not None:
             weights_NC = weights_NC.copy()
             weights_NC[np.arange(len(besides)), besides] = 0
-        # A uniform level in [0, total) falls between two cumulative weights: weights 1, 0, 2 are
-        # the bounds 1, 1, 3,
-        # so levels below 1 give language 0 and the others language 2.
-        # The level is the upper 53 bits of the hash as a float in [0, 1): float64 holds no more.
+        # A uniform level in [0, total) falls between two cumulative weights. Weights 1, 0, 2 have
+        # the bounds 1, 1, 3: levels below 1 give language 0, the others give language 2. A level is
+        # made of the upper 53 bits of the hash, as many as a float64 holds.
         bounds_NC = np.cumsum(weights_NC, axis=1)
         level = (mix_bits(self._words, salt) >> np.uint64(11)) * 2.0**-53 * bounds_NC[:, -1]
         return (level[:, None] >= bounds_NC).sum(axis=1)
 
     def coin(self, salt: int) -> np.ndarray:
-        """True or False per unit, with equal probability."""
+        """True or False for each example, with equal probability."""
         return (mix_bits(self._words, salt) & np.uint64(1)).astype(bool)
 
 
@@ -135,10 +128,11 @@ def _draw_direction(draws: Draws) -> tuple[Indices, Indices]:
 def add_tag(
     instruction: str, input: str, answer_language: str, prompt_language: str, style: str
 ) -> tuple[str, str]:
-    """Names the wanted language in a prompt; returns (instruction, input). Styles: see `data.tag`.
+    """Names the wanted language in a prompt, in one of the styles of `data.tag`; returns
+    (instruction, input).
 
-    "input" puts the tag after the input, and after the instruction where there is no input;
-    "input_released" is the released builder's form, which makes an input of the tag alone.
+    "input" puts the tag after the input, and after the instruction where there is no input. In the
+    form of the released builder, "input_released", the tag alone is then the input.
     """
     if style == "none":
         return instruction, input
@@ -153,8 +147,8 @@ def add_tag(
 
 
 def asks_in_english(component: Component, tag: str, pair: tuple[str, str]) -> bool:
-    """Whether a request is in English for want of a sentence in the prompt's language
-    (languages.toml).
+    """Whether a request is in English because languages.toml has no sentence in the prompt's
+    language.
     """
     kind = KINDS[component.kind]
     if kind.own_request:
@@ -192,7 +186,7 @@ def _ask(pair: Pair) -> Content:
     instruction, input = add_tag(prompt.instruction, prompt.input, *languages, pair.tag)
     chat = None
     if prompt.messages is not None:
-        chat = _join_chat(prompt, pair.answer, *languages, pair.tag)
+        chat = _merge_chats(prompt, pair.answer, *languages, pair.tag)
     return instruction, input, pair.answer.output, chat
 
 
@@ -222,10 +216,12 @@ def _join_text(text: Text, what: str) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-def _join_chat(
+def _merge_chats(
     prompt: Text, answer: Text, answer_language: str, prompt_language: str, style: str
 ) -> tuple[tuple[str, str], ...]:
-    """The prompt's user turns, each with the tag, and the answer's assistant turns."""
+    """A chat of the user's turns in one language, each with the tag, and the assistant's turns in
+    the other.
+    """
     style = "input" if style == "input_released" else style
     turns = []
     replies = [turn for turn in answer.messages or () if turn[0] in ANSWERING]
@@ -247,23 +243,21 @@ def _join_chat(
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """What sets one kind of example apart."""
+    """What differs between the kinds of examples."""
 
-    draw: Callable[[Draws], tuple[Indices, Indices]]  # → prompt and answer language of each unit
+    draw: Callable[[Draws], tuple[Indices, Indices]]  # → prompt and answer language of each example
     make: Callable[[Pair], Content] = _ask
     needs_pivot: bool = False  # one side is always in `data.pivot`
     # Which languages can be drawn: "none"; "all"; "others", all but the pivot; "named", the pivot
     # only if it has a weight
     drawn: str = "others"
     draws_two: bool = False  # two different languages, unless `allow_same`
-    fills_gaps: bool = (
-        False  # draws among the languages that a record has; others need every language
-    )
+    # A record may lack languages: draws are among those that it has. Other kinds refuse it.
+    fills_gaps: bool = False
     has_prompt: bool = True  # a template surrounds it
     tags: tuple[str, ...] = TAGS  # tag styles that have an effect
-    own_request: bool = (
-        False  # the instruction is our own English; only the input is in the prompt's language
-    )
+    # The instruction is a sentence of ours, "Translate …"; the record's texts are the input.
+    own_request: bool = False
 
 
 KINDS: dict[str, Kind] = {
@@ -271,7 +265,7 @@ KINDS: dict[str, Kind] = {
         draw=lambda draws: (draws.pivot, draws.pivot),
         needs_pivot=True,
         drawn="none",
-        tags=("none", "sentence"),  # rows stay as they are; a sentence reads as part of a question
+        tags=("none", "sentence"),  # no bracketed tag: rows stay as they are
     ),
     "en2x": Kind(draw=lambda draws: (draws.pivot, draws.language(LANGUAGE)), needs_pivot=True),
     "x2en": Kind(draw=lambda draws: (draws.language(LANGUAGE), draws.pivot), needs_pivot=True),
@@ -305,16 +299,16 @@ def make_example(
     """Joins the prompt of one language with the answer of another, as the kind says; KeyError where
     one is absent.
     """
-    facts = KINDS[kind]
+    entry = KINDS[kind]
     pair = Pair(
         record.texts[prompt_language],
         record.texts[answer_language],
         prompt_language,
         answer_language,
-        tag if tag in facts.tags else "none",
+        tag if tag in entry.tags else "none",
         translate_what,
         request,
     )
     return Example(
-        record.id, component or kind, prompt_language, answer_language, *facts.make(pair)
+        record.id, component or kind, prompt_language, answer_language, *entry.make(pair)
     )

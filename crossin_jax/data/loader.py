@@ -1,8 +1,8 @@
-"""Batches for the training mesh: Grain makes windows of rows in workers.
+"""Batches for the training mesh; Grain makes the windows of rows in worker processes.
 
-The position in the data is two integers: the window, and the row in it that comes next. Every host
-makes the same rows and keeps its own part, so that the stream does not depend on the number of
-hosts or workers:
+The position in the data is two integers: the window, and its row that comes next. Every host makes
+the same rows and keeps its own part, so the stream does not depend on the number of hosts or
+workers:
 
     window 0          rows 0 … 127   ┐ batch of 8 rows ┬ host 0: rows 0 to 3
     window 1          rows 0 … 131   ┘                 └ host 1: rows 4 to 7
@@ -11,6 +11,7 @@ Shape letters: B rows of a batch (of this host) · T positions.
 """
 
 import logging
+import math
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -33,8 +34,9 @@ class Loader:
 
     They are tokens_BT, targets_BT, segment_ids_BT (0 on padding), positions_BT (from 0 in every
     segment), group_BT (an index of `groups`) and loss_mask_BT. Packed rows have `length` positions,
-    others a quarter, a half or all of it. Without epochs the stream has no end; with them the last
-    batch is filled with empty rows. `dropped` counts the examples so far that no row could hold.
+    others a quarter, a half or all of it. Where the windows end after some epochs, the last batch
+    is filled with empty rows. `dropped` counts the examples so far of which a part or all is in no
+    row.
     """
 
     def __init__(
@@ -51,25 +53,23 @@ class Loader:
         self._mine = slice(process_index * share, (process_index + 1) * share)
         self.groups = windows.groups
         self.dropped: Counter[str] = Counter()
-        # the next row to give
-        self._window, self._row = 0, 0
+        self._window, self._row = 0, 0  # of the next batch
         self._source: Iterator[dict[str, np.ndarray]] | None = None
-        # the arrays of the current window
-        self._rows: dict[str, np.ndarray] | None = None
+        self._rows: dict[str, np.ndarray] | None = None  # arrays of the current window
         self._has_warned = False
 
     @property
     def steps_per_epoch(self) -> float:
-        """Batches per pass over the mixture; exact up to four windows, else estimated from four."""
+        """Batches per epoch; exact for up to four windows, else estimated from the first four."""
         return self._per_epoch(lambda rows: len(rows["tokens"])) / self._batch_size
 
     @property
     def tokens_per_epoch(self) -> float:
-        """Tokens per pass over the mixture without padding, as exact as `steps_per_epoch`."""
+        """Tokens per epoch without padding, as exact as `steps_per_epoch`."""
         return self._per_epoch(lambda rows: int((rows["segment_ids"] > 0).sum()))
 
-    # A mixture of 2,000 examples in 3 windows is counted whole. One of a million in 1,500 windows
-    # is counted in the first 4 and scaled by 1,000,000 / the examples of these.
+    # A mixture of 2,000 examples in 3 windows is counted as a whole. One of a million examples in
+    # 1,500 windows is counted in the first 4 and scaled by 1,000,000 / their examples.
     def _per_epoch(self, count: Callable[[dict[str, np.ndarray]], int]) -> float:
         number = min(self._windows.per_epoch, 4, len(self._windows))
         covered = self._windows.find_positions(number - 1).stop
@@ -106,14 +106,15 @@ class Loader:
         width = self._windows.length
         if not self._windows.packing:
             longest = int((batch["segment_ids"] > 0).sum(1).max())
-            width = min(-(-width // bucket) for bucket in BUCKETS if longest <= -(-width // bucket))
+            widths = [math.ceil(width / divisor) for divisor in BUCKETS]
+            width = min(width for width in widths if width >= longest)
         return {
             f"{name}_BT": np.ascontiguousarray(rows[self._mine, :width])
             for name, rows in batch.items()
         }
 
     def _open_window(self) -> bool:
-        """Fetches the window of the next row; False after the last one."""
+        """Fetches the window of the next row; False where there is none."""
         if self._source is None:
             self._source = self._start()
         rows = next(self._source, None)
@@ -135,7 +136,7 @@ class Loader:
 
     def _start(self) -> Iterator[dict[str, np.ndarray]]:
         """Grain's iterator over the windows from the current one on."""
-        # A thread can make a window ahead: tokenizers release the interpreter lock.
+        # Without workers, a thread makes the next window: tokenizers release the interpreter lock.
         threads = 0 if self._workers else 1
         ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
         windows = grain.MapDataset.range(self._window, len(self._windows)).map(
@@ -194,7 +195,7 @@ class Loader:
 
 
 def ignore_interrupts(worker_index: int, worker_count: int) -> None:
-    """A terminal sends Ctrl-C to the workers too; only the main process decides when they end."""
+    """In a worker: Ctrl-C, which a terminal sends to all processes, is left to the main one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

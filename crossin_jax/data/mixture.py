@@ -1,10 +1,11 @@
 """The mixture: stream position → example, a pure function of (configuration, corpora, seed).
 
 Every draw is a hash of (seed, component, row id). So 3,000 examples are a subset of 6,000, and the
-order of files and the number of workers or hosts change nothing. The way of stream position 7:
+order of files and the number of workers or hosts change nothing. How stream position 7 becomes an
+example:
 
     7 ─ order of the epoch ─► entry 12 of the epoch ─► component x2x, its draw number 4
-      ─ order of the pool ──► unit (hash of a row's id), row 31 of the corpus, pass 0
+      ─ order of the pass ──► unit (hash of a row's id), row 31 of the corpus, pass 0
       ─ Kind.draw ──────────► prompt language zh, answer language en
       ─ Kind.make ──────────► Example
 
@@ -37,10 +38,8 @@ from crossin_jax.data.kinds import (
     mix_bits,
 )
 
-# Raised when the same settings would draw other examples.
-FORMAT = 1
-# draws that are counted at once
-CHUNK = 1 << 16
+FORMAT = 1  # raised when the same settings would draw other examples
+CHUNK = 1 << 16  # draws that are counted at once
 
 
 class PermutationCache:
@@ -61,17 +60,14 @@ class PermutationCache:
         return {"orders": {}}
 
 
-# The units of a component with count=2 over a corpus of three rows, whose ids are a, b and c:
+# A component with count=2 over a corpus of three rows, whose ids are a, b and c, has two units:
 #
 #     rows     2       0          indices in the corpus, in the order of the hashes
-#     units    h(c)    h(a)       their keys; the draws of languages are hashes of these
+#     units    h(c)    h(a)       their keys; languages are drawn by hashes of these
 #
 # With replacement there are as many units as examples. Unit i is a hash of i, and it picks a row.
 class Pool:
-    """One component's units in drawing order.
-
-    A unit is what the draws are hashes of: the key of a row, or a number with replacement.
-    """
+    """The rows that one component draws from, and for each the unit of which draws are hashes."""
 
     def __init__(
         self, component: Component, corpus: Corpus, data: Data, seed: int, number: int, place: str
@@ -103,16 +99,13 @@ class Pool:
                 + (f" ({losses})" if losses else "")
             )
         if component.with_replacement:
-            # as released: the modes share draws, so a row and its language are the same in each of
-            # them
+            # The key has no kind in it. As in the release, all kinds draw the same rows and
+            # languages.
             self.draw_key = hash_key(f"{seed}/again/{component.source}{suffix}")
-            units = mix_bits(
-                np.arange(component.count or len(rows), dtype=np.uint64), self.draw_key
-            )
-            self.rows, self.units = (
-                rows[np.argsort(corpus.keys[rows])][units % np.uint64(len(rows))],
-                units,
-            )
+            numbers = np.arange(component.count or len(rows), dtype=np.uint64)
+            self.units = mix_bits(numbers, self.draw_key)
+            by_key = rows[np.argsort(corpus.keys[rows])]
+            self.rows = by_key[self.units % np.uint64(len(rows))]
             return
         if self.fixed and component.count > len(rows):
             raise UserError(
@@ -121,10 +114,9 @@ class Pool:
             )
         # lexsort sorts by its last argument first: by the hash, and by the key where hashes are
         # equal.
-        order = np.lexsort((corpus.keys[rows], mix_bits(corpus.keys[rows], self.key)))[
-            : component.count
-        ]
-        self.rows, self.units = rows[order], corpus.keys[rows[order]]
+        keys = corpus.keys[rows]
+        order = np.lexsort((keys, mix_bits(keys, self.key)))[: component.count]
+        self.rows, self.units = rows[order], keys[order]
 
     @property
     def kind(self) -> Kind:
@@ -184,14 +176,12 @@ class Pool:
         weights_NC = np.broadcast_to(self.weights, (len(units), len(self.languages)))
         if self.has_NC is not None:
             weights_NC = weights_NC * self.has_NC[rows]
-
-        def make_words() -> np.ndarray:
-            drawn_at = np.zeros_like(passes) if self.fixed else passes
-            return mix_bits(units, self.draw_key) ^ mix_bits(drawn_at, 1)
-
-        return self.kind.draw(Draws(self.component, make_words, weights_NC, self.pivot))
+        drawn_at = np.zeros_like(passes) if self.fixed else passes
+        words = mix_bits(units, self.draw_key) ^ mix_bits(drawn_at, 1)
+        return self.kind.draw(Draws(self.component, words, weights_NC, self.pivot))
 
     def _order(self, pass_number: int) -> np.ndarray:
+        """The order of the units in a pass."""
         return self._orders.get(
             pass_number,
             lambda: np.lexsort(
@@ -205,7 +195,7 @@ class Pool:
     #     passes   0 0 0 │ 1 1 1
     #     rows     2 0 1 │ 1 2 0
     def locate(self, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(units, rows, passes) of the component's draws; each pass has an order of its own."""
+        """(units, rows, passes) of draws by number."""
         passes, spots = np.divmod(draws, len(self))
         index = np.empty(len(draws), np.int64)
         for pass_number in np.unique(passes):
@@ -227,13 +217,13 @@ def label_components(components: Sequence[Component]) -> list[str]:
 
 
 class Mixture(Sequence):
-    """Examples by stream position; positions beyond `len` are further epochs, each shuffled anew.
+    """Examples by stream position; positions from `len` on are further epochs, each in a new order.
 
     An epoch has as many examples as the components have rows (or `count`). Without shares each
     component gives all of its own once per epoch; with shares they divide the epoch, and a
-    component goes on through its rows where the last epoch left it. A component with `count` is a
-    fixed set of examples; one without redraws its language pairs at each pass. Raises `UserError`
-    where a component asks for what its corpus lacks.
+    component continues with the row at which the last epoch ended. A component with `count` is a
+    fixed set of examples; one without draws new language pairs at each pass. Raises `UserError`
+    where a component needs what its corpus lacks.
     """
 
     def __init__(self, data: Data, corpora: dict[str, Corpus], seed: int):
@@ -258,7 +248,7 @@ class Mixture(Sequence):
         self._orders, self._manifest = PermutationCache(), None
 
     def _divide(self, shares: list[float | None]) -> np.ndarray:
-        """Examples of each component per epoch: largest remainders, and at least one."""
+        """Examples of each component per epoch, at least one; rounded by largest remainders."""
         lengths = np.array([len(pool) for pool in self.pools])
         if shares[0] is None:
             return lengths
@@ -280,6 +270,7 @@ class Mixture(Sequence):
         return [(label, code) for label in self.labels for code in self.data.languages]
 
     def _order(self, epoch: int) -> np.ndarray:
+        """The order of the entries in an epoch."""
         return self._orders.get(
             epoch,
             lambda: np.argsort(
@@ -323,7 +314,7 @@ class Mixture(Sequence):
         return draws
 
     def make(self, component: int, row: int, prompt: int, answer: int) -> Example:
-        """The example of one line of `draw`."""
+        """The example of one row of `draw`."""
         pool, codes = self.pools[component], self.data.languages
         record = pool.corpus.pick(
             row, (codes[prompt], codes[answer]) if prompt != answer else (codes[prompt],)
@@ -348,15 +339,11 @@ class Mixture(Sequence):
         counts: Counter[tuple[str, str]] = Counter()
         codes = self.data.languages
         for start in range(0, int(self.sizes[c]), CHUNK):
-            units = self.pools[c].locate(np.arange(start, min(start + CHUNK, int(self.sizes[c]))))
-            prompt, answer = self.pools[c].draw_pairs(*units)
-            pairs, numbers = np.unique(prompt * len(codes) + answer, return_counts=True)
-            counts.update(
-                {
-                    (codes[p // len(codes)], codes[p % len(codes)]): int(n)
-                    for p, n in zip(pairs, numbers, strict=True)
-                }
-            )
+            numbers = np.arange(start, min(start + CHUNK, int(self.sizes[c])))
+            prompt, answer = self.pools[c].draw_pairs(*self.pools[c].locate(numbers))
+            pairs, occurs = np.unique(prompt * len(codes) + answer, return_counts=True)
+            for pair, count in zip(pairs.tolist(), occurs.tolist(), strict=True):
+                counts[codes[pair // len(codes)], codes[pair % len(codes)]] += count
         return counts
 
     def count_english_requests(self) -> dict[str, int]:
@@ -388,8 +375,7 @@ class Mixture(Sequence):
             zip(self.labels, self.pools, self.sizes, strict=True)
         ):
             chosen = to_dict(pool.component)
-            # How a text is laid out is the renderer's; its hash travels beside this one.
-            del chosen["template"]
+            del chosen["template"]  # it does not change the texts, and `Renderer.hash` has it
             if chosen["tag"] is None:  # then `data.tag` below decides
                 del chosen["tag"]
             components.append(
@@ -457,8 +443,8 @@ def load_corpora(data: Data, seed: int) -> dict[str, Corpus]:
     }
 
 
-def held_out(data: Data) -> Data:
-    """Settings that read every held-out record once in each language, for the loss per language."""
+def held_out_settings(data: Data) -> Data:
+    """Settings of a mixture that has every held-out record once in each language."""
     components = tuple(
         Component(kind="same", source=source.name, languages={code: 1.0})
         for source in data.eval_sources

@@ -1,8 +1,8 @@
-"""Examples become rows of a batch: best-fit packing, or rows of like length.
+"""Examples become rows of a batch: best-fit packing, or one example per row, sorted by length.
 
-The stream of examples is cut into windows. Each window is packed independently of its neighbours,
-so that any of them can be made alone, by any worker, and a continued run seeks instead of
-replaying:
+The stream of examples is cut into windows. Each window is packed independently of its neighbours.
+So any worker can make any window alone, and a continued run starts at its window without making
+those before it:
 
     stream    e0 e1 e2 e3 e4 e5 e6 │ e7 e8 e9 … │        positions of the mixture
     window 0  row 0 │ e4 e4 e4 e1 e1 ·│               · is padding
@@ -31,7 +31,8 @@ from crossin_jax.data.kinds import Example, mix_bits
 from crossin_jax.data.mixture import Mixture
 from crossin_jax.data.prompts import Rendered, Renderer, RowFault
 
-# What may happen to an example on its way into a row. All but the second drop it.
+# What may happen to an example on its way into a row; each but "input shortened" drops it. The
+# others after it are how the reason of a `RowFault` begins.
 REASONS = (
     "over-long",
     "input shortened",
@@ -43,9 +44,9 @@ REASONS = (
 # The minimum size of a window. On average its last row is half empty, so small windows would waste
 # more.
 WINDOW_ROWS, WINDOW_TOKENS = 128, 65536
-# Mixtures up to this size are tokenized once.
+# Mixtures of up to this many examples are tokenized once and kept.
 MEMORY_EXAMPLES = 1 << 15
-# Rows of an unpacked batch are padded to a quarter, a half or all of the length.
+# Rows of an unpacked batch are padded to a quarter, a half or all of the length: its divisors.
 BUCKETS = (4, 2, 1)
 
 
@@ -56,7 +57,7 @@ BUCKETS = (4, 2, 1)
 #     2    first row    4 4 4 4 2 2    3 3 3 · · ·
 #     1    second row   4 4 4 4 2 2    3 3 3 1 · ·
 def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing: indices of the examples that share a row, each row in stream order."""
+    """Best-fit decreasing: for each row the indices of its examples, in stream order."""
     rows: list[list[int]] = []
     # open_rows[s] are the rows with s free places, and bit s of `spaces` says whether there are
     # any. The lowest bit of `spaces >> length` is the smallest space that is large enough: the best
@@ -80,16 +81,16 @@ def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def shorten_input(example: Example, renderer: Renderer, length: int) -> Rendered | None:
-    """The example with the end of its input cut off, so that a row holds it; None if impossible.
+    """The example with the end of its input cut off, so that it fits a row; None if impossible.
 
-    Its language tag and the answer are never cut.
+    The language tag and the answer are never cut.
     """
     tag = f"\n[{example.answer_language}]"
     body, tag = (
         (example.input[: -len(tag)], tag) if example.input.endswith(tag) else (example.input, "")
     )
     rendered = renderer.render(example)
-    # How many tokens a cut saves is known only after rendering: cut by the mean, look, and repeat.
+    # How many tokens a cut saves is known only after rendering: cut by the mean, render, repeat.
     while (excess := len(rendered.ids) - 1 - length) > 0:
         if not body or example.messages:
             return None
@@ -99,9 +100,9 @@ def shorten_input(example: Example, renderer: Renderer, length: int) -> Rendered
 
 
 class PackedWindows:
-    """A list-like source of windows: window g is a fixed range of the stream, packed alone.
+    """The windows by number: window g is a fixed range of the stream, packed by itself.
 
-    A window ends with an epoch, or contains several whole epochs of a small mixture. `self[g]` is a
+    A window is a part of an epoch, or, of a small mixture, several whole epochs. `self[g]` is a
     dict of arrays: tokens, targets, segment_ids, positions, group (R, T) int32, loss_mask (R, T)
     bool, and dropped (reasons, groups).
     """
@@ -133,8 +134,7 @@ class PackedWindows:
             math.ceil(rows * length / mean) if packing else max(1, rows // batch_size) * batch_size
         )
         self.per_epoch = max(1, round(len(mixture) / size))  # windows in an epoch
-        # A small mixture has several epochs in one window.
-        self._epochs = max(1, math.ceil(size / len(mixture))) if self.per_epoch == 1 else 1
+        self._epochs = math.ceil(size / len(mixture)) if self.per_epoch == 1 else 1  # in a window
         if num_epochs is not None:
             self._epochs = min(self._epochs, num_epochs)
         self._end = None if num_epochs is None else num_epochs * len(mixture)
@@ -146,16 +146,17 @@ class PackedWindows:
 
     def find_positions(self, g: int) -> range:
         """The stream positions of window g."""
+        # 2,000 examples in 3 windows per epoch: window 4 is k=1 of epoch 1, 2000 + 666 … 1333.
         epoch, k = divmod(g, self.per_epoch)
-        n, start = len(self.mixture), epoch * self._epochs * len(self.mixture)
-        stop = start + n * self._epochs * (k + 1) // self.per_epoch
-        return range(start + n * self._epochs * k // self.per_epoch, min(stop, self._end or stop))
+        n = len(self.mixture) * self._epochs
+        start, stop = (epoch * n + n * i // self.per_epoch for i in (k, k + 1))
+        return range(start, min(stop, self._end or stop))
 
     def render(self, positions: Sequence[int]) -> tuple[list[tuple[Rendered, int]], np.ndarray]:
-        """(ids and mask, group) of the examples that fit a row, and counts of the others."""
+        """(ids and mask, group) of the examples that fit a row, and counts by `REASONS`."""
         draws = list(map(tuple, self.mixture.draw(np.asarray(positions)).tolist()))
         if len(self.mixture) > MEMORY_EXAMPLES or len(self._memory) > 4 * MEMORY_EXAMPLES:
-            self._memory = {}  # a small mixture keeps what its next epochs will give again
+            self._memory = {}  # only a small mixture keeps its rendered examples for later epochs
         memory = self._memory
         new = list(dict.fromkeys(draw for draw in draws if draw not in memory))
         examples = [self.mixture.make(*draw) for draw in new]
@@ -175,19 +176,18 @@ class PackedWindows:
     def _fit(
         self, example: Example, rendered: Rendered | RowFault
     ) -> tuple[Rendered | None, int, int | None]:
-        """(what goes into a row, group, index of the reason why it is not the whole example)."""
+        """(what goes into a row, group, index in `REASONS` unless the whole example does)."""
         group = self._group[example.component, example.answer_language]
         if isinstance(rendered, RowFault):
-            found = [i for i, name in enumerate(REASONS) if rendered.reason.startswith(name)]
-            # What a chat template refuses counts as "nothing to learn".
-            return None, group, found[0] if found else REASONS.index("nothing to learn")
+            reasons = [i for i, name in enumerate(REASONS) if rendered.reason.startswith(name)]
+            return None, group, reasons[0]
         if len(rendered.ids) - 1 <= self.length:
             return rendered, group, None
         short = shorten_input(example, self.renderer, self.length) if self.shortens else None
-        return short, group, 1 if short else 0
+        return short, group, REASONS.index("input shortened" if short else "over-long")
 
     def _survey(self) -> float:
-        """Mean positions per example, from the first ones; refuses a run that could not learn."""
+        """Mean positions of the first examples; refuses a mixture of which none can be learned."""
         count = min(len(self.mixture), 512)
         kept, dropped = self.render(range(count))
         if not kept:
@@ -231,14 +231,14 @@ class PackedWindows:
             mix_bits(np.arange(count, dtype=np.uint64), mix_bits(g, self.seed)[0]), kind="stable"
         )
 
-    # Lengths 9 2 8 3 7 with batches of 2:   2 3 │ 7 8 │ 9 ·     the whole batches are shuffled, and
+    # Lengths 9 2 8 3 7 in batches of 2:   2 3 │ 7 8 │ 9 ·     The full batches are shuffled, and
     # the short one stays last. A batch of short rows is cut to a smaller width: see `Loader`.
     def _sort_rows(self, lengths: list[int], g: int) -> list[list[int]]:
-        """One example per row; batches of like length, shuffled, the last one filled up."""
+        """One example per row, in shuffled batches of similar lengths, the last one filled up."""
         order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
         batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         rows = [[i] for b in self._shuffle(len(batches), g) for i in batches[b]]
-        if len(order) % self.batch_size:  # the short batch goes last, so that batches stay batches
+        if len(order) % self.batch_size:  # in the middle, the short batch would shift all others
             short = set(batches[-1])
             rows = [row for row in rows if row[0] not in short] + [[i] for i in batches[-1]]
             rows += [[]] * (-len(rows) % self.batch_size)
@@ -247,7 +247,7 @@ class PackedWindows:
     def _fill(
         self, rows: list[list[int]], kept: list[tuple[Rendered, int]]
     ) -> dict[str, np.ndarray]:
-        """Lays the examples of every row side by side."""
+        """The arrays of a window, with the examples of every row side by side."""
         # All examples at once, without a loop: `place` is the position of every token in the
         # flattened (R, T) arrays. With rows of 6 and lengths 3, 2 | 4:
         #   row_of 0 0 1 · begins 0 3 0 · inside 0 1 2 0 1 0 1 2 3 · place 0 1 2 3 4 6 7 8 9
@@ -279,11 +279,11 @@ class PackedWindows:
             array.reshape(-1)[place] = values[name]
         return arrays
 
-    def __getstate__(self) -> dict[str, Any]:  # workers remember their own
+    def __getstate__(self) -> dict[str, Any]:  # workers start with an empty memory
         return self.__dict__ | {"_memory": {}}
 
     def describe(self) -> dict[str, Any]:
-        """What decides the rows besides their examples."""
+        """What decides the rows: a data position means the same only where all of it is equal."""
         return {
             "mixture": self.mixture.manifest()["hash"],
             "template": self.renderer.hash,

@@ -12,7 +12,7 @@ from typing import Any
 from crossin_jax.config import Config, UserError
 from crossin_jax.data.corpus import Corpus, describe_losses
 from crossin_jax.data.kinds import KINDS
-from crossin_jax.data.mixture import Mixture, held_out, label_components, load_corpora
+from crossin_jax.data.mixture import Mixture, held_out_settings, label_components, load_corpora
 from crossin_jax.data.prompts import Renderer
 from crossin_jax.data.templates import load_template
 from crossin_jax.files import check_fields, read_json, write_whole
@@ -37,13 +37,12 @@ CHAT_TEMPLATES = "additional_chat_templates"  # a folder of further chat templat
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """The opened data of one experiment."""
+    """What one experiment learns, and the tokenizer and renderer that make tokens of it."""
 
     tokenizer: Any
     renderer: Renderer
     mixture: Mixture
-    # every held-out record once in each language
-    held_out: Mixture | None
+    held_out: Mixture | None  # every held-out record once in each language
 
 
 def open_pipeline(config: Config) -> Pipeline:
@@ -53,20 +52,20 @@ def open_pipeline(config: Config) -> Pipeline:
     corpora = load_corpora(config.data, config.seed)
     mixture = Mixture(config.data, corpora, config.seed)
     tokenizer = open_tokenizer(config, corpora)
-    reserved = None
+    held_out = None
     if config.data.eval_sources:
-        settings = held_out(config.data)
-        reserved = Mixture(settings, load_corpora(settings, config.seed), config.seed)
-    for part in filter(None, (mixture, reserved)):
+        settings = held_out_settings(config.data)
+        held_out = Mixture(settings, load_corpora(settings, config.seed), config.seed)
+    for part in filter(None, (mixture, held_out)):
         for name, corpus in part.corpora.items():
             if losses := describe_losses(corpus):
                 logging.warning("source %s is not used as a whole: %s", name, losses)
-    return Pipeline(tokenizer, open_renderer(config, tokenizer), mixture, reserved)
+    return Pipeline(tokenizer, open_renderer(config, tokenizer), mixture, held_out)
 
 
 def open_mixture(config: Config) -> Mixture:
-    """The mixture of a configuration, a sequence of examples: its texts need neither model nor
-    tokenizer.
+    """The mixture of a configuration, a sequence of examples as text. No model or tokenizer is
+    needed.
 
     Raises `UserError` where a source cannot be read. Example: `crossin_jax.Mixture(config)[0:10]`.
     """
@@ -136,9 +135,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, revision=revision)
         # The library reads tokens and lengths of any type; a wrong one fails at the first use.
         tokenizer(tokenizer.convert_ids_to_tokens(sorted(tokenizer.all_special_ids))[:1])
-    except (
-        Exception
-    ) as error:  # the library raises many kinds; all of them mean: no tokenizer under this name
+    except Exception as error:  # the library raises many types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"model.tokenizer={path!r}: no tokenizer can be read there ({reason}); "
@@ -149,8 +146,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
             f"model.tokenizer={path!r}: {type(tokenizer).__name__} has no fast version, "
             f"which masks and previews need; convert it to tokenizer.json"
         )
-    # What else the files of a model say of its answers and questions: `Renderer` adds the ends to
-    # its own.
+    # `Renderer` reads `answer_ends`, and `generation.chat` reads `prompt`.
     tokenizer.answer_ends = read_answer_ends(name, revision)
     tokenizer.prompt = read_prompt(name, revision)
     return tokenizer

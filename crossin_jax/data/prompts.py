@@ -1,7 +1,7 @@
-"""Examples become token ids and a mask of what is learned: the one source of every prompt.
+"""Examples become token ids and a loss mask: the one source of every prompt.
 
-Training, scoring and generation call the same `Renderer`, so a model never meets a prompt that it
-was not trained on. Shape letter: T tokens of an example or a prompt.
+Training, scoring and generation call the same `Renderer`, so a model is asked with the same tokens
+as in training. Shape letter: T tokens of an example or a prompt.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ class Rendered:
 
 
 class RowFault(UserError):
-    """One example that cannot be learned from; `reason` is the same for all of its kind."""
+    """One example that cannot be learned from; `reason` does not name the example."""
 
     def __init__(self, reason: str, example_id: str):
         super().__init__(f"row {example_id!r}: {reason}")
@@ -51,18 +51,19 @@ def hash_parts(*parts: Any) -> str:
 
 
 class Piece(NamedTuple):
-    """A text to tokenize by itself, the spans that are learned, and the token that ends it."""
+    """A text that is tokenized by itself."""
+
+    # "Q: Name it.\nA: Seine" has the target span (14, 20), " Seine", and ends with </s>.
 
     text: str
-    loss_mask: tuple[tuple[int, int], ...]
-    end: int | None
+    targets: tuple[tuple[int, int], ...]  # (start, stop) of the characters that are learned
+    end: int | None  # the token to put after the text
 
 
 class Renderer:
     """Renders examples and prompts under one template and tokenizer; `hash` names both.
 
-    `others` renders the examples of the components that it names; prompts of an evaluation have
-    this template.
+    `others` has the renderers of components with a template of their own.
     """
 
     def __init__(
@@ -81,8 +82,8 @@ class Renderer:
         self.chat_template = open_chat_template(tokenizer) if self.template is None else None
         self._open_tokenizer(tokenizer)
         self._find_ids(tokenizer)
-        # In a template without special tokens "</s>" in a row is text; in one with them such a row
-        # would forge a turn.
+        # In a template without special tokens, "</s>" in a row is plain text. In a template with
+        # them, such a row would end a turn where the template did not.
         around = "" if self.template is None else "".join(map(str, asdict(self.template).values()))
         self._forgeable = self.template is None or bool(self._specials.search(around))
         self._tokenizer.encode_special_tokens = not self._forgeable
@@ -111,13 +112,13 @@ class Renderer:
             )
 
     def _open_tokenizer(self, tokenizer: Any) -> None:
-        """Copies the tokenizer, so that settings do not leak, and notes what its tokens are."""
+        """Copies the tokenizer, so that the caller's keeps its settings, and lists its tokens."""
         from tokenizers import Tokenizer
 
         self._tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        # whether tokens are written in the alphabet that stands for bytes
+        # Whether a character of a token stands for a byte: see `token_bytes`.
         self.is_byte_level = "ByteLevel" in json.dumps(
             json.loads(self._tokenizer.to_str())["decoder"]
         )
@@ -136,7 +137,9 @@ class Renderer:
         )
 
     def _find_ids(self, tokenizer: Any) -> None:
-        """The ids that begin a text, end an answer and fill a row."""
+        """The ids that begin a text, end an answer in training (`end_id`) and in generation
+        (`eos_ids`, any of them), and fill a row.
+        """
         first = tokenizer("a").input_ids[:1]
         self.bos_id = tokenizer.bos_token_id if first == [tokenizer.bos_token_id] else None
         if tokenizer.eos_token_id is None:
@@ -148,11 +151,10 @@ class Renderer:
         self.eos_id = tokenizer.eos_token_id
         answer_ends = getattr(tokenizer, "answer_ends", ())
         self.eos_ids = tuple(dict.fromkeys((self.end_id, self.eos_id, *answer_ends)))
-        self.pad_id = (
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        )
+        self.pad_id = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     def _find_end(self, tokenizer: Any) -> int:
+        """The token after an answer: the chat template's last one, the template's, or EOS."""
         if self.template is None:
             start, text = self._chat_texts((("user", "a"), ("assistant", "b")))[0]
             ids = [i for i in self._encode(text[start:]).ids if i in self.special_ids]
@@ -178,7 +180,7 @@ class Renderer:
         for other in self.others.values():
             other.check_embeddings(num_embeddings, name)
 
-    # ---- What others call
+    # ---- Public methods
 
     def render(self, example: Example) -> Rendered:
         """Ids and mask of one example; raises `RowFault` for one that cannot be learned from."""
@@ -195,12 +197,12 @@ class Renderer:
         """Ids (T,) int32 up to where the answer begins."""
         if self.template is None:
             return self.render_chat(self._to_messages(instruction, input))
-        return self._add_bos(self._encode(self._ask(instruction, input)).ids)
+        return self._add_bos(self._encode(self._fill_prompt(instruction, input)).ids)
 
     def render_chat(self, messages: Sequence[tuple[str, str]]) -> np.ndarray:
         """Ids (T,) int32 of (role, text) turns, up to where the next answer begins.
 
-        A template without turns of its own repeats itself for every question, as in training.
+        A template for single questions is repeated for every question, as in training.
         """
         if self.template is None:
             if self.system and messages[0][0] != "system":
@@ -212,14 +214,16 @@ class Renderer:
         )
         ids: list[int] = []
         if last:
-            for piece in self._plan(Example(*[""] * 7, messages=tuple(messages[:last]))):
-                # Under tokenization "apart" a question is a piece by itself, which nothing ends.
-                ids += self._encode(piece.text).ids + [piece.end] * (piece.end is not None)
-        question = self._ask("\n\n".join(text for _, text in messages[last:]))
+            answered = Example("", "", "", "", "", "", "", tuple(messages[:last]))
+            for piece in self._split(answered):
+                ids += self._encode(piece.text).ids
+                if piece.end is not None:
+                    ids.append(piece.end)
+        question = self._fill_prompt("\n\n".join(text for _, text in messages[last:]))
         return self._add_bos([*ids, *self._encode(question).ids])
 
-    def _ask(self, instruction: str, input: str = "") -> str:
-        """The text of a template up to where the answer begins."""
+    def _fill_prompt(self, instruction: str, input: str = "") -> str:
+        """The text of a prompt up to where the answer begins."""
         text = self.template.fill(instruction, input, self.system)
         return text if self.apart else text.rstrip(" ")
 
@@ -228,7 +232,7 @@ class Renderer:
         return self._add_bos(self._encode(text).ids)
 
     def decode(self, ids: Sequence[int], shown: Sequence[str] = ()) -> str:
-        """The text of an answer, without special tokens but those in a text of `shown`."""
+        """The text of an answer, without special tokens except those in a text of `shown`."""
         hidden = self._hidden if not shown else find_hidden(self._added_tokens, shown)
         return self._tokenizer.decode([int(i) for i in ids if int(i) not in hidden], False)
 
@@ -238,48 +242,44 @@ class Renderer:
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text by itself."""
-        return [
-            len(encoding)
-            for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        ]
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return list(map(len, encodings))
 
     def render_many(self, examples: Sequence[Example]) -> list[Rendered | RowFault]:
-        """Renders at once, on all cores that TOKENIZERS_PARALLELISM allows; returns faults too."""
+        """Renders at once, on all cores that TOKENIZERS_PARALLELISM allows.
+
+        An example that cannot be learned from gives a `RowFault`; a chat that the chat template
+        refuses raises it.
+        """
         owners = [self.others.get(example.component, self) for example in examples]
-        plans = [owner._plan_row(example) for owner, example in zip(owners, examples, strict=True)]
+        texts = [owner._split(example) for owner, example in zip(owners, examples, strict=True)]
         results: list[Any] = [None] * len(examples)
         for renderer in dict.fromkeys(owners):
             mine = [i for i, owner in enumerate(owners) if owner is renderer]
-            tokens = iter(renderer._tokenize([piece for i in mine for piece in plans[i]]))
+            tokens = iter(renderer._tokenize([piece for i in mine for piece in texts[i]]))
             for i in mine:
-                results[i] = renderer._join_pieces(
-                    examples[i], [(piece, *next(tokens)) for piece in plans[i]]
-                )
+                parts = [(piece, *next(tokens)) for piece in texts[i]]
+                results[i] = renderer._join_pieces(examples[i], parts)
         return results
 
     def _tokenize(self, pieces: list[Piece]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """(ids, ranges of learned tokens) of each piece.
 
-        An answer at the end is found by counting bytes from there, a quarter faster than with
-        offsets; where the bytes of the tokens are not those of the text (unknown characters, a
-        normalizer) offsets decide.
+        One answer at the end is found by counting bytes from there, a quarter faster than with
+        offsets. Offsets are used for several answers, and where the bytes of the tokens are not
+        those of the text (unknown characters, a normalizer).
         """
         results: list[Any] = [None] * len(pieces)
-        ends = [
+        fast = [
             i
             for i, piece in enumerate(pieces)
-            if [stop for _, stop in piece.loss_mask] in ([], [len(piece.text)])
+            if len(piece.targets) < 2 and all(stop == len(piece.text) for _, stop in piece.targets)
         ]
         encodings = self._tokenizer.encode_batch_fast(
-            [pieces[i].text for i in ends], add_special_tokens=False
+            [pieces[i].text for i in fast], add_special_tokens=False
         )
-        for i, encoding in zip(ends, encodings, strict=True):
-            ids = encoding.ids
-            results[i] = (
-                (ids, _count_back(self._num_bytes[ids], pieces[i]))
-                if pieces[i].loss_mask
-                else (ids, [])
-            )
+        for i, encoding in zip(fast, encodings, strict=True):
+            results[i] = encoding.ids, _count_back(self._num_bytes[encoding.ids], pieces[i])
         slow = [i for i, result in enumerate(results) if result is None or result[1] is None]
         encodings = self._tokenizer.encode_batch(
             [pieces[i].text for i in slow], add_special_tokens=False
@@ -290,37 +290,31 @@ class Renderer:
 
     # ---- Text and spans
 
-    def _plan_row(self, example: Example) -> list[Piece]:
-        try:
-            return self._plan(example)
-        except TemplateRefusal as error:
-            raise RowFault(str(error), example.id) from None
-
-    def _plan(self, example: Example) -> list[Piece]:
-        """The texts to tokenize, with what of them is learned and which token ends them."""
+    def _split(self, example: Example) -> list[Piece]:
+        """The texts to tokenize: one for an exchange or a chat, two under tokenization "apart"."""
         if not (example.instruction or example.input or example.messages):  # kind "text"
             return [Piece(example.output, ((0, len(example.output)),), self.eos_id)]
         if self.template is None:
-            spans = self._chat_texts(
-                example.messages
-                or (
-                    *self._to_messages(example.instruction, example.input),
-                    ("assistant", example.output),
+            question = self._to_messages(example.instruction, example.input)
+            try:
+                turns = self._chat_texts(
+                    example.messages or (*question, ("assistant", example.output))
                 )
-            )
-            return [Piece(spans[-1][1], tuple((start, len(whole)) for start, whole in spans), None)]
-        plan = []
+            except TemplateRefusal as error:
+                raise RowFault(str(error), example.id) from None
+            return [Piece(turns[-1][1], tuple((start, len(whole)) for start, whole in turns), None)]
+        pieces = []
         for instruction, input, output, is_learned in example.exchanges:
             prompt = self.template.fill(instruction, input, self.system)
             if self.apart:
                 spans = ((0, len(output)),) if is_learned else ()
-                plan += [Piece(prompt, (), None), Piece(output, spans, self.end_id)]
+                pieces += [Piece(prompt, (), None), Piece(output, spans, self.end_id)]
                 continue
             body = prompt.rstrip(" ")
             text = body + (prompt[len(body) :] or self.template.answer_prefix) + output
             spans = ((len(body), len(text)),) if is_learned else ()
-            plan.append(Piece(text, spans, self.end_id))
-        return plan
+            pieces.append(Piece(text, spans, self.end_id))
+        return pieces
 
     def _to_messages(self, instruction: str, input: str) -> tuple[tuple[str, str], ...]:
         user = ("user", f"{instruction}\n{input}" if input else instruction)
@@ -328,7 +322,7 @@ class Renderer:
 
     def _chat_texts(self, messages: Sequence[tuple[str, str]]) -> list[tuple[int, str]]:
         """For each assistant turn: where it starts, and the whole text up to its end."""
-        # A template writes a whole chat anew for every turn. What an answer adds is what is
+        # A chat template writes the whole chat for every turn. The text that an answer adds is
         # learned:
         #
         #     with the turns before it, opened    <user>Hi<end><assistant>
@@ -355,8 +349,8 @@ class Renderer:
 
     def _answer_opened(self, before: str, messages: Sequence[tuple[str, str]], answer: str) -> str:
         """A single turn under a template whose opening of an answer does not stay in the chat."""
-        # Templates of reasoning models open a thought and drop it from the chat. A model must learn
-        # what follows the opening, because that is what it is asked with:
+        # Templates of reasoning models open a thought, and drop it when the chat goes on. A model
+        # must learn what follows the opening, because its prompts end with the opening:
         #
         #     opened      <user>Hi<end><assistant><think>
         #     the chat    <user>Hi<end><assistant>Hello<end>
@@ -374,25 +368,23 @@ class Renderer:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     def _add_bos(self, ids: Sequence[int]) -> np.ndarray:
-        """Puts BOS first unless the text brought it."""
-        bos = (
-            [self.bos_id]
-            if self.bos_id is not None and (not len(ids) or ids[0] != self.bos_id)
-            else []
-        )
-        return np.array([*bos, *ids], np.int32)
+        """The ids after BOS, unless the tokenizer has none or the text began with it."""
+        if self.bos_id is not None and (not len(ids) or ids[0] != self.bos_id):
+            ids = [self.bos_id, *ids]
+        return np.array(ids, np.int32)
 
     def _join_pieces(
         self, example: Example, parts: list[tuple[Piece, list[int], list]]
     ) -> Rendered | RowFault:
-        """Joins the parts of an example, ends every answer, and refuses what cannot be learned."""
+        """Ids and mask of an example, each answer with its end token; or why it is not learned."""
         ids: list[int] = []
         ranges: list[tuple[int, int]] = []  # of learned tokens
         for piece, part, found in parts:
             ranges += [(start + len(ids), stop + len(ids)) for start, stop in found]
             ids = ids + part
             if piece.end is not None:
-                ranges += [(len(ids), len(ids) + 1)] if piece.loss_mask else []
+                if piece.targets:
+                    ranges.append((len(ids), len(ids) + 1))
                 ids.append(piece.end)
         if self.template is None and parts[0][0].end is None:
             ids, ranges = self._end_chat(ids, ranges)
@@ -402,26 +394,18 @@ class Renderer:
             loss_mask[start + shift : stop + shift] = True
         if self._forgeable and self._has_special(example):
             return RowFault("special token in the text: it would forge a turn", example.id)
-        answers = [text for role, text in example.messages or () if role == "assistant"] or [
-            example.output
-        ]
-        if not any(map(str.strip, answers)) or all(
-            i in self.special_ids for a, b in ranges for i in ids[a:b]
-        ):
+        turns = example.messages or ()
+        answers = [text for role, text in turns if role == "assistant"] or [example.output]
+        learned = {i for start, stop in ranges for i in ids[start:stop]}
+        if not any(map(str.strip, answers)) or learned <= self.special_ids:
             return RowFault("nothing to learn: the answer has no tokens", example.id)
-        turns = (
-            sum(role == "user" for role, _ in example.messages or ())
-            if self.template is None
-            else 1
-        )
-        if self.bos_id not in (None, self.end_id) and ids.count(self.bos_id) + shift > max(
-            turns, 1
-        ):
+        # A chat template may write BOS before each question.
+        questions = sum(role == "user" for role, _ in turns) if self.template is None else 1
+        num_bos = ids.count(self.bos_id) + shift
+        if self.bos_id not in (None, self.end_id) and num_bos > max(questions, 1):
             return RowFault("double BOS: the template or the text brings its own", example.id)
-        if (
-            self._num_embeddings is not None
-            and (far := opened.max(initial=0)) >= self._num_embeddings
-        ):
+        far = opened.max(initial=0)
+        if self._num_embeddings is not None and far >= self._num_embeddings:
             at = f"{self.id_to_token(far)} has id {far}, of {self._num_embeddings} embeddings"
             return RowFault(f"token without an embedding: {at}", example.id)
         return Rendered(opened, loss_mask)
@@ -429,7 +413,10 @@ class Renderer:
     def _end_chat(
         self, ids: list[int], ranges: list[tuple[int, int]]
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        """Each learned stretch stops at its end token; what follows the last one is cut."""
+        """Ends each range of learned tokens at its last `end_id`, and the chat with the last range.
+
+        A chat template may write more after an answer, such as a line break.
+        """
         ends = [
             [i + 1 for i in range(start, stop) if ids[i] == self.end_id] for start, stop in ranges
         ]
@@ -442,52 +429,44 @@ class Renderer:
         return [*ids, self.end_id], [*ranges, (len(ids), len(ids) + 1)]
 
     def _has_special(self, example: Example) -> bool:
-        texts = [text for _, text in example.messages or ()] or [
-            example.instruction,
-            example.input,
-            example.output,
-        ]
-        return any(self._specials.search(text) for text in texts)
+        texts = [text for _, text in example.messages or ()]
+        texts = texts or [example.instruction, example.input, example.output]
+        return any(map(self._specials.search, texts))
 
 
-# "Q: x\nA: Paris" of which " Paris", 6 bytes, is learned. Bytes are added up from the end, and the
-# answer begins with the token at which the sum reaches 6:
+# In "Q: x\nA: Paris", " Paris" is learned, 6 bytes. The bytes of the tokens are added up from the
+# end, and the answer begins with the token at which the sum reaches 6:
 #
 #     tokens    Q    :    _x    \n    A    :    _Par    is
 #     sums      …                          7    6       2
 def _count_back(num_bytes: np.ndarray, piece: Piece) -> list[tuple[int, int]] | None:
-    """The tokens that reach into the end of a text; None where their bytes are not the text's."""
-    start = piece.loss_mask[0][0]
+    """The tokens of an answer that ends the text; None where their bytes are not the text's."""
+    if not piece.targets:
+        return []
+    start = piece.targets[0][0]
     if not start:
         return [(0, len(num_bytes))]
-    answer = len(piece.text[start:].encode("utf-8", "surrogatepass"))
+    sides = piece.text[:start], piece.text[start:]
+    prompt, answer = (len(side.encode("utf-8", "surrogatepass")) for side in sides)
     from_end = np.cumsum(num_bytes[::-1])
-    total = len(piece.text[:start].encode("utf-8", "surrogatepass")) + answer
-    # The 1 is the space that some tokenizers put first.
-    if not len(from_end) or from_end[-1] - total not in (
-        0,
-        1,
-    ):
+    # Some tokenizers put a space first, so there may be 1 byte more.
+    if not len(from_end) or from_end[-1] - prompt - answer not in (0, 1):
         return None
-    return (
-        [(len(num_bytes) - int(np.searchsorted(from_end, answer)) - 1, len(num_bytes))]
-        if answer
-        else []
-    )
+    if not answer:
+        return []
+    return [(len(num_bytes) - int(np.searchsorted(from_end, answer)) - 1, len(num_bytes))]
 
 
 def _find_tokens(encoding: Any, piece: Piece) -> list[tuple[int, int]]:
-    """Tokens of each learned span; a token across its start belongs to the answer."""
+    """The tokens of each target span; a token across its start belongs to the answer."""
+
+    def find_first(start: int, stop: int) -> int | None:
+        tokens = map(encoding.char_to_token, range(start, stop))
+        return next((token for token in tokens if token is not None), None)
+
     ranges = []
-    for start, end in piece.loss_mask:
-        first = next(
-            (t for c in range(start, end) if (t := encoding.char_to_token(c)) is not None), None
-        )
+    for start, stop in piece.targets:
+        first, after = find_first(start, stop), find_first(stop, len(piece.text))
         if first is not None:
-            after = (
-                t
-                for c in range(end, len(piece.text))
-                if (t := encoding.char_to_token(c)) is not None
-            )
-            ranges.append((first, next(after, len(encoding))))
+            ranges.append((first, len(encoding) if after is None else after))
     return ranges

@@ -1,4 +1,4 @@
-"""Files, folders and Hub data sets as a stream of rows; a fault names the file, the row and the
+"""Files, folders and Hub data sets as a stream of rows; an error names the file, the row and the
 remedy.
 """
 
@@ -35,9 +35,9 @@ ENDINGS = {
 WHOLE_FILE_BYTES = 64 << 20
 BLOCK = 1 << 20  # characters that are read at once from a larger file
 SPACES = " \t\r\n"
-# The columns that may hold a field, the first of them before the others.
+# The columns that may hold a field. Where a row has several of them, the first one counts.
 ALIASES: dict[str, tuple[str, ...]] = {
-    "group": (),  # named by the user alone
+    "group": (),  # only a column that the user names
     "id": ("id",),
     "language": ("language", "lang"),
     "messages": ("messages", "conversations", "conversation"),
@@ -50,7 +50,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 # What pandas and others write in a CSV file for a value that is missing; "None" and "NA" may be
 # answers.
 MISSING_CELLS = ("NaN", "nan", "null", "NULL")
-SQUAD = "squad."  # our own columns of SQuAD files start with it
+SQUAD = "squad."  # columns that `_flatten_squad` adds to the rows start with it
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 
 
@@ -78,11 +78,9 @@ def find_files(source: Source, codes: Sequence[str]) -> list[File]:
             f"{place}: path is empty; give a file, a folder, a pattern with {{lang}}, or a Hub id"
         )
     if source.kind == "hub":
-        split_by_language = "{lang}" in source.path
-        return [
-            File(source.path.replace("{lang}", code), code if split_by_language else None, "hub")
-            for code in (codes if split_by_language else codes[:1])
-        ]
+        if "{lang}" not in source.path:
+            return [File(source.path, None, "hub")]
+        return [File(source.path.replace("{lang}", code), code, "hub") for code in codes]
     if "{lang}" in source.path:
         found = find_language_files(source.path, codes)
         if missing := [code for code in codes if not found[code]]:
@@ -102,7 +100,7 @@ def find_files(source: Source, codes: Sequence[str]) -> list[File]:
             f"{place}: kind='folder', but {path} is a file; give the folder of NAME_LANG.json files"
         )
     if not path.is_dir():
-        return [File(str(path), None, _layout(source, path, place))]
+        return [File(str(path), None, _find_layout(source, path, place))]
     endings = [ending + packed for ending in ENDINGS for packed in ("", ".gz")]
     found = find_language_files(source.path, codes, endings)
     present = [code for code in codes if found[code]]
@@ -127,7 +125,7 @@ def _one_per_language(source: Source, found: dict[str, list[Path]], place: str) 
                 f"{place}: {', '.join(p.name for p in paths)} could all be {code!r}; "
                 f"give one file per language, or a path with {{lang}}"
             )
-    return [File(str(p), code, _layout(source, p, place)) for code, (p,) in found.items()]
+    return [File(str(p), code, _find_layout(source, p, place)) for code, (p,) in found.items()]
 
 
 def _split_name(path: Path) -> tuple[str, str]:
@@ -136,7 +134,8 @@ def _split_name(path: Path) -> tuple[str, str]:
     return name.stem, name.suffix
 
 
-def _layout(source: Source, path: Path, place: str) -> str:
+def _find_layout(source: Source, path: Path, place: str) -> str:
+    """The layout that the source names, else that of the file's ending."""
     if source.kind in ("jsonl", "json", "parquet", "csv"):
         return source.kind
     ending = _split_name(path)[1]
@@ -150,7 +149,7 @@ def _layout(source: Source, path: Path, place: str) -> str:
 class Fields:
     """The columns of a row, or of one language's part of it, and which of them have been read."""
 
-    # Readers ask for fields, and what nobody asked for is named afterwards:
+    # `TextReader` asks for fields. A column with a value that it never asked for is reported:
     #
     #     row       {"id": 1, "question": "Why?", "answer": "So.", "topic": "x", "note": null}
     #     asked     id, instruction → question, output → answer
@@ -169,8 +168,8 @@ class Fields:
         return value
 
     def find(self, field: str) -> Any:
-        """The value of a field: of its mapped column, which may be a dotted path or "", else of its
-        first alias.
+        """The value of a field: in the column that the user maps to it (a dotted path, or "" for
+        none), else in the first of its aliases that has a value.
         """
         mapped = self.mapped.get(field)
         if mapped is None:
@@ -198,13 +197,13 @@ class Fields:
         return ALIASES[field] if mapped is None else (mapped, mapped.partition(".")[0])
 
     def missing_cells(self) -> Iterator[str]:
-        """What to say of cells that were taken for missing: "nan" may have been meant as a text."""
+        """A line for each cell that counts as missing, since "nan" may have been meant as text."""
         for name, value in self.row.items() if self.is_csv else ():
             if value in MISSING_CELLS:
                 yield f"cells {value!r} of {name!r}, taken for missing values"
 
     def unread(self) -> Iterator[str]:
-        """The columns that have a value and that nobody read."""
+        """The columns that have a value and that were not read."""
         for name, value in self.row.items():
             if name in self.read:
                 continue
@@ -262,8 +261,9 @@ def is_chat(value: Any) -> bool:
 
 
 def read_rows(file: File, split: str = "train") -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (row number from 1, row) of one input in its own order, holding a bounded part of it
-    in memory.
+    """Yields (row number from 1, row) of one input in its own order.
+
+    Only a JSON file up to `WHOLE_FILE_BYTES` is in memory as a whole.
     """
     readers = {
         "jsonl": _read_json,
@@ -307,11 +307,12 @@ def _read_json(file: File) -> Iterator[tuple[int, Any]]:
 
 
 def _holds_lines(file: File) -> bool:
-    """Whether each line is an object by itself; where the first lines do not say it, the layout
-    decides.
+    """Whether each line is an object by itself, as in JSON Lines.
+
+    The first line that is not empty decides, and where it leaves this open, the layout does.
     """
     with explain_faults(file.path), open_unpacked(file.path) as opened:
-        # A list may be one line of gigabytes, so a line is read up to a limit only.
+        # A list may be one line of gigabytes, so a line is read only up to `BLOCK`.
         lines = iter(lambda: opened.readline(BLOCK), b"")
         texts = (line.decode("utf-8-sig", "replace").strip(SPACES) for line in lines)
         refuse_utf16(opened.peek(4)[:4], file.path)
@@ -329,12 +330,12 @@ def _stream_json(path: str) -> Iterator[tuple[int, Any]]:
     """The elements of a top-level list, one at a time; about one element and one block are in
     memory.
     """
-    # The buffer holds what is read and not yet parsed. A row that it cuts is parsed again with
-    # one more block:
+    # The buffer holds the text that is read but not yet parsed. Where it ends within a row, one
+    # more block is read and the row is parsed again:
     #
     #     file      [{"a": 1}, {"a": 2}, {"a": 3}]
-    #     block 1   [{"a": 1}, {"a"              row 1, then a cut row
-    #     buffer    {"a": 2}, {"a": 3}]          the cut row with block 2: rows 2 and 3
+    #     block 1   [{"a": 1}, {"a"              row 1 and the beginning of row 2
+    #     buffer    {"a": 2}, {"a": 3}]          that beginning with block 2: rows 2 and 3
     decoder, number = json.JSONDecoder(), 0
 
     def fault(reason: str) -> UserError:
@@ -423,7 +424,7 @@ def _read_csv(file: File) -> Iterator[tuple[int, Any]]:
     lines = (line for _, line in read_lines(path))
     reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
     try:
-        reader.fieldnames = _mend_header(reader.fieldnames)
+        reader.fieldnames = _repair_header(reader.fieldnames)
         for number, row in enumerate(reader, 1):
             if None in row or None in row.values():
                 more = "more" if None in row else "fewer"
@@ -438,7 +439,7 @@ def _read_csv(file: File) -> Iterator[tuple[int, Any]]:
         ) from None
 
 
-def _mend_header(names: Sequence[str] | None) -> list[str]:
+def _repair_header(names: Sequence[str] | None) -> list[str]:
     """BMLAMA-17's Chinese file has a tab within the name of its column "Candidate Ans"."""
     return re.sub("(?<=\tCandidate)\t(?=Ans\t)", " ", "\t".join(names or ())).split("\t")
 
@@ -466,9 +467,7 @@ def _read_hub(path: str, split: str) -> Iterator[tuple[int, Any]]:
     name, _, configuration = path.partition(":")
     try:
         rows = datasets.load_dataset(name, configuration or None, split=split)
-    except (
-        Exception
-    ) as error:  # the library raises many kinds; all of them mean: not readable under this name
+    except Exception as error:  # the library raises many types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"Hub data set {path!r}, split {split!r}: {reason}; "

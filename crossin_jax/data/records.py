@@ -1,5 +1,5 @@
-"""Rows of any layout become texts by language: which columns, which id, and which faults drop a
-row.
+"""Rows of any layout become texts by language: which columns they come from, which id they have,
+and why a text is dropped.
 """
 
 import array
@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from crossin_jax.config import Source, UserError, hint
 from crossin_jax.data.readers import (
@@ -30,7 +30,7 @@ from crossin_jax.languages import find_code, match
 # Longer texts are dropped and counted: one would hold a tokenizing worker for seconds.
 MAX_CHARACTERS = 1_000_000
 MAX_REASONS = 1000
-UNREAD = "unread"  # the key of `fields` that says what happens to fields that nobody reads
+UNREAD = "unread"  # the key of `source.fields` that says what happens to columns that are not read
 NOT_KNOWN = ", which is not a known language"
 TEXTS = ("instruction", "input", "output")
 
@@ -40,8 +40,8 @@ class Text:
     """One language's version of a record; `messages` is the chat as (role, text) where the source
     has turns.
 
-    Roles are system, user, assistant, and `MASKED`: an assistant's turn that is read but not
-    learned.
+    Roles are system, user, assistant, and `MASKED`: an assistant's turn that the model reads but
+    does not learn.
     """
 
     instruction: str
@@ -52,17 +52,36 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One row: `texts` maps a language code to that language's version."""
+    """The versions of one row, by language code."""
 
     id: str
     texts: dict[str, Text]
 
 
+class TextRow(NamedTuple):
+    """A row of the Arrow file: the text of one record in one language."""
+
+    key: int  # hash of the id
+    group: int  # hash of the value that keeps rows together; 0: none
+    language: int  # index in the codes of the source
+    file: int  # index in the files of the source
+    number: int  # of the row in its file, from 1
+    fault: int  # `TextReader.reasons` of why the text cannot be used, and is blank here; 0: it can
+    id: str
+    instruction: str
+    input: str
+    output: str
+    messages: str | None  # JSON
+
+
+def digest(text: str, size: int = 16) -> bytes:
+    """`size` bytes of BLAKE2b."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=size).digest()
+
+
 def hash_key(text: str) -> int:
-    """The first 8 bytes of BLAKE2b as an integer: the identity of a row id in every draw."""
-    return int.from_bytes(
-        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
-    )
+    """8 bytes of `digest` as an integer: the identity of a row id in every draw."""
+    return int.from_bytes(digest(text, 8), "little")
 
 
 class Unusable(Exception):
@@ -72,12 +91,11 @@ class Unusable(Exception):
 
 
 class TextReader:
-    """Iterates the texts of a source as rows of the Arrow file; unusable texts come blank, with
-    their reason.
+    """Iterates the texts of a source as rows of the Arrow file.
 
-    After the pass `reasons` has the index of each reason, and `ignored` counts rows by what of them
-    was not read: fields that no rule knows, and rows in other languages. `ignored_rows` names the
-    first place of each.
+    After the pass `reasons` has the index of each reason why a text cannot be used. `ignored`
+    counts rows by what was not read of them ("field 'topic'", "rows in 'de', …"), and
+    `ignored_rows` names the first place of each.
     """
 
     def __init__(self, source: Source, codes: Sequence[str], files: list[File]):
@@ -87,7 +105,7 @@ class TextReader:
         self.reasons: dict[str | None, int] = {None: 0}
         self.ignored: Counter[str] = Counter()
         self.ignored_rows: dict[str, str] = {}
-        self.unknown: dict[str, str] = {}  # marks that are no language: their first places
+        self.unknown: dict[str, str] = {}  # value of the language column that is none → first place
         self.masked_turns = 0
         self._unread: set[str] = set()  # fields of the current row
         self._place = f"data source {source.name or source.path!r}"
@@ -111,7 +129,7 @@ class TextReader:
     #
     # The corpus joins them by id. An unusable text still has its row there, blank and with its
     # reason: the corpus then drops the record in all its languages.
-    def __iter__(self) -> Iterator[tuple]:
+    def __iter__(self) -> Iterator[TextRow]:
         positions, counts = array.array("Q"), []
         for f, file in enumerate(self.files):
             count = 0
@@ -132,7 +150,9 @@ class TextReader:
                 for code, (text, fault) in texts.items():
                     body = ("", "", "", None) if fault else as_row(text)
                     language, reason = self.codes.index(code), self._number_reason(fault)
-                    yield hash_key(row_id), group, language, f, number, reason, row_id, *body
+                    yield TextRow(
+                        hash_key(row_id), group, language, f, number, reason, row_id, *body
+                    )
                 for what in fields.missing_cells():
                     self._ignore(what, place)
                 for name in sorted(self._unread.union(fields.unread() if texts else ())):
@@ -147,7 +167,9 @@ class TextReader:
                     f"{self._place}: joined by position, but the files disagree in their number "
                     f"of rows ({listed}); correct the files, or give the rows ids and join by them"
                 )
-        # Raised after the last row, so that the message can say how many rows there are.
+        self._refuse_unknown_languages()  # after the last row, to say how many rows there are
+
+    def _refuse_unknown_languages(self) -> None:
         if self.unknown and self.source.fields.get(UNREAD) != "count":
             mark, place = next(iter(self.unknown.items()))
             count = sum(n for what, n in self.ignored.items() if what.endswith(NOT_KNOWN))
@@ -164,12 +186,13 @@ class TextReader:
         self.ignored_rows.setdefault(what, place)
 
     def _number_reason(self, fault: str | None) -> int:
-        """The number of a reason; reasons quote values of the data, so their number has a limit."""
+        """The index of a reason. Reasons quote values of the data, so there is a limit to them."""
         if fault not in self.reasons and len(self.reasons) >= MAX_REASONS:
             fault = "another fault"
         return self.reasons.setdefault(fault, len(self.reasons))
 
     def _identify(self, fields: Fields, place: str, texts: dict) -> str:
+        """The id of a row: the one in its columns, else the hash of its content."""
         row_id = fields.find("id")
         # An object under "id" is the Indonesian version of the record.
         by_content = row_id is None or row_id == "" or isinstance(row_id, dict)
@@ -335,7 +358,7 @@ class TextReader:
             # The prompt and its completion may be lists of turns.
             turns = [turn for part in (values[0], values[2]) if is_chat(part) for turn in part]
         if turns:
-            return _join_chat([self._read_turn(turn) for turn in turns], system)
+            return _chat_as_text([self._read_turn(turn) for turn in turns], system)
         names = [name for field in ("instruction", "output") for name in fields.columns(field)]
         if values[0] is None and values[2] is None and not fields.row.keys() & {*names}:
             raise UserError(
@@ -359,7 +382,7 @@ class TextReader:
         if not system and not history:
             return Text(instruction, input, output)
         request = f"{instruction}\n{input}" if input else instruction
-        return _join_chat([*(history or ()), ("user", request), ("assistant", output)], system)
+        return _chat_as_text([*(history or ()), ("user", request), ("assistant", output)], system)
 
     def _read_turn(self, turn: Any) -> tuple[str, str]:
         """(role, text) of a chat turn."""
@@ -424,9 +447,9 @@ def _turn_text(value: Any, role: str) -> str:
     return "\n".join(texts)
 
 
-# Only learned exchanges count here: kinds that need one prompt and one answer take the last.
-def _join_chat(turns: list[tuple[str, str]], system: str) -> Text:
-    """A chat as a text whose instruction and output are the last exchange that is learned."""
+# Kinds that need one prompt and one answer take the last exchange that is learned.
+def _chat_as_text(turns: list[tuple[str, str]], system: str) -> Text:
+    """A chat, with the system prompt first, as `Text`."""
     if system and turns[0] != ("system", system):
         if turns[0][0] == "system":
             raise Unusable("two system prompts that differ")
@@ -446,7 +469,7 @@ def _join_chat(turns: list[tuple[str, str]], system: str) -> Text:
 
 
 def _as_text(value: Any, what: str) -> str:
-    """A text; whole numbers are written out, and nothing else is made into a text."""
+    """A value as text: texts, whole numbers and null only; `Unusable` for others."""
     if value is None:
         return ""
     if isinstance(value, str):
@@ -488,9 +511,5 @@ def as_row(text: Text) -> tuple:
 
 
 def _content(texts: dict[str, tuple[Text, str | None]]) -> str:
+    """All texts of a row as one text, whose hash is the id of a row that has none."""
     return json.dumps([[code, *as_row(text)] for code, (text, _) in sorted(texts.items())])
-
-
-def digest(text: str) -> bytes:
-    """16 bytes of BLAKE2b."""
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from crossin_jax.checks import check
 from crossin_jax.config import Component, Data, Source, UserError
 from crossin_jax.data.corpus import Corpus, Record, Text
-from crossin_jax.data.mixture import Mixture, held_out, load_corpora, mix_bits, temper
+from crossin_jax.data.mixture import Mixture, held_out_settings, load_corpora, mix_bits, temper
 from tests.data.conftest import parallel_rows, write_lines
 
 CODES = ("en", "zh", "vi", "es")
@@ -697,7 +697,7 @@ def test_temperature_evens_out_weights():
 
 
 def test_held_out_reads_the_languages_of_each_source(parallel_file):
-    data = held_out(
+    data = held_out_settings(
         Data(
             eval_sources=(
                 Source(name="dev", path=parallel_file, limit=5, languages=("zh", "es")),
@@ -736,13 +736,13 @@ def test_a_held_out_source_may_have_the_name_of_a_source(parallel_file, tmp_path
         components=(Component(source="s"),),
     )
     assert len(Mixture(data, load_corpora(data, 0), 0)) == 5
-    reserved = held_out(data)
+    reserved = held_out_settings(data)
     mixture = Mixture(reserved, load_corpora(reserved, 0), 0)
     assert {e.id for e in mixture} == {"r500", "r501", "r502"}
 
 
 def test_held_out_reads_every_record_in_every_language(parallel_file):
-    data = held_out(Data(eval_sources=(Source(name="dev", path=parallel_file, limit=20),)))
+    data = held_out_settings(Data(eval_sources=(Source(name="dev", path=parallel_file, limit=20),)))
     mixture = Mixture(data, load_corpora(data, 0), 0)
     assert len(mixture) == 80 and len({(e.id, e.answer_language) for e in mixture}) == 80
     assert all(e.prompt_language == e.answer_language for e in mixture)
