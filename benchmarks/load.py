@@ -31,8 +31,8 @@ def make_checkpoint(folder: Path, gib: float) -> int:
     """Writes a sharded checkpoint of random weights below one in size; returns its bytes."""
     import ml_dtypes
 
-    from crossin_jax.checkpoint.hf import write_json, write_leaves
     from crossin_jax.checkpoint.hf_map import weight_keys
+    from crossin_jax.checkpoint.save import write_json, write_leaves
     from crossin_jax.models.spec import ModelSpec, Rope, spec_to_hf
 
     spec = ModelSpec(

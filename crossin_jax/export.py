@@ -17,7 +17,8 @@ from typing import Any
 from crossin_jax.config import Config, UserError, hint
 from crossin_jax.data.pipeline import PROMPT_FILE
 from crossin_jax.data.prompts import Renderer
-from crossin_jax.data.templates import TEMPLATES, pin_chat_template, write_chat_template
+from crossin_jax.data.template_export import pin_chat_template, write_chat_template
+from crossin_jax.data.templates import TEMPLATES
 from crossin_jax.paths import as_path
 from crossin_jax.tables import format_markdown
 
@@ -36,7 +37,7 @@ def export(checkpoint: str | Path, format: str, out: str | Path, dtype: str | No
     """
     import jax
 
-    from crossin_jax.checkpoint import hf
+    from crossin_jax.checkpoint import save
     from crossin_jax.checkpoint.fingerprint import fingerprint
     from crossin_jax.checkpoint.open import open_model
     from crossin_jax.checkpoint.store import find_checkpoint, read_config
@@ -44,7 +45,7 @@ def export(checkpoint: str | Path, format: str, out: str | Path, dtype: str | No
     from crossin_jax.data.pipeline import open_renderer
 
     check_format(read_config(checkpoint), format, dtype, find_checkpoint(checkpoint)[0])
-    hf.check_absent(out)
+    save.check_absent(out)
     frozen = read_config(checkpoint).model.frozen_dtype
     if format == "merged":  # the base is read in what is written: the sum is rounded once
         written = dtype or ("float32" if frozen == "float32" else "bfloat16")
@@ -66,7 +67,7 @@ def export(checkpoint: str | Path, format: str, out: str | Path, dtype: str | No
     #     tokenizer of the run ─► copy ─► + prompt.json, chat_template, eos_token ─► out
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = Path(folder)
-        hf.copy_tokenizer(tokenizer_folder(config, restored), tokenizer)
+        save.copy_tokenizer(tokenizer_folder(config, restored), tokenizer)
         # A run on plain text alone never asked anything: its model has no prompt of its own.
         if any(KINDS[component.kind].has_prompt for component in config.data.components):
             write_prompt(tokenizer, config, renderer)
@@ -79,7 +80,7 @@ def export(checkpoint: str | Path, format: str, out: str | Path, dtype: str | No
                 for name in ("bos_token_id", "eos_token_id", "pad_token_id")
                 if (value := getattr(restored.tokenizer, name, None)) is not None
             }
-            hf.save_model(
+            save.save_model(
                 out,
                 restored.spec,
                 state,
@@ -129,12 +130,13 @@ def write_adapter(
     out: str | Path, restored: Any, tokenizer: Path, card: str, origin: dict[str, Any]
 ) -> None:
     """Writes the adapter of a run in PEFT's layout."""
-    from crossin_jax.checkpoint import hf, peft
+    from crossin_jax.checkpoint.hf import read_model_json
+    from crossin_jax.checkpoint.save import save_adapter
     from crossin_jax.models.lora import resolve
 
     config = restored.config
-    base = hf.read_model_json(restored.base / "config.json")
-    peft.save_adapter(
+    base = read_model_json(restored.base / "config.json")
+    save_adapter(
         out,
         restored.spec,
         resolve(config.lora, restored.spec),

@@ -14,7 +14,7 @@ import pytest
 
 from crossin_jax import evaluate as evaluation
 from crossin_jax import ownership, paths
-from crossin_jax.checkpoint import hf
+from crossin_jax.checkpoint import save
 from crossin_jax.checkpoint.fingerprint import read_seal
 from crossin_jax.checkpoint.store import find_checkpoint, list_steps
 from crossin_jax.checkpoint.tensors import Reader, read_header
@@ -132,7 +132,7 @@ def test_an_export_in_a_bucket_has_the_same_files(tuned, adapted, tmp_path, form
 
 
 def test_an_export_that_fails_leaves_nothing(tuned, monkeypatch):
-    monkeypatch.setattr(hf, "copy_tokenizer", lambda *_: 1 / 0)
+    monkeypatch.setattr(save, "copy_tokenizer", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export(str(tuned), "merged", "gs://tests/exports/failed")
     assert not as_path("gs://tests/exports/failed").exists()

@@ -1,38 +1,28 @@
-"""Hugging Face folders in both directions: strict, streamed, atomic. Weights are safetensors;
-pickle is refused.
-"""
+"""Hugging Face folders, read strictly: every tensor must fit config.json, and pickle is refused."""
 
-import contextlib
 import json
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from crossin_jax.checkpoint.hf_map import ADAPTERS, Key, canonical_name, summarize, weight_keys
 from crossin_jax.checkpoint.tensors import Tensor, read_header, same_bytes
 from crossin_jax.checkpoint.weights import (
-    SHARD_BYTES,
     SINGLE,
     LoadRequest,
     load_arrays,
-    write_json,
-    write_leaves,
 )
 from crossin_jax.config import UserError
-from crossin_jax.data.pipeline import CHAT_TEMPLATES, TOKENIZER_FILES
 from crossin_jax.files import allows, check_fields, join_some, read_json
 from crossin_jax.models.modules import OUTER
 from crossin_jax.models.quantize import kind_of
-from crossin_jax.models.spec import ModelSpec, spec_from_hf, spec_to_hf
-from crossin_jax.ownership import own_output
-from crossin_jax.paths import UNFINISHED, as_path, check_finished, is_bucket, marked_folder
-from crossin_jax.process import remove, temporary
+from crossin_jax.models.spec import ModelSpec, spec_from_hf
+from crossin_jax.paths import as_path, check_finished, is_bucket
 
 INDEX = SINGLE + ".index.json"
 # What is downloaded from the Hub: neither pickles nor weights in other formats.
@@ -40,8 +30,6 @@ HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.tx
 HUB_NOT = ("consolidated*", "original/*", "onnx/*", "*/*.safetensors")
 # What an export of ours knows of itself: its weights by content, and the run that they are of.
 ORIGIN = "origin.json"
-# Fields of config.json that the spec does not hold and an export keeps.
-_KEPT_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range")
 # How the names of the two ends of a tied matrix end.
 _TIED = ("lm_head.weight", "embed_tokens.weight")
 # Where our leaf names begin; a state may lie within a tuple or a TrainState.
@@ -361,116 +349,6 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
 
 
-def check_absent(path: str | os.PathLike) -> Path:
-    """The absolute path of a folder to be written; `UserError` where something is there already."""
-    target = as_path(path).absolute()
-    if is_bucket(target) and (target / UNFINISHED).exists():
-        return target
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target}: exists already; delete it or choose another folder")
-    return target
-
-
-@contextlib.contextmanager
-def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary sibling to write into, which takes the given name when the block ends well and
-    vanishes when not.
-    """
-    target = check_absent(path)
-    with own_output(target):
-        if is_bucket(target):
-            with marked_folder(target):
-                yield target
-            return
-        part = target.with_name(f".{target.name}.partial")
-        remove(part)  # of a process that was killed
-        part.mkdir()
-        with temporary(part):
-            yield part
-            os.rename(part, target)
-
-
 def state_leaves(state: Any) -> dict[str, Any]:
     """The arrays of one or several states by path."""
     return {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
-
-
-def save_model(
-    folder: str | os.PathLike,
-    spec: ModelSpec,
-    state: Any,
-    *,
-    dtype: Any = None,
-    source: str | os.PathLike | None = None,
-    tokenizer: str | os.PathLike | None = None,
-    token_ids: dict[str, Any] | None = None,
-    answer_ends: Sequence[int] = (),
-    card: str | None = None,
-    origin: dict[str, Any] | None = None,
-    shard_bytes: int = SHARD_BYTES,
-    progress: bool = True,
-) -> None:
-    """Writes a folder that `transformers` loads; it appears whole or not at all.
-
-    `state` (one or several) holds the weights without adapters; `dtype` None keeps theirs. Token
-    ids and generation settings come from `source`, the folder of the base model; `token_ids` and
-    the ids that end an answer, `answer_ends`, go before them. `tokenizer` None is that of `source`.
-    `origin` is for `read_export`.
-    """
-    with (
-        atomic_folder(folder)
-        if jax.process_index() == 0
-        else contextlib.nullcontext(as_path(folder)) as target
-    ):
-        leaves = state_leaves(state)
-        write_leaves(
-            target,
-            leaves,
-            weight_keys(spec),
-            spec.num_layers,
-            dtype=dtype,
-            shard_bytes=shard_bytes,
-            progress=progress,
-        )
-        if jax.process_index():
-            return
-        # The rest of the base's config.json describes the base; what the spec says of the model may
-        # differ.
-        old = read_model_json(as_path(source) / "config.json") if source else {}
-        old = {**old, **old.get("text_config", {})}
-        kept = {name: old[name] for name in _KEPT_FIELDS if old.get(name) is not None} | (
-            token_ids or {}
-        )
-        known = np.atleast_1d(kept.get("eos_token_id", [])).tolist()
-        if set(answer_ends) - set(known):
-            kept["eos_token_id"] = [*dict.fromkeys((*known, *answer_ends))]
-        stored = np.dtype(dtype or leaves["embed_tokens/weight"].dtype).name
-        write_json(target / "config.json", {**spec_to_hf(spec), **kept, "torch_dtype": stored})
-        ids = {name: value for name, value in kept.items() if name.endswith("token_id")}
-        generation = {"_from_model_config": True, **ids}
-        if source and (as_path(source) / "generation_config.json").is_file():
-            generation = read_model_json(as_path(source) / "generation_config.json")
-        if answer_ends:
-            generation["eos_token_id"] = list(answer_ends) if answer_ends[1:] else answer_ends[0]
-        write_json(target / "generation_config.json", generation)
-        copy_tokenizer(tokenizer or source, target)
-        describe(target, card, origin)
-
-
-def describe(target: Path, card: str | None, origin: dict[str, Any] | None) -> None:
-    """Writes what an export says of itself: README.md for people, origin.json for programs."""
-    if card:
-        (target / "README.md").write_text(card, encoding="utf-8")
-    if origin:
-        write_json(target / ORIGIN, origin)
-
-
-def copy_tokenizer(source: str | os.PathLike | None, target: Path) -> None:
-    """Copies the tokenizer's files of a folder."""
-    for file in [as_path(source) / name for name in TOKENIZER_FILES] if source else ():
-        if file.is_file():
-            (target / file.name).write_bytes(file.read_bytes())
-    if source and (folder := as_path(source) / CHAT_TEMPLATES).is_dir():
-        (target / CHAT_TEMPLATES).mkdir()
-        for file in folder.iterdir():
-            (target / CHAT_TEMPLATES / file.name).write_bytes(file.read_bytes())

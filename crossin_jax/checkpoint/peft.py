@@ -1,8 +1,5 @@
-"""PEFT adapters in both directions: low-rank pairs, DoRA magnitudes and the modules that were
-trained in full.
-"""
+"""PEFT adapters, read: low-rank pairs, DoRA magnitudes and modules that were trained in full."""
 
-import contextlib
 import dataclasses
 import os
 import re
@@ -10,21 +7,13 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
 from crossin_jax.checkpoint.hf import (
-    atomic_folder,
-    copy_tokenizer,
-    describe,
     fill,
     misfits,
     read_model_json,
     resolve_folder,
     state_leaves,
     take_part,
-    write_json,
-    write_leaves,
 )
 from crossin_jax.checkpoint.hf_map import (
     PEFT_PREFIX,
@@ -40,7 +29,6 @@ from crossin_jax.files import check_fields, join_some
 from crossin_jax.models.modules import OUTER, TARGETS
 from crossin_jax.models.rope import drop_nulls
 from crossin_jax.models.spec import ModelSpec
-from crossin_jax.paths import as_path
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Settings of PEFT that change the model and have no counterpart here; "off" values are accepted.
@@ -85,9 +73,9 @@ _ADAPTER_NAME = re.compile(
     r"(?P<kept>\.lora_[AB]|\.lora_magnitude_vector)\.(?P<adapter>(?!weight$)[^.]+)(?=\.weight$|$)"
     r"|\.modules_to_save\.(?P<saved>[^.]+)(?=\.(weight|bias)$)"
 )
-_HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
+HEAD, EMBED = "lm_head.weight", "model.embed_tokens.weight"
 # Where transformers 5 keeps the text part of a multimodal model.
-_TEXT_PART = "model.language_model."
+TEXT_PART = "model.language_model."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,11 +259,11 @@ def _settle_ties(found: dict[str, Tensor], spec: ModelSpec, config: dict[str, An
     # Over a tied base, PEFT copies each module that it trains in full, and so unties it. Two cases
     # stay tied: both copies are equal, or `ensure_weight_tying` says that the one copy is used for
     # both.
-    embed, head = found.get(PEFT_PREFIX + _EMBED), found.get(PEFT_PREFIX + _HEAD)
+    embed, head = found.get(PEFT_PREFIX + EMBED), found.get(PEFT_PREFIX + HEAD)
     if not spec.tie_embeddings or not (embed or head):
         return spec
     if embed and (same_bytes(embed, head) if head else config.get("ensure_weight_tying")):
-        found.pop(PEFT_PREFIX + _HEAD, None)
+        found.pop(PEFT_PREFIX + HEAD, None)
         return spec
     return dataclasses.replace(spec, tie_embeddings=False)
 
@@ -320,100 +308,3 @@ def load_adapter(adapter: AdapterFile, state: Any, *, progress: bool = True) -> 
         progress=progress,
         skip=lambda path: path not in paths,
     )
-
-
-def save_adapter(
-    folder: str | os.PathLike,
-    spec: ModelSpec,
-    lora: Lora,
-    state: Any,
-    *,
-    base: str | None,
-    revision: str | None = None,
-    tokenizer: str | os.PathLike | None = None,
-    card: str | None = None,
-    origin: dict[str, Any] | None = None,
-    multimodal: bool = False,
-    progress: bool = True,
-) -> None:
-    """Writes an adapter that `peft.PeftModel.from_pretrained` loads onto `base`; whole or not at
-    all.
-
-    `lora` is as `models.lora.resolve` gives it. Tied embeddings that were trained are stored under
-    both names and marked, so that PEFT ties them too. `multimodal`: the base is the text part of a
-    larger model. `origin` is for `hf.read_export`.
-    """
-    # 1. What the file holds: low-rank pairs, and whole modules
-    keys = adapter_keys(spec, lora.targets, lora.rank, use_dora=lora.use_dora) | saved_keys(
-        spec, lora.modules_to_save
-    )
-    leaves = {path: leaf for path, leaf in state_leaves(state).items() if path in keys}
-    ties = spec.tie_embeddings and "embed_tokens/weight" in keys
-    if ties:
-        head = dataclasses.replace(keys["embed_tokens/weight"], name=PEFT_PREFIX + _HEAD)
-        keys["lm_head/weight"] = head
-        leaves["lm_head/weight"] = leaves["embed_tokens/weight"]
-    # 2. The names: in a multimodal model the text part lies one level deeper
-    if multimodal:
-        text = PEFT_PREFIX + _TEXT_PART
-        keys = {
-            path: dataclasses.replace(key, name=key.name.replace(PEFT_PREFIX + "model.", text))
-            for path, key in keys.items()
-        }
-    config = _config_for_peft(spec, lora, ties=ties, multimodal=multimodal)
-    config |= {"base_model_name_or_path": base, "revision": revision}
-    # 3. Every process takes part in the transfers; the first one writes
-    with (
-        atomic_folder(folder)
-        if jax.process_index() == 0
-        else contextlib.nullcontext(as_path(folder)) as target
-    ):
-        write_leaves(
-            target,
-            leaves,
-            keys,
-            spec.num_layers,
-            name=WEIGHTS,
-            shard_bytes=np.iinfo(np.int64).max,
-            progress=progress,
-        )
-        if jax.process_index():
-            return
-        write_json(target / CONFIG, config)
-        copy_tokenizer(tokenizer, target)
-        describe(target, card, origin)
-
-
-def _config_for_peft(
-    spec: ModelSpec, lora: Lora, *, ties: bool, multimodal: bool
-) -> dict[str, Any]:
-    """The settings in adapter_config.json that do not depend on the base's place."""
-    # PEFT goes by the end of a name: "norm" alone would mean every norm of every layer.
-    modules = {
-        "model.norm" if module == "norm" else file_name(module, spec)
-        for module in lora.modules_to_save
-    }
-    targets: Any = sorted({file_name(module, spec) for module in lora.targets})
-    modules = sorted(modules | ({"embed_tokens", "lm_head"} if ties else set()))
-    # In a multimodal model the vision tower has projections of the same names: a pattern keeps to
-    # the text part.
-    if multimodal:
-        targets = rf"{re.escape(_TEXT_PART)}layers\..*\.({'|'.join(targets)})"
-        modules = [re.sub(r"^model\.", _TEXT_PART, module) for module in modules]
-    return {
-        "alpha_pattern": {},
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
-        "lora_dropout": lora.dropout,
-        "modules_to_save": modules or None,
-        "peft_type": "LORA",
-        "r": lora.rank,
-        "rank_pattern": {},
-        "target_modules": targets,
-        "task_type": "CAUSAL_LM",
-        "use_dora": lora.use_dora,
-        "use_rslora": lora.use_rslora,
-    } | ({"ensure_weight_tying": True} if ties else {})

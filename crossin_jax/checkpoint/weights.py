@@ -1,5 +1,5 @@
-"""Tensors between files and the mesh: each process reads only the slices that its devices hold, one
-tensor at a time.
+"""From files to the mesh: each process reads only the slices that its devices hold, one tensor at
+a time.
 
 On CPU devices the buffer that receives the bytes is the array. On accelerators a stack of layers is
 allocated on the device and written in pieces, so the host never holds more than about one tensor of
@@ -8,28 +8,24 @@ the file.
 
 import dataclasses
 import functools
-import json
 import os
 import resource
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from crossin_jax.checkpoint.hf_map import Key, summarize
-from crossin_jax.checkpoint.tensors import CHUNK, CODES, Box, Reader, Tensor, volume, write_tensors
+from crossin_jax.checkpoint.hf_map import summarize
+from crossin_jax.checkpoint.tensors import CHUNK, Box, Reader, Tensor, volume
 from crossin_jax.models.quantize import kind_of, quantize
 from crossin_jax.paths import is_bucket
 
 SINGLE = "model.safetensors"
-SHARD_BYTES = 5_000_000_000
 REQUESTS = 32  # to a bucket, at a time
 WORKERS = min(4, os.cpu_count() or 1)
 Jobs = Iterable[Callable[[], int]]
@@ -321,128 +317,3 @@ def reset_peak() -> None:
     except OSError:
         # Not Linux, or not allowed: the peak then counts from the start of the process.
         return
-
-
-# ---- From the mesh to files
-
-
-@jax.jit
-def _take_layer(stack: jax.Array, layer: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
-
-
-def fetch(leaf: jax.Array | np.ndarray, layer: int | None, dtype: np.dtype) -> np.ndarray:
-    """One tensor of a leaf on the host; every process takes part where the leaf is spread over
-    several.
-    """
-    if isinstance(leaf, jax.Array):
-        # A replicated array on a CPU device is memory of the host already: a layer of it is a view,
-        # not a copy.
-        is_view = leaf.is_fully_replicated and next(iter(leaf.devices())).platform == "cpu"
-        if layer is not None and not is_view:
-            leaf, layer = _take_layer(leaf, layer), None
-        if not leaf.is_fully_addressable:
-            from jax.experimental import multihost_utils
-
-            leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    array = np.asarray(leaf)
-    return (array if layer is None else array[layer]).astype(dtype, copy=False)
-
-
-@dataclasses.dataclass
-class _Output:
-    """A tensor to be written: the leaves below one another that it consists of, and their layer."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    layer: int | None
-    leaves: list[Any]
-
-    @property
-    def nbytes(self) -> int:
-        return int(np.prod(self.shape)) * self.dtype.itemsize
-
-    def fetch(self) -> np.ndarray:
-        """The tensor on the host; every process takes part."""
-        parts = [fetch(leaf, self.layer, self.dtype) for leaf in self.leaves]
-        if len(parts) == 1:
-            return parts[0]
-        return np.concatenate([part.reshape(-1, *self.shape[1:]) for part in parts])
-
-
-def _list_outputs(
-    leaves: dict[str, jax.Array], keys: dict[str, Key], num_layers: int, dtype: Any
-) -> list[_Output]:
-    """The tensors in the order in which a reader needs them: embedding, layer by layer, head."""
-    outputs: dict[str, _Output] = {}
-    for path, key in keys.items():
-        kind = np.dtype(dtype or leaves[path].dtype)
-        for layer, name in enumerate(key.names(num_layers)):
-            layer = layer if key.stacked else None
-            output = outputs.setdefault(name, _Output(name, key.file_shape, kind, layer, []))
-            output.leaves.append(leaves[path])
-
-    # A stack gives one tensor per layer. Sorted by layer, a reader finds a whole layer in one
-    # place.
-    def rank(output: _Output) -> int:
-        if output.layer is not None:
-            return output.layer
-        return -1 if output.name.endswith("embed_tokens.weight") else num_layers
-
-    return sorted(outputs.values(), key=rank)
-
-
-def write_leaves(
-    folder: Path,
-    leaves: dict[str, jax.Array],
-    keys: dict[str, Key],
-    num_layers: int,
-    *,
-    name: str = SINGLE,
-    dtype: Any = None,
-    shard_bytes: int = SHARD_BYTES,
-    progress: bool = True,
-) -> None:
-    """Writes leaves as one safetensors file, or as shards with an index where they pass
-    `shard_bytes`.
-    """
-    assert leaves.keys() == keys.keys(), (
-        f"weights and table differ: {sorted(leaves.keys() ^ keys.keys())}"
-    )
-    outputs = _list_outputs(leaves, keys, num_layers, dtype)
-    # The first process writes. The others take part in every transfer, in the same order, and write
-    # nothing.
-    if jax.process_index():
-        for output in outputs:
-            output.fetch()
-        return
-    shards: list[list[_Output]] = [[]]
-    for output in outputs:
-        if shards[-1] and sum(o.nbytes for o in (*shards[-1], output)) > shard_bytes:
-            shards.append([])
-        shards[-1].append(output)
-    files = [name]
-    if len(shards) > 1:
-        stem, suffix = name.rsplit(".", 1)
-        files = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.{suffix}" for i in range(len(shards))]
-    total = sum(output.nbytes for output in outputs)
-    with tqdm(
-        total=total, unit="B", unit_scale=True, desc="writing", disable=not progress, leave=False
-    ) as bar:
-        for file, shard in zip(files, shards, strict=True):
-            entries = [(o.name, CODES[o.dtype], o.shape, o.fetch) for o in shard]
-            write_tensors(str(folder / file), entries, bar.update)
-    if len(shards) > 1:
-        weight_map = {
-            o.name: file for file, shard in zip(files, shards, strict=True) for o in shard
-        }
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(folder / f"{name}.index.json", index)
-
-
-def write_json(file: Path, values: dict[str, Any]) -> None:
-    """Writes an object as transformers and peft do: sorted, indented by two."""
-    file.write_text(
-        json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
-    )

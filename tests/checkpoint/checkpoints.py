@@ -8,8 +8,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from crossin_jax.checkpoint.hf import write_json, write_leaves
 from crossin_jax.checkpoint.hf_map import weight_keys
+from crossin_jax.checkpoint.save import write_json, write_leaves
 from crossin_jax.models.spec import ModelSpec, spec_from_hf
 
 LLAMA = {

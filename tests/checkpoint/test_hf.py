@@ -16,17 +16,17 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import crossin_jax
-from crossin_jax.checkpoint import hf
+from crossin_jax.checkpoint import hf, save
 from crossin_jax.checkpoint import weights as stream
 from crossin_jax.checkpoint.hf import (
     load_weights,
     read_spec,
     read_tensors,
     resolve_folder,
-    save_model,
     state_leaves,
 )
 from crossin_jax.checkpoint.hf_map import summarize, weight_keys
+from crossin_jax.checkpoint.save import save_model
 from crossin_jax.checkpoint.tensors import read_header
 from crossin_jax.config import Lora, Mesh, UserError
 from crossin_jax.generation.model import load_model
@@ -516,7 +516,7 @@ def test_importing_the_package_imports_nothing_heavy():
 
 def test_a_saved_folder_is_whole_or_absent(tmp_path, monkeypatch):
     spec, leaves = write_checkpoint(tmp_path / "m")
-    monkeypatch.setattr(hf, "copy_tokenizer", lambda *_: 1 / 0)
+    monkeypatch.setattr(save, "copy_tokenizer", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_model(tmp_path / "out/new", spec, leaves, progress=False)
     assert list(tmp_path.glob("out/*")) == []

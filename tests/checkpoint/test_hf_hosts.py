@@ -16,7 +16,8 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 import jax
 jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=process)
 from crossin_jax.checkpoint import weights as stream
-from crossin_jax.checkpoint.hf import load_weights, read_spec, save_model, state_leaves
+from crossin_jax.checkpoint.hf import load_weights, read_spec, state_leaves
+from crossin_jax.checkpoint.save import save_model
 from crossin_jax.config import Mesh
 from crossin_jax.parallel.mesh import make_mesh
 from tests.checkpoint.abstract import abstract_transformer

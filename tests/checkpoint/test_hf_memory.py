@@ -12,8 +12,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from crossin_jax.checkpoint.hf import read_tensors, write_json, write_leaves
+from crossin_jax.checkpoint.hf import read_tensors
 from crossin_jax.checkpoint.hf_map import weight_keys
+from crossin_jax.checkpoint.save import write_json, write_leaves
 from crossin_jax.models.spec import spec_from_hf
 from tests.checkpoint.checkpoints import LLAMA
 

@@ -18,7 +18,8 @@ from safetensors.numpy import load_file, save_file
 from crossin_jax.checkpoint.hf import load_weights, read_spec, state_leaves
 from crossin_jax.checkpoint.hf_map import adapter_keys, saved_keys
 from crossin_jax.checkpoint.open import open_model
-from crossin_jax.checkpoint.peft import CONFIG, WEIGHTS, load_adapter, read_adapter, save_adapter
+from crossin_jax.checkpoint.peft import CONFIG, WEIGHTS, load_adapter, read_adapter
+from crossin_jax.checkpoint.save import save_adapter
 from crossin_jax.config import Config, Lora, Mesh, Model, UserError
 from crossin_jax.generation.model import load_model
 from crossin_jax.models.lora import resolve

@@ -12,7 +12,8 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from crossin_jax.checkpoint.hf import load_weights, read_spec
-from crossin_jax.checkpoint.peft import WEIGHTS, load_adapter, read_adapter, save_adapter
+from crossin_jax.checkpoint.peft import WEIGHTS, load_adapter, read_adapter
+from crossin_jax.checkpoint.save import save_adapter
 from crossin_jax.models.lora import is_trainable
 from crossin_jax.training.step import StepSettings, init_state, make_train_step
 from tests.checkpoint.abstract import abstract_transformer

@@ -7,7 +7,8 @@ import pytest
 import torch
 import transformers
 
-from crossin_jax.checkpoint.hf import load_weights, read_spec, read_tensors, same_bytes, save_model
+from crossin_jax.checkpoint.hf import load_weights, read_spec, read_tensors, same_bytes
+from crossin_jax.checkpoint.save import save_model
 from crossin_jax.generation.model import load_model
 from tests.checkpoint.abstract import abstract_transformer
 from tests.parity.families import FAMILIES, quiet, tiny_config, torch_model
