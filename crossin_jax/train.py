@@ -93,7 +93,7 @@ class Run:
     benchmarks: Scores | None
 
 
-# The parts of a run:
+# How the parts of a run belong together:
 #
 #     configs/x.py ─ set_up ─► Run: mesh, loader, abstract model, optimizer; no array yet
 #                                │
@@ -228,8 +228,8 @@ def set_up(config: Config, folder: Path) -> Run:
 
 
 def warn_of_data(settings: Data, data: Pipeline, context: int) -> None:
-    """Says before the first step what the data lose, and what they ask in English; `context` is
-    how many tokens the model reads.
+    """Warns before the first step of rows that are lost and of requests in English; the model reads
+    `context` tokens.
     """
     if english := data.mixture.count_english_requests():
         counts = ", ".join(f"{code} {count}" for code, count in english.items())
@@ -257,7 +257,7 @@ def restore(run: Run, store: Store, abstract: TrainState) -> TrainState | None:
         return None
     state, position = restored
     run.loader.set_state(position)
-    # Frozen weights are not in the checkpoint: they come from the base model, or there are none.
+    # A checkpoint has no frozen weights: they are read from the base model, if there is one.
     state.frozen = run.model.frozen
     if run.config.model.path:
         (state.frozen,) = load_base(run.config, run.model.frozen)
@@ -266,11 +266,11 @@ def restore(run: Run, store: Store, abstract: TrainState) -> TrainState | None:
     return state
 
 
-# The order within a step matters where a run may stop between two lines:
+# The order within a step, between whose parts a run may be stopped:
 #
-#     compute ─ report (raises for a non-finite loss) ─ save ─ stop, if told to ─ evaluate
+#     compute ─ report (raises for a non-finite loss) ─ save ─ stop, if a signal asked ─ evaluate
 #
-# A stopped run has saved, and has not evaluated: `make_up_evaluations` does that when it continues.
+# A stopped run has saved but not evaluated. `make_up_evaluations` does it when the run continues.
 def take_steps(
     run: Run,
     state: TrainState,
@@ -299,8 +299,7 @@ def take_steps(
         base_weights=fingerprints(state.frozen),
         start_weights=start_weights,
     )
-    # The data position of each step that is not reported yet: it finds the rows of a non-finite
-    # loss.
+    # The data position of each step that is not reported yet, for the rows of a non-finite loss.
     batch_starts: deque[tuple[int, Any]] = deque(maxlen=config.train.log_every + 1)
     saved_at = time.monotonic()
     try:
@@ -312,7 +311,7 @@ def take_steps(
             is_last = step == num_steps
             must_stop = preemption.reached(step) and not is_last
             if must_stop or is_last or is_save_due(config.train, step, saved_at):
-                # The report comes first: it raises where a checkpoint would hide a non-finite loss.
+                # The report comes first: it raises for a non-finite loss, which is not to be saved.
                 telemetry.report(schedule(step - 1))
                 telemetry.flush()
                 store.save(state, loader.get_state(), source)
@@ -329,13 +328,13 @@ def take_steps(
     except FloatingPointError as fault:
         (bad_step,) = fault.args
         start = dict(batch_starts)[bad_step]
-        # A step with a non-finite loss leaves the state as it was, so this is the one before it.
+        # A step with a non-finite loss changes nothing: this is the state before it.
         message = open_guest("faults").explain(run, bad_step, start, state, store.steps())
         raise UserError(message) from None
 
 
 def due_evaluations(run: Run, step: int) -> Iterator[tuple[str, Scores]]:
-    """(how the names of its metrics begin, function) of each evaluation that follows a step."""
+    """(prefix of the names of its metrics, function) of each evaluation that follows a step."""
     settings = run.config.train
     if run.held_out and (is_due(step, settings.eval_every) or step == run.num_steps):
         yield "held_out/", run.held_out
@@ -344,9 +343,9 @@ def due_evaluations(run: Run, step: int) -> Iterator[tuple[str, Scores]]:
 
 
 def make_up_evaluations(run: Run, state: TrainState, telemetry: Telemetry) -> None:
-    """Does the evaluations that follow the restored step and that metrics.jsonl does not have.
+    """Does the evaluations after the restored step that metrics.jsonl does not have.
 
-    The previous run was stopped after it had saved this step and before it had evaluated it.
+    The previous run was stopped after saving this step, before evaluating it.
     """
     step = int(state.step)
     for prefix, scores in due_evaluations(run, step):
@@ -368,7 +367,7 @@ def is_save_due(train: Train, step: int, saved_at: float) -> bool:
         return True
     if train.checkpoint_every is None or train.checkpoint_minutes is None:
         return False
-    # Clocks differ, so the processes agree; but only at steps at which they wait to report anyway.
+    # Clocks differ, so the processes must agree. They do so only where they report and wait anyway.
     if jax.process_count() > 1 and not is_due(step, train.log_every):
         return False
     return hosts.any_process(time.monotonic() - saved_at > 60 * train.checkpoint_minutes)
@@ -394,9 +393,7 @@ def find_folder(config: Config) -> Path:
 
 
 def forget_refused(folder: Path) -> None:
-    """Removes what a run made that was refused before it began: it has not written
-    config.json yet.
-    """
+    """Removes what a run wrote that was refused before it began, and so has no config.json."""
     if jax.process_index() == 0 and not (folder / "config.json").exists():
         process.remove(folder / "tokenizer")  # trained for settings that may change now
 

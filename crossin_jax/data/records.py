@@ -1,6 +1,4 @@
-"""Rows of any layout become texts by language: which columns they come from, which id they have,
-and why a text is dropped.
-"""
+"""Rows of any layout become texts by language: from which columns, with which id, or why not."""
 
 import array
 import hashlib
@@ -85,9 +83,7 @@ def hash_key(text: str) -> int:
 
 
 class Unusable(Exception):
-    """A text that cannot be used as it stands: its record is dropped and counted under this
-    reason.
-    """
+    """A text that cannot be used: its record is dropped, and counted under this reason."""
 
 
 class TextReader:
@@ -160,9 +156,8 @@ class TextReader:
                 self._unread.clear()
             counts.append(count)
             if self.source.join == "position" and count != counts[0]:
-                listed = ", ".join(
-                    f"{Path(g.path).name}: {n}" for g, n in zip(self.files, counts, strict=False)
-                )
+                sizes = zip(self.files, counts, strict=False)
+                listed = ", ".join(f"{Path(file.path).name}: {n}" for file, n in sizes)
                 raise UserError(
                     f"{self._place}: joined by position, but the files disagree in their number "
                     f"of rows ({listed}); correct the files, or give the rows ids and join by them"
@@ -210,9 +205,7 @@ class TextReader:
         return f"{hash_key(_content(texts)):016x}" if by_content else str(row_id)
 
     def _find_group(self, fields: Fields, place: str) -> int:
-        """The hash of the value that keeps rows together; SQuAD files have "article" and
-        "paragraph".
-        """
+        """The hash of the value that keeps rows together, e.g. of SQuAD's "paragraph"; 0: none."""
         name = self.source.fields.get("group")
         if not name:
             return 0
@@ -264,9 +257,7 @@ class TextReader:
             why = "it has no list messages or conversations"
         elif kind == "columns" and not any(self._part(fields, code) for code in self.codes):
             why = f"it has no column group for any of {', '.join(self.codes)}"
-        elif kind == "squad" and any(
-            fields.find(field) is None for field in ("id", "instruction", "input")
-        ):
+        elif kind == "squad" and None in map(fields.find, ("id", "instruction", "input")):
             why = "it has no question and context"
         if why:
             raise UserError(
@@ -275,9 +266,7 @@ class TextReader:
             )
 
     def _part(self, fields: Fields, code: str) -> dict | None:
-        """One language's columns of a row: row["zh"], row["Chinese"], "instruction_zh",
-        "zh_instruction" ...
-        """
+        """One language's columns of a row: "zh", "Chinese", "instruction_zh", "zh_instruction" …"""
         row, columns = fields.row, tuple(fields.row)
         if columns not in self._columns:
             self._columns[columns] = self._assign_columns(columns)
@@ -301,11 +290,10 @@ class TextReader:
         return part or None
 
     def _assign_columns(self, columns: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
-        """By language its columns as (field, column), in the order of preference; the field is ""
-        for a whole text.
+        """By language its columns as (field, column), the preferred ones first; a column of a whole
+        text has the field "".
 
-        ("zh", "question_fra_Latn") → {"zh": [("", "zh")], "fr": [("question",
-        "question_fra_Latn")]}
+        "zh", "question_fra_Latn" → {"zh": [("", "zh")], "fr": [("question", "question_fra_Latn")]}
         """
         forms = [("", "{lang}")]
         for field in (*TEXTS, "messages", "system", "history"):
@@ -402,9 +390,8 @@ class TextReader:
             if key not in LEARN_KEYS:
                 self._unread.add(f"messages[].{key}")
             elif value not in (0, 1):
-                raise Unusable(
-                    f"chat turn with {key} {str(value)[:40]!r}, which is neither 0 nor 1"
-                )
+                shown = str(value)[:40]
+                raise Unusable(f"chat turn with {key} {shown!r}, which is neither 0 nor 1")
             elif not value and role == "assistant":
                 role = MASKED
                 self.masked_turns += 1
@@ -433,9 +420,7 @@ def to_turn(role: str, text: str) -> dict[str, Any]:
 
 
 def _turn_text(value: Any, role: str) -> str:
-    """The text of a turn: a text, or a list of texts and {"type": "text", "text": …} parts, joined
-    by line breaks.
-    """
+    """The text of a turn; of a list of texts or {"type": "text", "text": …}, one line for each."""
     if value is None and role != "assistant":
         raise Unusable("chat turn without content")
     if not isinstance(value, list):

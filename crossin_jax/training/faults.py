@@ -35,10 +35,9 @@ def explain(
 
 
 def find_bad_rows(run: Any, position: tuple[int, int], state: TrainState) -> list[int]:
-    """Rows of a batch whose own loss is not finite; empty where only a gradient overflowed.
+    """Rows of a batch whose own loss is not finite; none where only a gradient overflowed.
 
-    `state` is the one before the step: a step with a non-finite loss changes nothing. Dropout is
-    off.
+    `state` is the one before the step. Dropout is off.
     """
     run.loader.go_to(position)
     batch = to_mesh(next(run.loader), run.mesh)
@@ -49,8 +48,8 @@ def find_bad_rows(run: Any, position: tuple[int, int], state: TrainState) -> lis
         loss_mask_BT = batch["loss_mask_BT"] & mask_B[:, None]
         return eval_step(trainable, frozen, batch | {"loss_mask_BT": loss_mask_BT})["loss"]
 
-    # Bisection: a half with a finite loss is done, the other one is halved again. One bad row of
-    # B costs about 2·log2(B) forward passes instead of B.
+    # Bisection: a half with a finite loss has no bad row, another one is halved again. One bad row
+    # of B costs about 2·log2(B) forward passes instead of B.
     def search(first: int, stop: int) -> list[int]:
         mask_B = np.zeros(num_rows, bool)
         mask_B[first:stop] = True

@@ -40,7 +40,7 @@ class HeldOut:
         """Means by name: held_out/loss, and held_out/loss/SOURCE/LANGUAGE."""
         with contextlib.closing(self._open_batches(num_epochs=1)) as loader:
             sums = []
-            # A large model needs minutes for it, before the first step already.
+            # A large model needs minutes for this, and it comes before the first step.
             batches = tqdm(
                 loader,
                 desc="held-out loss",
@@ -62,7 +62,7 @@ class HeldOut:
 
     def _wait(self, tree: Any) -> None:
         """On a CPU, waits for what is under way."""
-        # Simulated devices share the threads of one pool. Two programs at once can take all of
-        # them, and then each waits for ever for devices that the other one holds up.
+        # Simulated devices share the threads of one pool. Two programs at once could take all of
+        # them, and each would wait forever for the other.
         if self._mesh.devices.flat[0].platform == "cpu":
             jax.block_until_ready(tree)

@@ -61,11 +61,11 @@ def model_spec(config: Config) -> ModelSpec:
 
 
 def check_base(config: Config, frozen: Any, origin: dict[str, Any], place: Path) -> bool:
-    """Refuses frozen weights that are not those which the checkpoint in `place`, of provenance
-    `origin`, was trained on.
+    """Refuses frozen weights on which the checkpoint in `place` was not trained; `origin` is its
+    provenance.
 
-    False where some are in another precision than in training and could not be compared. A
-    checkpoint of an earlier version knows nothing of its base; then nothing is compared.
+    False where some are in another precision than in training and cannot be compared. A checkpoint
+    of an earlier version has no fingerprints of its base: then nothing is compared.
     """
     if not jax.tree.leaves(frozen) or "base_weights" not in origin:
         return True
@@ -80,7 +80,7 @@ def check_base(config: Config, frozen: Any, origin: dict[str, Any], place: Path)
 
 
 def load_start(config: Config, *states: Any, progress: bool = True) -> Any:
-    """`load_base` for weights of no checkpoint: folders that `export` wrote are checked."""
+    """`load_base` at the start of a run, which also checks folders that `export` wrote."""
     states = load_base(config, *states, progress=progress)
     check_export(resolve_folder(config.model.path, config.model.revision), states)
     if config.lora and config.lora.path:
@@ -89,10 +89,10 @@ def load_start(config: Config, *states: Any, progress: bool = True) -> Any:
 
 
 def check_export(folder: Path, states: Any) -> None:
-    """Refuses weights that are not those which an export of ours wrote to `folder`, or on which its
-    adapter was trained.
+    """Refuses weights that differ from those that `export` wrote to `folder`, or from the base on
+    which its adapter was trained.
 
-    What cannot be compared in the precision it is read in is passed over, and so are other folders.
+    Other folders pass, and so do weights in a precision in which they cannot be compared.
     """
     origin = read_export(folder)
     if not origin:
@@ -117,9 +117,7 @@ def check_export(folder: Path, states: Any) -> None:
 
 
 def build(config: Config, spec: ModelSpec, key: jax.Array, **options: Any) -> Transformer:
-    """The model object of a configuration; under `jax.eval_shape` or `jax.jit` nothing is
-    allocated.
-    """
+    """The model of a configuration, with random weights; `jax.eval_shape` of it has no arrays."""
     config = resolve_precision(config)
     return Transformer(
         spec,
@@ -133,8 +131,8 @@ def build(config: Config, spec: ModelSpec, key: jax.Array, **options: Any) -> Tr
 
 
 def resolve_precision(config: Config, device: Any = None) -> Config:
-    """The configuration with a precision of products in place of "auto"; `device` None is the first
-    one.
+    """The configuration with "auto" replaced by what the device (None: the first one) computes
+    fast.
     """
     if config.model.compute_dtype != "auto":
         return config
@@ -143,8 +141,8 @@ def resolve_precision(config: Config, device: Any = None) -> Config:
 
 
 def settle_precision(config: Config, folder: Path | None) -> Config:
-    """The configuration with a precision in place of "auto": that of the run in `folder`, else the
-    device's.
+    """The configuration with "auto" replaced: by the precision of the run in `folder` where it
+    continues, else as in `resolve_precision`.
     """
     if config.model.compute_dtype == "auto" and folder and list_steps(folder / "checkpoints"):
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
@@ -162,7 +160,7 @@ def describe_precision(config: Config, mesh: Mesh) -> str:
     return f"{mesh.size} x {first.device_kind}: products in {model.compute_dtype}{frozen}"
 
 
-# Nothing here has arrays yet. What makes arrays later starts from the same shapes and shardings:
+# Nothing has arrays yet here. All that makes arrays later starts from these shapes and shardings:
 #
 #     spec ─ eval_shape ─► shapes, axes ─ mesh ─► shardings ─┬─ start_state     draws or reads
 #                                                            ├─ Store.restore   continues a run
@@ -182,9 +180,9 @@ def abstract_model(config: Config, spec: ModelSpec, mesh: Mesh) -> AbstractModel
 def flops_per_token(model: AbstractModel, length: int) -> float:
     """Model FLOPs per token of a training step, as the makers of chips count them for MFU.
 
-    Forward takes 2P, backward 2P, and 2P more for the P that trains. P counts the matrices that
-    tokens pass through; an embedding look-up is none. Attention adds 12·L·N·H·T as in PaLM (arXiv
-    2204.02311, appendix B). What rematerialisation repeats is not counted.
+    For P parameters the forward pass takes 2P, the backward pass 2P, and 2P more for those that
+    train. An untied embedding is a look-up and not counted. Attention adds 12·L·N·H·T as in PaLM
+    (arXiv 2204.02311, appendix B). What rematerialisation computes again is not counted.
     """
     spec = model.spec
 
@@ -212,9 +210,7 @@ def on_mesh(tree: Any, mesh: Mesh) -> Any:
 def abstract_state(
     model: AbstractModel, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """The training state without arrays: what restore, ahead-of-time compilation and checks work
-    from.
-    """
+    """The training state without arrays, for restoring, compiling ahead of time and checks."""
     scalars = on_mesh((jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), bool)), mesh)
     moments = on_mesh(jax.eval_shape(optimizer.init, model.trainable), mesh)
     return TrainState(*scalars, model.trainable, model.frozen, moments)
@@ -224,8 +220,8 @@ def load_base(config: Config, *states: Any, progress: bool = True) -> Any:
     """Weights of one or several abstract states, from `model.path` and `lora.path` straight onto
     their shardings.
 
-    States without a leaf that the adapter trains, as the frozen ones of a run that continues, take
-    nothing from it.
+    The adapter is read only if a state has some of its leaves. A run that continues loads only
+    frozen weights, which have none.
     """
     folder = resolve_folder(config.model.path, config.model.revision)
     states = load_weights(folder, states, progress=progress)

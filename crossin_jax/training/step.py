@@ -39,20 +39,18 @@ MASKED_CHUNK = 256
 class TrainState:
     """The input and the output of a training step."""
 
-    # int32: optimizer steps taken
-    step: jax.Array
-    # bool: False from the first loss or gradient on that is not finite. The state then stays as it
-    # was, so that the checkpoint that is saved next is a good one.
+    step: jax.Array  # int32: optimizer steps taken
+    # bool: becomes False at the first loss or gradient that is not finite. From then on the state
+    # does not change, so that no bad weights are saved.
     finite: jax.Array
     trainable: nnx.State
-    # passes through unchanged, and is not part of a checkpoint
-    frozen: nnx.State
-    optimizer: Any
+    frozen: nnx.State  # unchanged by a step, and not part of a checkpoint
+    optimizer: Any  # the moments of `trainable`
 
 
 @dataclasses.dataclass(frozen=True)
 class StepSettings:
-    """The static part of a step: what changes the compiled program."""
+    """The settings that change the compiled program."""
 
     accumulation: int
     loss_chunk: int
@@ -83,14 +81,16 @@ def token_losses(
     """The sum of negative log-likelihoods over supervised targets, and the one of each target.
 
     float32; the second is (B, T), and no gradient flows through it. At most `chunk` positions of a
-    row have logits at one time, and no logit is computed twice.
+    row have logits at a time, and no logit is computed twice. `head_trains`: the matrix that makes
+    the logits needs a gradient too.
     """
     B, T = targets_BT.shape
     if not model.skip_masked_logits:
         return _chunked_losses(
             model, hidden_BTD, targets_BT, loss_mask_BT, chunk, head_trains=head_trains
         )
-    # Supervised positions go first, in one long row. Chunks after the last of them have no logits:
+    # On CPU: the supervised positions are put first, in one long row. A chunk without any of them
+    # is skipped:
     #   loss mask  0 0 1 1 | 0 1 0 0   →   1 1 1 0 | 0 0 0 0
     chunk = min(B * chunk, MASKED_CHUNK)
     order = jnp.argsort(~loss_mask_BT.reshape(B * T), stable=True)
@@ -115,9 +115,9 @@ def token_losses(
 #     losses_BT     | done    | now     |         |    and d loss / d hidden_BTD beside it
 #
 # Automatic differentiation would keep every chunk's logits for the backward pass, or compute them
-# again. But the loss is a sum over targets: its gradient is known except for one factor, which the
-# backward pass brings (d objective / d loss). So the forward pass takes the gradient while a
-# chunk's logits exist, and the backward pass only multiplies by the factor.
+# again. But the gradient of this sum is known in the forward pass, except for one factor that comes
+# with the backward pass: d objective / d sum. So the forward pass computes the gradient while the
+# logits of a chunk exist, and the backward pass multiplies it by the factor.
 def _chunked_losses(
     model: Any,
     hidden_BTD: jax.Array,
@@ -210,7 +210,7 @@ def _join(x: jax.Array) -> jax.Array:
 
 
 def _unless_masked(model: Any, compute: Callable, skip: Callable) -> Callable:
-    """`compute`, or on CPU `skip` for a chunk without supervised targets; the mask comes last."""
+    """`compute`; on CPU `skip` for chunks without a supervised target (the last argument)."""
     if not model.skip_masked_logits:
         return compute
     return lambda *args: jax.lax.cond((args[-1] > 0).any(), compute, skip, *args)
@@ -290,7 +290,7 @@ def make_train_step(
                 lambda total, new: total + new.astype(total.dtype), carry, (grads, sums)
             ), None
 
-        # The sums start from zeros of the shapes that one micro-batch gives.
+        # The sums start from zeros, in the shapes of one micro-batch's results.
         one = jax.eval_shape(
             gradient, state.trainable, state.frozen, jax.tree.map(lambda x: x[0], micro), key
         )
@@ -298,8 +298,7 @@ def make_train_step(
         return jax.lax.scan(add, zeros, (jnp.arange(parts), micro))[0]
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        # Dropout depends on the seed and the step alone, so that a continued run repeats it
-        # exactly.
+        # Dropout depends on the seed and the step alone, so a continued run has the same masks.
         key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
         grads, sums = accumulate(state, batch, key)
         # The gradient of a sum, divided once by the count of the whole batch: exact for any split.
