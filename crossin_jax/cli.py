@@ -29,9 +29,7 @@ from crossin_jax.paths import explain
 from crossin_jax.settings import OTHER_NAMES, hint_setting, redact, shorten
 
 EXIT_USER_ERROR = 2
-EXIT_BROKEN_PIPE = (
-    141  # 128 + SIGPIPE: the program that read the output has ended, as with `| head`
-)
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader of the output has ended, as with `| head`
 
 
 def run(
@@ -69,9 +67,9 @@ def _run(
         if type(handler) is logging.StreamHandler:  # ours, or one that an import has made
             handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     logger = logging.getLogger("absl")
-    logger.setLevel(logging.ERROR)  # Orbax warns of what is as intended
+    logger.setLevel(logging.ERROR)  # hides warnings of Orbax about behaviour that we rely on
     logger.addFilter(is_news)
-    # set by JAX where it finds no chips, but on Kubernetes also where there are some
+    # JAX sets it where it finds no chips, and on Kubernetes even where there are some.
     if os.environ.get("TPU_SKIP_MDS_QUERY") and not glob.glob("/dev/accel*") + glob.glob(
         "/dev/vfio/[0-9]*"
     ):
@@ -89,7 +87,7 @@ def _run(
             raise UserError(f"unexpected argument {rest[0]!r}; flags start with --")
         arguments = (check(config()), flags.FLAGS) if takes_config else (flags.FLAGS,)
         code = main(*arguments) or 0
-        print(end="", flush=True)  # what cannot be written is an error now, and none at the exit
+        print(end="", flush=True)  # a full disk raises here, and not during the exit
         sys.exit(code)
     except flags.UnrecognizedFlagError as error:
         fail(describe_unknown_flag(error.flagname, takes_config))
@@ -118,7 +116,7 @@ def _run(
 
 
 def is_news(record: logging.LogRecord) -> bool:
-    """False for tracebacks that Orbax's threads log of what they raise: it is reported again."""
+    """False for tracebacks that Orbax's threads log: the main thread reports the same error."""
     return not (record.exc_info and "orbax" in record.pathname)
 
 
@@ -169,9 +167,7 @@ def set_libtpu_env() -> None:
 
 
 def silence(*outputs: int) -> None:
-    """Drops what is still to be written to standard output and standard error, which cannot be
-    written.
-    """
+    """Discards further output, which cannot be written, to standard output and standard error."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for output in outputs or (1, 2):
         os.dup2(nowhere, output)

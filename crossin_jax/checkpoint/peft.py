@@ -206,10 +206,8 @@ def find_base(folder: Path) -> Path:
     """
     named = drop_nulls(read_model_json(folder / CONFIG))
     check_fields(named, {"base_model_name_or_path": str, "revision": str}, str(folder / CONFIG))
-    base, remedy = (
-        named.get("base_model_name_or_path"),
-        f"--base=BASE {shlex.quote(f'--model={folder}')}",
-    )
+    base = named.get("base_model_name_or_path")
+    remedy = f"--base=BASE {shlex.quote(f'--model={folder}')}"
     if not base:
         raise UserError(
             f"{folder / CONFIG}: base_model_name_or_path is missing; pass the base model: {remedy}"

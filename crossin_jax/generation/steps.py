@@ -178,10 +178,8 @@ def insert(state: State, rows: State, index_A: jax.Array, R: int, axes: Any) -> 
         where[names.batch] = index_A
         if "length" in names.names:
             size = min(R, new.shape[names.length])
-            where[names.length], new = (
-                slice(size),
-                jax.lax.slice_in_dim(new, 0, size, axis=names.length),
-            )
+            where[names.length] = slice(size)
+            new = jax.lax.slice_in_dim(new, 0, size, axis=names.length)
         return stored.at[tuple(where)].set(new, mode="drop")
 
     # Slots with position -1 are never read, whatever an earlier row left there.

@@ -1,5 +1,4 @@
-"""All that is done for the speed of CPUs alone: flat products, attention in blocks, unrolled
-layers.
+"""What serves only the speed of CPUs: flat products, attention in blocks, unrolled layers.
 
 Shape letters: B batch rows · T query positions · S key positions · N query heads · K key/value
 heads · G = N/K · H head width · M = B·T · X inputs and Y outputs of a projection, heads joined.
@@ -28,7 +27,7 @@ def model_options(platform: str, num_devices: int = 1) -> dict[str, bool]:
 
 # ---- Flat products: every projection is one product of two matrices.
 #
-# Left to itself, XLA copies the weights of heads into another order at each product on CPUs:
+# Without this, XLA copies the weights of heads into another order at each product on CPUs:
 #
 #     "BTD,NHD->BTNH"    becomes    (B·T, D) times (N·H, D) transposed, then split into heads
 #
@@ -171,14 +170,10 @@ def _blocks_forward(q, k, v, positions_BT, segments_BT, window, soft_cap):
 # So one number per query and head (`norms`) is kept, instead of a row of scores.
 def _blocks_backward(window, soft_cap, saved, d_context):
     q, k, v, positions_BT, segments_BT, context, norms = saved
-    dtype, einsum = (
-        q.dtype,
-        functools.partial(
-            jnp.einsum, precision=precision(q.dtype), preferred_element_type=jnp.float32
-        ),
+    dtype = q.dtype
+    einsum = functools.partial(
+        jnp.einsum, precision=precision(dtype), preferred_element_type=jnp.float32
     )
-    # The softmax's gradient is weights · (d_weights − inner); inner = Σ weights · d_weights is this
-    # product.
     inner = (d_context.astype(jnp.float32) * context.astype(jnp.float32)).sum(
         axis=-1, keepdims=True
     )

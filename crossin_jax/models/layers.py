@@ -35,10 +35,9 @@ class Adapter(nnx.Param):
 
 
 def precision(dtype: Any) -> jax.lax.Precision:
-    """Full precision for float32, where the default is bfloat16 passes on TPU and TF32 on GPU."""
-    return (
-        jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
-    )
+    """Full precision for float32; the default would be bfloat16 passes on TPU and TF32 on GPU."""
+    is_float32 = jnp.dtype(dtype) == jnp.float32
+    return jax.lax.Precision.HIGHEST if is_float32 else jax.lax.Precision.DEFAULT
 
 
 def full_einsum(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -48,7 +47,7 @@ def full_einsum(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """What every layer needs to know when it declares its parameters."""
+    """How the layers of a model declare their parameters."""
 
     num_layers: int | None  # L of stacked layers; None: a single layer
     lora: Lora | None
@@ -152,27 +151,20 @@ class Linear(nnx.Module):
             )
             return declare(kind, shape, names, dtype, init, rngs)
 
-        quantized = (
-            None if build.trains(name) or build.frozen_dtype not in KINDS else build.frozen_dtype
-        )
-        if quantized is None:
-            self.weight, self.scale = (
-                parameter(Weight, weight, build.dtype(name), normal(std)),
-                None,
-            )
+        kind, last, scale = build.frozen_dtype, weight[-1], None
+        if build.trains(name) or kind not in KINDS:
+            self.weight = parameter(Weight, weight, build.dtype(name), normal(std))
         else:
             # Placeholder values: quantized weights always come from a checkpoint.
-            self.weight = parameter(Weight, weight, KINDS[quantized], constant(0))
-            last = weight[-1]
-            sizes, axes = (
-                {**sizes, "b": sizes[last] // block_size(sizes[last])},
-                {**axes, "b": axes[last]},
-            )
-            self.scale = (
-                parameter(Weight, added, jnp.float32, constant(1.0))
-                if quantized == "int8"
-                else parameter(Weight, weight[:-1] + "b", jnp.bfloat16, constant(1.0))
-            )
+            self.weight = parameter(Weight, weight, KINDS[kind], constant(0))
+            sizes = {**sizes, "b": sizes[last] // block_size(sizes[last])}  # blocks, for nf4
+            axes = {**axes, "b": axes[last]}
+            letters, dtype = {
+                "int8": (added, jnp.float32),
+                "nf4": (weight[:-1] + "b", jnp.bfloat16),
+            }[kind]
+            scale = parameter(Weight, letters, dtype, constant(1.0))
+        self.scale = scale
         self.bias = parameter(Weight, added, build.dtype(name), constant(0.0)) if bias else None
         # A starts like the weights of torch.nn.Linear, B at zero: the update starts at zero, as in
         # peft.
@@ -243,9 +235,8 @@ class Linear(nnx.Module):
 
     def _adapter(self) -> tuple[jax.Array, jax.Array]:
         """A and factor · B in float32."""
-        return self.lora_a.get_value().astype(
-            jnp.float32
-        ), self.factor * self.lora_b.get_value().astype(jnp.float32)
+        a, b = (leaf.get_value().astype(jnp.float32) for leaf in (self.lora_a, self.lora_b))
+        return a, self.factor * b
 
     def lengths(self) -> jax.Array:
         """Euclidean length of each output's row of W + factor · BA in float32."""
@@ -279,11 +270,9 @@ class Linear(nnx.Module):
     def wide_weight(self) -> jax.Array:
         """The frozen weight in float32."""
         weight = self.weight.get_value()
-        return (
-            weight.astype(jnp.float32)
-            if self.scale is None
-            else dequantize(weight, self.scale.get_value(), jnp.float32)
-        )
+        if self.scale is None:
+            return weight.astype(jnp.float32)
+        return dequantize(weight, self.scale.get_value(), jnp.float32)
 
 
 class Norm(nnx.Module):
@@ -307,12 +296,11 @@ class Norm(nnx.Module):
         self.eps, self.offset = eps, float(offset)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        # The mean of squares in bfloat16 would lose what small components add.
+        # A mean of squares in bfloat16 would lose the small ones.
         wide = x.astype(jnp.float32)
         wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (
-            wide * (over_last(self.weight.get_value().astype(jnp.float32), x) + self.offset)
-        ).astype(x.dtype)
+        weight = over_last(self.weight.get_value().astype(jnp.float32), x)
+        return (wide * (weight + self.offset)).astype(x.dtype)
 
 
 class Embedding(nnx.Module):
@@ -332,10 +320,8 @@ class Embedding(nnx.Module):
 
     def unembed(self, hidden_BTD: jax.Array, weight_VD: jax.Array | None = None) -> jax.Array:
         """(B, T, V) in float32: bfloat16 steps near a logit of 20 are 0.125."""
-        dtype, weight_VD = (
-            self.compute_dtype,
-            self.weight.get_value() if weight_VD is None else weight_VD,
-        )
+        dtype = self.compute_dtype
+        weight_VD = self.weight.get_value() if weight_VD is None else weight_VD
         return jnp.einsum(
             "BTD,VD->BTV",
             hidden_BTD.astype(dtype),

@@ -55,8 +55,7 @@ class Block(nnx.Module):
 
     def __init__(self, spec: ModelSpec, build: Build, *, rngs: nnx.Rngs):
         self.spec, self.rate = spec, build.lora.dropout if build.lora else 0.0
-        # What adds to the residual stream starts smaller.
-        std = {True: 0.02 / math.sqrt(2 * spec.num_layers), False: 0.02}
+        residual_std = 0.02 / math.sqrt(2 * spec.num_layers)  # smaller: layers add up their results
         linear = functools.partial(Linear, sizes=spec.sizes, axes=AXES, build=build, rngs=rngs)
         norm = functools.partial(
             Norm, build=build, eps=spec.norm_eps, offset=spec.norm_offset, rngs=rngs
@@ -64,7 +63,8 @@ class Block(nnx.Module):
         for name, part in layer_modules(spec):
             if isinstance(part, Projection):
                 bias = part.bias is not None and getattr(spec, part.bias)
-                module = linear(name, part.equation, bias=bias, std=std[part.to_residual])
+                std = residual_std if part.to_residual else 0.02
+                module = linear(name, part.equation, bias=bias, std=std)
             else:
                 module = norm(name, spec.sizes[part.letter], part.axis)
             setattr(self, name, module)
@@ -88,11 +88,9 @@ class Block(nnx.Module):
         )
         k = constrain(rotate(k, cos, sin), "batch", "length", "kv_heads", "head")
         v = checkpoint_name(constrain(v, "batch", "length", "kv_heads", "head"), "v")
-        return (
-            (q, k, v)
-            if self.spec.qk_norm
-            else (checkpoint_name(q, "q"), checkpoint_name(k, "k"), v)
-        )
+        if not self.spec.qk_norm:
+            q, k = checkpoint_name(q, "q"), checkpoint_name(k, "k")
+        return q, k, v
 
     def feed_forward(self, x: jax.Array, key: jax.Array | None, stay: bool) -> jax.Array:
         """Gated feed-forward, (B, T, D)."""
@@ -232,8 +230,8 @@ class Transformer(nnx.Module):
             start = 0 if cache is None else cache["next_slot"].reshape(-1, 1)
             positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32)[None] + start, (B, T))
         if isinstance(attention, str):
-            # A name that cannot serve is an error for the rows of training, which the user chose.
-            # Prompts have whatever length they have: there the reference takes over.
+            # A kernel that cannot compute rows of this length is an error in training, where the
+            # user chose the length. Prompts have any length: there the reference takes its place.
             platform, required = jax.default_backend(), cache is None
             attention = choose_kernel(
                 attention, spec, T, self.compute_dtype, platform, required=required
@@ -253,7 +251,7 @@ class Transformer(nnx.Module):
         stay = cache is not None and weights_stay(B * T, spec.width)
         x = constrain_residual(x, stay)
 
-        # What the scan hands to each layer, beside its parameters.
+        # The entries that the scan gives to each layer, beside its parameters.
         per_layer: dict[str, Any] = {"index": jnp.arange(spec.num_layers)}
         if spec.local_layers and not all(spec.local_layers):
             per_layer["is_local"] = jnp.asarray(spec.local_layers)
@@ -281,20 +279,20 @@ class Transformer(nnx.Module):
         cache: Cache | None,
         cache_is_empty: bool,
     ) -> Callable[..., Any]:
-        """The body of the scan: ((x, caches of all layers), what one layer has of its own) → carry.
+        """The body of the scan: ((x, caches of all layers), entries of one layer) → carry.
 
-        One program serves every layer. So the layer's own entries are traced arrays: its
-        parameters, its number in the caches, whether it is local, and its dropout key.
+        One program serves every layer, so all that differs is a traced array: a layer's parameters,
+        its number in the caches, whether it is local, and its dropout key.
         """
         spec, graphdef = self.spec, nnx.graphdef(self.layers)
         stay = cache is not None and weights_stay(positions_BT.size, spec.width)
-        tables, local_tables = (
-            rope
-            and rope_tables(
-                positions_BT, rope_frequencies(rope, spec.head_width), rope.attention_factor
-            )
-            for rope in (spec.rope, spec.local_rope)
-        )
+
+        def angles(rope):
+            frequencies = rope_frequencies(rope, spec.head_width)
+            return rope_tables(positions_BT, frequencies, rope.attention_factor)
+
+        tables = angles(spec.rope)
+        local_tables = angles(spec.local_rope) if spec.local_rope else None
 
         def step(carry, layer):
             x, stored = carry
@@ -314,7 +312,8 @@ class Transformer(nnx.Module):
                 "soft_cap": spec.attention_soft_cap,
             }
 
-            # Keys and values are written before they are read: a token sees itself in the cache.
+            # Called by the block. Keys and values are written before they are read, since a token
+            # attends to itself.
             def attend_here(q, k, v):
                 nonlocal stored
                 if cache is not None:

@@ -32,11 +32,11 @@ def start(
     loss_seconds: float = 60,
 ) -> None:
     """Joins the processes of a run, by explicit arguments or by what a TPU pod, SLURM or Kubernetes
-    tells.
+    says.
 
-    A single process is left alone. Raises `UserError` with the names of the processes that do not
-    come in time. From then on this process leaves with 75 where another one is lost, or gives no
-    sign of life for `loss_seconds`.
+    A single process has nothing to join. Raises `UserError` with the names of the processes that do
+    not come in time. Later this process exits with 75 if another one is lost, which means that it
+    gives no sign of life for `loss_seconds`.
     """
     global _watch
     place = detect_process(coordinator, num_processes, process_id, timeout_seconds)
@@ -70,8 +70,9 @@ def delay_abort() -> None:
 
 @contextlib.contextmanager
 def reported_end() -> Iterator[None]:
-    """Tells the other processes how the block ended, and waits with a fault that may be due to a
-    lost process.
+    """Tells the other processes how the block ended.
+
+    After an error it first waits for the watch: a lost process may be the cause, and is reported.
     """
     code = 1
     try:
@@ -119,10 +120,8 @@ def detect_process(
         raise UserError(
             "--num_processes and --process_id need --coordinator=host:port of process 0"
         )
-    # Private, but it is what jax.distributed.initialize itself asks.
-    from jax._src.clusters import (
-        ClusterEnv,
-    )
+    # Private, but jax.distributed.initialize itself asks it.
+    from jax._src.clusters import ClusterEnv
 
     cpu = os.environ.get("JAX_PLATFORMS", "").startswith("cpu")
     cluster = next(
@@ -200,8 +199,8 @@ class Preemption:
     def __exit__(self, *_: Any) -> None:
         self._stack.close()
 
-    # All processes must leave after the same step: a step is computed together, and a process that
-    # went on alone would wait for the others for ever. SIGTERM comes to process 1 (▲):
+    # All processes must leave after the same step: they compute a step together, and a process that
+    # began one alone would wait forever. SIGTERM comes to process 1 (▲):
     #
     #     process 0    step 7    step 8    step 9    saves
     #     process 1    step 7 ▲  step 8    step 9    saves
@@ -316,10 +315,10 @@ def check_shared(folder: Path) -> None:
         )
 
 
-# What one process alone knows (a full disk, its clock, a damaged file) must not decide alone: those
-# that take the other branch would wait in a collective for ever.
+# A fact that only one process knows (a full disk, its clock, a damaged file) must not choose a
+# branch there alone: the others would take another branch and wait in a collective forever.
 def any_process(value: bool) -> bool:
-    """Whether a thing is true on any process; every process must ask, and gets the same answer."""
+    """Whether `value` is true on any process; every process must call this, and gets the same."""
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.process_allgather(np.asarray(value)).any())

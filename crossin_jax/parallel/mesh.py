@@ -19,13 +19,12 @@ from crossin_jax.config import UserError
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 
-# logical axis: (mesh axis of a parameter, mesh axis of an activation)
-# A dimension has a logical axis, and this table gives the mesh axis over which it is split. The
-# weight of q_proj with 8 heads, on a mesh of fsdp=2 and tensor=2:
+# A dimension has a logical axis, and this table gives the mesh axis over which it is split: first
+# for parameters, then for activations. The weight of q_proj, on a mesh of fsdp=2 and tensor=2:
 #
 #     letter          N          H        D
 #     logical axis    heads      head     embed
-#     mesh axis       tensor     none     fsdp      each device holds (4, H, D / 2)
+#     mesh axis       tensor     none     fsdp      each device holds (N / 2, H, D / 2)
 #
 # data and fsdp split the rows of a batch. fsdp also splits what is stored: the compiler gathers a
 # weight before its product. tensor splits the product itself: each device has some of the heads.
@@ -199,9 +198,8 @@ def activation_spec(shape: tuple[int, ...], axes: tuple[str, ...], mesh: Any) ->
     for dim, axis in zip(shape, axes, strict=True):
         mesh_axes = RULES[axis][1] or ()
         names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes
-        spec.append(
-            None if dim % math.prod(mesh.shape[name] for name in names) else mesh_axes or None
-        )
+        is_whole = dim % math.prod(mesh.shape[name] for name in names)
+        spec.append(None if is_whole else mesh_axes or None)
     return PartitionSpec(*spec)
 
 

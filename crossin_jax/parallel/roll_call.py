@@ -108,11 +108,8 @@ def _gather(place: Place, deadline: float, timeout_seconds: float) -> tuple[str 
                     fault = (
                         f"two processes call themselves {process}: on {came[process]} and on {host}"
                     )
-                # One that was started again replaces its former self.
-                came[process], links[process] = (
-                    host,
-                    link,
-                )
+                # A process that was started again replaces its earlier start.
+                came[process], links[process] = host, link
         missing = [process for process in range(place.num_processes) if process not in came]
         if fault:
             fault += "\ngive every process the same --num_processes and a --process_id of its own"
@@ -240,9 +237,8 @@ class Watch:
             if "lost" in message:
                 self._leave(message["lost"])
             if message.get("code") in (0, EXIT_PREEMPTED, EXIT_INTERRUPTED):
-                link.has_ended = (
-                    True  # its socket stays open: the other side would take a close for a loss
-                )
+                # Its socket stays open: the other side would take its end for a loss.
+                link.has_ended = True
             elif "code" in message:
                 # It may have said why on its own terminal, and this process may be about to say the
                 # same.

@@ -210,11 +210,8 @@ def compile_program(function: Any, *arguments: Any) -> Program:
         seconds = time.perf_counter() - start
         text = next(Path(folder).glob("*.after_codegen.txt")).read_text()
     memory = compiled.memory_analysis()
-    temporary, offloaded, peak = (
-        memory.temp_size_in_bytes,
-        memory.host_temp_size_in_bytes,
-        memory.peak_memory_in_bytes,
-    )
+    temporary, peak = memory.temp_size_in_bytes, memory.peak_memory_in_bytes
+    offloaded = memory.host_temp_size_in_bytes
     # With offloading, the analysis gives the peak of the host's memory instead of the chip's.
     if offloaded:
         peak = (

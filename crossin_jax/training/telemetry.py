@@ -1,5 +1,5 @@
-"""What a run says of itself: progress bar, JSONL, TensorBoard, tokens per second, model FLOPs
-utilisation.
+"""What a run reports on the console, in metrics.jsonl and in TensorBoard: losses, tokens per second,
+model FLOPs utilisation, memory.
 """
 
 import datetime
@@ -18,8 +18,8 @@ from tqdm import tqdm
 from crossin_jax.files import Lines, write_whole
 from crossin_jax.paths import LocalFolder, is_bucket
 
-# dense bfloat16 peak per chip, FLOP/s, from the makers' data sheets; by the start of
-# `device.device_kind`
+# Dense bfloat16 peak per chip, FLOP/s, from the makers' data sheets, by how `device.device_kind`
+# begins.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -35,7 +35,7 @@ PEAK_FLOPS = {
 }
 
 
-# what the console shows of a record
+# What the console shows of a record: name in the record → (word, format)
 SHOWN = {
     "loss": ("loss", "{:.3f}".format),
     "held_out/loss": ("held-out loss", "{:.3f}".format),
@@ -85,9 +85,8 @@ class Telemetry:
         peak = peak_flops(jax.devices()[0])
         self._peak = peak * jax.device_count() if peak else None
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
-        self._time: float | None = (
-            None  # of the last report; None until the first step, which compiles, is over
-        )
+        # Of the last report; None until the first step is over, which compiles.
+        self._time: float | None = None
         if not self._active:
             return
         verb = "continues from the checkpoint" if start else "begins anew"
@@ -122,9 +121,7 @@ class Telemetry:
             self._wandb = _start_wandb(name, folder, config)
 
     def add(self, step: int, metrics: dict[str, jax.Array], learning_rate: float) -> None:
-        """Takes the metrics of a step; raises `FloatingPointError(step)` at a report that holds a
-        non-finite one.
-        """
+        """Collects the metrics of a step, and reports where it is time to: see `report`."""
         self._pending.append((step, metrics))
         if self._active and self._bar is not None:
             self._bar.update(step - self._bar.n)
@@ -132,7 +129,10 @@ class Telemetry:
             self.report(learning_rate)
 
     def report(self, learning_rate: float) -> None:
-        """Fetches what has gathered since the last report and writes one record."""
+        """Fetches the metrics since the last report and writes one record.
+
+        Raises `FloatingPointError(step)` for the first step whose loss or gradient is not finite.
+        """
         if not self._pending:
             return
         steps, metrics = zip(*jax.device_get(self._pending), strict=True)
@@ -193,7 +193,7 @@ class Telemetry:
             print(f"step {step}/{self._num_steps} {words}", file=sys.stderr, flush=True)
 
     def flush(self) -> None:
-        """Brings everything so far into the bucket; on a disk it is there already."""
+        """Writes everything so far into the bucket; on a disk it is written at once."""
         if not self._active:
             return
         self._lines.flush()
@@ -244,10 +244,10 @@ class Profiler:
 
 
 def cut_records(file: Path, step: int) -> None:
-    """Drops the records after a step: a run that was killed wrote them after its last checkpoint,
-    and they come again. A run that begins anew, at step 0, keeps none.
+    """Drops the records after a step, and a last line that is not whole.
 
-    A last line that is not whole goes too.
+    A killed run wrote them after its last checkpoint, and the continued run writes them again. A
+    run that starts over, at step 0, keeps none.
     """
     lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
     whole = [line for line in lines if step and line.endswith("}\n")]
