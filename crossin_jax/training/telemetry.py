@@ -1,4 +1,4 @@
-"""What a run reports on the console, in metrics.jsonl and in TensorBoard: losses, tokens per second,
+"""What a run reports on the console, in metrics.jsonl and TensorBoard: losses, tokens per second,
 model FLOPs utilisation, memory.
 """
 
