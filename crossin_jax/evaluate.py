@@ -6,8 +6,9 @@
   python -m crossin_jax.evaluate --checkpoint runs/mine --untuned  (and the model before tuning)
   python -m crossin_jax.evaluate --compare runs/a/evaluation runs/b/evaluation
 
-An interrupted evaluation goes on where it stopped. Results: results.json, results.md, report.html,
-answers.json.gz, logs/ (answers in SeaEval's layout), predictions/ (answers as they come).
+An interrupted evaluation continues where it stopped. Results: results.json, results.md,
+report.html, answers.json.gz, logs/ (answers in SeaEval's layout), predictions/ (answers as they
+come).
 """
 
 import dataclasses
@@ -59,10 +60,10 @@ def evaluate(
     out: Path,
     benchmarks: Sequence[Benchmark] | None = None,
 ) -> tuple[list[Predictions], dict[str, Any]]:
-    """Answers and provenance of one model on the benchmarks of the configuration; finished parts
-    are kept in `out`.
+    """Answers and provenance of one model on the benchmarks of the configuration; answers are kept
+    in `out`.
 
-    `benchmarks` are those of the configuration, where the caller has loaded them.
+    `benchmarks` are those of the configuration, if the caller has loaded them already.
     """
     config = check(config)
     if not config.evaluation.benchmarks:
@@ -71,7 +72,7 @@ def evaluate(
         )
     benchmarks = load_benchmarks(config) if benchmarks is None else benchmarks
     if checkpoint is not None:
-        check_template(config, dataclasses.asdict(read_config(checkpoint).data))
+        settle_template(config, dataclasses.asdict(read_config(checkpoint).data))
     # The untuned model is asked without an adapter, unless lora.path names one.
     adapter = config.lora.path if config.lora else None
     if checkpoint is None and adapter is None:
@@ -80,7 +81,7 @@ def evaluate(
     if jax.process_index() == 0:
         print(describe_precision(opened.config, opened.mesh), file=sys.stderr, flush=True)
     if checkpoint is None:
-        check_template(config, opened.tokenizer.prompt)
+        settle_template(config, opened.tokenizer.prompt)
         trained = {"base": config.model.path, "adapter": adapter}
     else:
         trained = opened.provenance | {"step": opened.step, "run": str(opened.run)}
@@ -144,12 +145,11 @@ def evaluate_untuned(
     return Run(UNTUNED, config.seed, predictions, source)
 
 
-def check_template(config: Config, trained: dict[str, Any]) -> None:
-    """Refuses to ask in another form than the one that was trained, unless `evaluation.template`
-    says so.
+def settle_template(config: Config, trained: dict[str, Any]) -> None:
+    """Takes `evaluation.template` for `config.data.template` if it is set, and else refuses prompts
+    that differ from those of training.
 
-    `trained` holds settings of `data`: those of a checkpoint, or those that an exported model
-    names.
+    `trained` has settings of `data`: those of a checkpoint, or those in the files of an export.
     """
     if config.evaluation.template is not None:
         config.data.template = config.evaluation.template
@@ -167,7 +167,7 @@ def check_template(config: Config, trained: dict[str, Any]) -> None:
 
 
 def warn_of_changed_template(config: Config, opened: LoadedModel) -> None:
-    """Says where a template's name means another text than in training."""
+    """Warns where the template of this name has another text than in training."""
     trained = opened.provenance.get("template")
     if trained is None or config.evaluation.template is not None:
         return
@@ -250,8 +250,8 @@ def read_questions(folder: Path, runs: Sequence[Run]) -> Iterator[Benchmark]:
             log.warning("the page has no questions of %s: %s", name, fault)
 
 
-def narrow(config: Config, arguments: Any) -> Config:
-    """The configuration with the short flags, which ask for less than it does."""
+def apply_short_flags(config: Config, arguments: Any) -> Config:
+    """The configuration with --limit, --languages, --untuned and --prompts in its evaluation."""
     given = {
         "limit": arguments.limit,
         "languages": arguments.languages and tuple(arguments.languages),
@@ -267,7 +267,7 @@ def narrow(config: Config, arguments: Any) -> Config:
 
 def main(config: Config, arguments: Any) -> None:
     """Evaluates and prints the table."""
-    config = narrow(config, arguments)
+    config = apply_short_flags(config, arguments)
     out = as_path(arguments.out or default_folder(config, arguments.checkpoint))
     benchmarks = load_benchmarks(config)
     name = config.name if arguments.checkpoint else UNTUNED
@@ -285,9 +285,7 @@ def main(config: Config, arguments: Any) -> None:
 
 
 def default_folder(config: Config, checkpoint: str | None) -> str:
-    """Where results go: those of a run, of its model before tuning, and of an earlier step are
-    apart.
-    """
+    """The folder of results: another one for a run, for its model before tuning, for each step."""
     folder = f"{config.output_dir}/evaluation"
     if checkpoint is None:
         return f"{folder}-{UNTUNED}"

@@ -1,9 +1,9 @@
 """Benchmarks by name: rows of a file, a folder or the Hub become items in the wanted languages."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from crossin_jax.config import Config, UserError
 from crossin_jax.evaluation import layouts
@@ -29,9 +29,10 @@ from crossin_jax.languages import canonical, canonical_list, find_code, match, n
 
 # Splits with examples for few-shot prompts, as published benchmarks call them
 SHOT_SPLITS = ("dev", "validation")
-# Of a published benchmark up to this share of items is left out where it cannot be asked
+# A published benchmark may have up to this share of faulty items, which are left out
 MAX_LEFT_OUT = 0.05
-# Gold answers at other places than in the first language: more than this, and it is no slip
+# With a larger share of items whose gold answer differs between languages, the order of the choices
+# differs on purpose
 MAX_MOVED = 0.1
 
 log = logging.getLogger(__name__)
@@ -107,12 +108,15 @@ def _parse_world(name: str) -> tuple[str, str, str]:
 def _load_world(name: str, codes: Sequence[str], seed: int) -> Benchmark:
     label, split, subset = _parse_world(name)
     rows = open_guest("world").world_benchmark(split, codes, seed, subset)
-    items = [_read_wide(row, name, codes, number) for number, row in enumerate(rows, 1)]
+    items = [
+        _read_item(_split_columns(row, number, codes), name) for number, row in enumerate(rows, 1)
+    ]
     place = f"embedded world, seed {seed}"
     return _finish(Benchmark(label, tuple(items), tuple(codes), place), items)
 
 
 def _limit(benchmark: Benchmark, limit: int | None) -> tuple[Item, ...]:
+    """The first items, of each language where the items of the languages differ."""
     if limit is None or benchmark.kind == "parallel":
         return benchmark.items[:limit]
     first = [
@@ -181,16 +185,27 @@ def _add_pool(
 # ── items ─────────────────────────────────────────────────────────────────────────────────────────
 
 
+class RawItem(NamedTuple):
+    """An item whose rows are not yet read."""
+
+    key: str
+    codes: Sequence[str]  # the languages that it must have
+    rows: dict[str, Any]  # by language
+    whole: Row | None = None  # the row of which they are columns
+
+
 def _make_benchmark(rows: Rows, codes: Sequence[str], is_parallel: bool) -> Benchmark:
     first = rows.rows[0][2] if rows.rows else {}
     kind = "open" if layouts.is_open(first) else "parallel" if is_parallel else "separate"
     if not layouts.holds_one_language(first):
-        makers = _make_wide(rows, codes)
+        raw_items = [
+            _split_columns(row, number, codes) for number, (_, _, row) in enumerate(rows.rows, 1)
+        ]
     elif kind == "parallel":
-        makers = _join(_by_language(rows, codes), rows.place, codes)
+        raw_items = _join_languages(_by_language(rows, codes), rows.place, codes)
     else:
-        makers = _part(_by_language(rows, codes), rows.place)
-    items, faults = _collect(makers, rows)
+        raw_items = _keep_apart(_by_language(rows, codes))
+    items, faults = _read_items(raw_items, rows)
     note = "" if is_parallel else "the items of each language are its own"
     benchmark = Benchmark(
         rows.label,
@@ -206,6 +221,7 @@ def _make_benchmark(rows: Rows, codes: Sequence[str], is_parallel: bool) -> Benc
 
 
 def _finish(benchmark: Benchmark, items: Sequence[Item]) -> Benchmark:
+    """The benchmark with its items, as "separate" where their choices are not in the same order."""
     if not items:
         raise UserError(f"{benchmark.source}: no items in it")
     seen: set[str] = set()
@@ -230,16 +246,12 @@ def _finish(benchmark: Benchmark, items: Sequence[Item]) -> Benchmark:
     return replace(benchmark, items=tuple(items), pool=tuple(items))
 
 
-def _collect(
-    makers: Iterable[Callable[[], Item]], rows: Rows
-) -> tuple[list[Item], list[UserError]]:
-    """The items, and the faults of those that cannot be asked: of published ones a few may have
-    some.
-    """
+def _read_items(raw_items: Iterable[RawItem], rows: Rows) -> tuple[list[Item], list[UserError]]:
+    """The items, and why some are left out, as a few of a published benchmark may be."""
     items, faults = [], []
-    for make in makers:
+    for raw in raw_items:
         try:
-            items.append(make())
+            items.append(_read_item(raw, rows.place))
         except UserError as fault:
             if not rows.is_published:
                 raise
@@ -277,12 +289,10 @@ def _by_language(rows: Rows, codes: Sequence[str]) -> Iterator[tuple[str, str, R
             yield wanted, part, row
 
 
-def _join(
+def _join_languages(
     rows: Iterable[tuple[str, str, Row]], place: str, codes: Sequence[str]
-) -> Iterator[Callable[[], Item]]:
-    """Rows of one language each become items: they meet by id, or by position where no row has
-    one.
-    """
+) -> Iterator[RawItem]:
+    """Items of rows in one language each, which are joined by id, or by position without ids."""
     merged: dict[str, dict[str, Row]] = {}
     counts: dict[tuple[str, str], int] = {}
     for code, part, row in rows:
@@ -297,39 +307,28 @@ def _join(
     if not merged:
         raise UserError(f"{place}: no rows in {', '.join(codes)}")
     for key, versions in merged.items():
-        yield lambda key=key, versions=versions: _read_item(key, versions, place, codes)
+        yield RawItem(key, codes, versions)
 
 
-def _part(rows: Iterable[tuple[str, str, Row]], place: str) -> Iterator[Callable[[], Item]]:
-    """Every row is an item of its own, in its one language."""
+def _keep_apart(rows: Iterable[tuple[str, str, Row]]) -> Iterator[RawItem]:
+    """Items of one row each, in one language."""
     counts: dict[str, int] = {}
     for code, _, row in rows:
         counts[code] = counts.get(code, 0) + 1
-        key = f"{code}/{counts[code]}"
-        yield lambda key=key, code=code, row=row: _read_item(key, {code: row}, place, [code])
+        yield RawItem(f"{code}/{counts[code]}", [code], {code: row})
 
 
-def _make_wide(rows: Rows, codes: Sequence[str]) -> Iterator[Callable[[], Item]]:
-    for number, (_, _, row) in enumerate(rows.rows, 1):
-        yield lambda row=row, number=number: _read_wide(row, rows.place, codes, number)
-
-
-def _read_wide(row: Row, place: str, codes: Sequence[str], number: int) -> Item:
+def _split_columns(row: Row, number: int, codes: Sequence[str]) -> RawItem:
     """An item whose languages are columns, by name or code in any spelling: "Chinese", "zh"."""
     columns = {
         find_code(key) or key: value for key, value in row.items() if isinstance(value, dict)
     }
-    return _read_item(str(row.get("id", number)), columns, place, codes, row)
+    return RawItem(str(row.get("id", number)), codes, columns, row)
 
 
-def _read_item(
-    key: str,
-    rows: dict[str, Any],
-    place: str,
-    codes: Sequence[str],
-    whole: Row | None = None,
-) -> Item:
-    """One item from its row in each language; `whole` is what they are columns of."""
+def _read_item(raw: RawItem, place: str) -> Item:
+    """The item in all its languages; `UserError` where one is missing or cannot be read."""
+    key, codes, rows, whole = raw
     place = f"{place}, item {key!r}"
     versions: dict[str, Version] = {}
     for code in codes:

@@ -52,10 +52,10 @@ PROMPTS: dict[int, tuple[str, bool]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Answers:
-    """What may stand after a prompt: `texts`, each ended by EOS, and `letters`, without EOS.
+class Continuations:
+    """The answers whose likelihood is scored after a prompt, one for each choice, in their order.
 
-    Either may be empty; the index is that of the choice.
+    `texts` end with EOS, `letters` do not. Either may be empty.
     """
 
     texts: tuple[str, ...] = ()
@@ -66,10 +66,10 @@ class Answers:
 class Wording:
     """The words around a question in one language; the fields are filled where they have braces.
 
-    `choice` is one choice, the {choices} of a prompt are these in lines. `answer` is what is scored
-    and what solved examples show, after `before_answer`: "{letter}", or with {text} the text of a
-    choice. `context` stands for {context} where an item has one. `between` parts solved examples.
-    `cause` and `effect` are the questions of XCOPA.
+    `choice` is the form of one choice; {choices} in the prompt is a line for each. `answer` is what
+    is scored, "{letter}", or with {text} the text of a choice; solved examples show it after
+    `before_answer`. `context` fills {context} where an item has one. `between` separates solved
+    examples. `cause` and `effect` are the questions of XCOPA.
     """
 
     prompt: str = "{context}{question}\n{choices}\nAnswer:"
@@ -116,11 +116,7 @@ def make_prompt(
                 "evaluation.shots: a benchmark asked by its bare questions takes no solved "
                 "examples; use 0"
             )
-        return (
-            version.question
-            if version.context is None
-            else f"{version.context}\n\n{version.question}"
-        )
+        return "\n\n".join(filter(None, (version.context, version.question)))
     if prompt not in PROMPTS:
         raise UserError(
             f"prompt {prompt}: SeaEval has 1 to {len(PROMPTS)}, and 0 is the bare question"
@@ -130,32 +126,34 @@ def make_prompt(
             f"{_frame(shot, True)}\n\nAnswer:\n{shot.choices[shot.answer]}\n\n" for shot in shots
         ]
         return "".join(solved) + _frame(version, True) + "\n\nAnswer:\n"
-    opening, airy = PROMPTS[prompt]
+    opening, is_spaced = PROMPTS[prompt]
     simply = (
         _SIMPLY.replace("answer", "choice") if prompt == 1 and "xquad" in benchmark else _SIMPLY
     )
-    return f"{opening} {simply}" + ("\n\n" if airy else "\n") + _frame(version, airy)
+    return f"{opening} {simply}" + ("\n\n" if is_spaced else "\n") + _frame(version, is_spaced)
 
 
-def list_answers(version: Version, prompt: int | str, language: str = "en") -> Answers:
-    """What is scored after a prompt. A bare question has no letters: its choices are scored by
-    their text, as the instruction data has it.
+def list_continuations(version: Version, prompt: int | str, language: str = "en") -> Continuations:
+    """The answers that are scored after a prompt. A bare question shows no letters, so its choices
+    are scored by their text.
     """
     bare = tuple(LABEL.sub("", choice, count=1) for choice in version.choices)
     if prompt == 0:
-        return Answers(texts=bare)
+        return Continuations(texts=bare)
     if isinstance(prompt, int):
-        return Answers(version.choices, tuple(choice[:3] for choice in version.choices))
+        return Continuations(version.choices, tuple(choice[:3] for choice in version.choices))
     wording = _wording_in(prompt, language)
     filled = tuple(
         _fill(wording.answer, letter=letter, text=text)
         for letter, text in zip(LETTERS, bare, strict=False)
     )
-    return Answers(texts=filled) if "{text}" in wording.answer else Answers(letters=filled)
+    if "{text}" in wording.answer:
+        return Continuations(texts=filled)
+    return Continuations(letters=filled)
 
 
 def hash_frame(prompt: int | str) -> str:
-    """A short hash of all words of a prompt: results with different ones asked differently."""
+    """A short hash of all words of a prompt, to tell apart results that were asked differently."""
     if isinstance(prompt, str):
         words: Any = {
             code: dataclasses.asdict(wording) for code, wording in read_frame(prompt).items()
@@ -175,7 +173,7 @@ def read_frame(name: str) -> dict[str, Wording]:
     if name == HARNESS:
         return {"default": Wording()}
     path = as_path(name)
-    # The file is asked for with every question, and it may change between two evaluations.
+    # Read once, although every question asks for it; again if it changes between two evaluations.
     return _read_file(name, path.stat().st_mtime_ns if path.exists() else 0)
 
 
@@ -231,6 +229,7 @@ def _wording_in(name: str, language: str) -> Wording:
 
 
 def _word(version: Version, wording: Wording, shots: Sequence[Version]) -> str:
+    """A question after its solved examples, in the words of a frame."""
     parts = [_ask(shot, wording) + _solve(shot, wording) for shot in shots]
     return wording.between.join([*parts, _ask(version, wording)])
 
@@ -257,11 +256,12 @@ def _fill(form: str, **values: str) -> str:
     return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), form)
 
 
-def _frame(version: Version, airy: bool) -> str:
+def _frame(version: Version, is_spaced: bool) -> str:
+    """SeaEval's form of an item: its context, question and choices under headings."""
     parts = [("Question", version.question), ("Choices", "\n".join(version.choices))]
     if version.context is not None:
         parts.insert(0, ("Context", version.context))
-    return ("\n\n" if airy else "\n").join(f"{name}:\n{text}" for name, text in parts)
+    return ("\n\n" if is_spaced else "\n").join(f"{name}:\n{text}" for name, text in parts)
 
 
 def show_gap(version: Version) -> Version:

@@ -62,9 +62,7 @@ class Benchmark:
 
     @property
     def fingerprint(self) -> str:
-        """A short hash of the items asked: results with different ones do not belong into one
-        table.
-        """
+        """A short hash of the items: results of different ones cannot be compared."""
         return content_hash(
             [
                 [

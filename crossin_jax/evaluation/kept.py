@@ -19,11 +19,12 @@ def ask_missing(
     """The answers to `count` prompts; those that `file` has are not asked again.
 
     `ask(numbers, finished)` answers the prompts with these numbers, and calls `finished(k, answer)`
-    as soon as numbers[k] is answered. Whoever has stored the whole removes the file.
+    as soon as numbers[k] is answered. The caller removes the file when all is stored elsewhere.
     """
     known = read(file) if file else {}
     left = [i for i in range(count) if i not in known]
-    # Process 0 alone writes. All have read before its first answer, which needs all of them.
+    # Process 0 alone writes. It cannot answer before the other processes have read the file, since
+    # all of them compute every answer.
     writes = file is not None and jax.process_index() == 0
     if not writes:
         answers = ask(left, lambda k, answer: None)

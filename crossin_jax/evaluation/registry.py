@@ -18,9 +18,9 @@ class Known:
     """A published benchmark.
 
     `hub` is ID, ID:CONFIGURATION or ID:FILE; {lang}, {split} and {part} stand for the language as
-    the data set spells it, the split, and one of `parts` after another. `split` is the published
-    one. `english` is where the English rows are, where they are elsewhere. The items of a benchmark
-    that is not parallel are others in each language. Without `hub` it is read from a folder.
+    the data set spells it, the split, and each of `parts`. `split` is the published one. `english`
+    is the place of the English rows, if it is another. A benchmark that is not parallel has other
+    items in each language. Without `hub` it is read from a folder.
     `languages` are those of a benchmark whose list is complete, so that others are refused without
     the network; empty where languages are still added.
     """

@@ -1,8 +1,8 @@
 """Asks a model the questions of a benchmark: free answers, or the likelihood of choices.
 
-Each finished (benchmark, prompt, method) is kept under a key made of weights, template, questions
-and settings, so a changed template starts anew. Of one that is interrupted every answer is kept
-(kept.py).
+The answers of each (benchmark, prompt, method) are kept under a key of weights, template, questions
+and settings. With another template they are asked again. Of a part that is interrupted, the answers
+so far are kept too (kept.py).
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from crossin_jax.evaluation.answers import align, read_choice
 from crossin_jax.evaluation.benchmarks import load_benchmark
 from crossin_jax.evaluation.frames import (
     hash_frame,
-    list_answers,
+    list_continuations,
     make_prompt,
     name_of_prompt,
     show_gap,
@@ -62,7 +62,7 @@ def load_benchmarks(config: Config) -> list[Benchmark]:
 def make_engine(
     config: Config, renderer: Renderer, graphdef: Any, params: Any, spec: ModelSpec, mesh: Mesh
 ) -> Engine:
-    """The engine that asks a model as a configuration says."""
+    """The engine for a model, with the settings of a configuration."""
     return Engine(
         graphdef,
         params,
@@ -77,7 +77,7 @@ def make_engine(
 
 
 def describe_benchmarks(config: Config, benchmarks: Sequence[Benchmark]) -> dict[str, Any]:
-    """For the record: where the items came from, which they are, and which were shown solved."""
+    """For the provenance: where the items came from, which they are, and the solved examples."""
     shots = config.evaluation.shots
 
     def has_shots(benchmark: Benchmark) -> bool:
@@ -132,16 +132,16 @@ def run_benchmarks(
     results = []
     for name, benchmark in zip(config.evaluation.benchmarks, benchmarks, strict=True):
         for prompt, method in plan_questions(config, benchmark):
-            key = _key(config, renderer, name, benchmark, prompt, method, weights)
+            key = _make_key(config, renderer, name, benchmark, prompt, method, weights)
             file = cache / f"{method}-{key}.json.gz" if cache else None
             parts = load(file) if file else None
             if parts is None:
                 ask = score_choices if method == "choices" else generate_answers
-                so_far = file and file.with_suffix(".part")
-                parts = ask(config, engine, renderer, benchmark, prompt, progress, so_far)
+                part_file = file and file.with_suffix(".part")
+                parts = ask(config, engine, renderer, benchmark, prompt, progress, part_file)
                 if file:
                     save(parts, file)
-                    so_far.unlink(missing_ok=True)
+                    part_file.unlink(missing_ok=True)
             results += parts
     return results
 
@@ -149,9 +149,8 @@ def run_benchmarks(
 def plan_questions(config: Config, benchmark: Benchmark) -> list[tuple[int | str, str]]:
     """The prompts and methods of a benchmark: (1, "choices"), (1, "generate"), (2, …
 
-    Cross-World is phrased as in the instruction data, and a prompt without choices stands for
-    itself: both are asked bare, by number 0. So is a sentence with a gap whose candidates are
-    scored in their place.
+    Number 0 is a bare question: for Cross-World, which is phrased as the instruction data are, for
+    prompts without choices, and for sentences whose candidates are scored in the gap.
     """
     settings = config.evaluation
     methods = ("choices", "generate") if settings.method == "both" else (settings.method,)
@@ -187,7 +186,7 @@ def _scores_gaps(config: Config, benchmark: Benchmark) -> bool:
     return benchmark.is_cloze and config.evaluation.gap != "question"
 
 
-def _key(
+def _make_key(
     config: Config,
     renderer: Renderer,
     name: str,
@@ -196,14 +195,14 @@ def _key(
     method: str,
     weights: str,
 ) -> str:
-    """What finished answers depend on, as a short hash."""
+    """A short hash of everything that decides the answers."""
     settings = config.evaluation
     asked = dataclasses.asdict(settings) | {
         "benchmarks": name,
         "prompts": prompt,
         "method": method,
     }
-    # These decide what is done with the answers, not what they are.
+    # These do not change the answers.
     del asked["rankc"], asked["untuned"]
     if settings.shots:  # they may be items beyond the limit
         asked["pool"] = with_items(benchmark, benchmark.pool).fingerprint
@@ -216,8 +215,8 @@ def _key(
 def questions(
     config: Config, benchmark: Benchmark, prompt: int | str
 ) -> Iterator[tuple[Item, str, str, str]]:
-    """(item, language, instruction, input) of every prompt; a bare question (number 0) of a
-    benchmark with choices names the answer's language.
+    """(item, language, instruction, input) of every prompt; a bare question (number 0) with choices
+    has the tag for its answer's language.
     """
     show = show_gap if benchmark.is_cloze else lambda version: version
     shots = 0 if benchmark.kind == "open" else config.evaluation.shots
@@ -242,14 +241,12 @@ def score_choices(
     benchmark: Benchmark,
     prompt: int | str,
     progress: bool,
-    so_far: Path | None = None,
+    part_file: Path | None = None,
 ) -> list[Predictions]:
-    """The likeliest choice by summed log-likelihood, per token and per byte, and of the letter
-    alone.
+    """The likeliest choices, by methods: summed log-likelihood, per token, per byte, letter alone.
 
-    A bare question has no letters: its choices are scored by their text, as the instruction data
-    has it. The likelihood covers the answer and EOS; that of a letter the letter alone. Candidates
-    for the gap of a sentence are scored in it, without EOS.
+    See `list_continuations` for what is scored after a prompt; candidates for the gap of a sentence
+    are scored in it, without EOS.
     """
     if _scores_gaps(config, benchmark):
         asked = [(item, code, "", "") for item in benchmark.items for code in item.versions]
@@ -259,7 +256,7 @@ def score_choices(
         asked = list(questions(config, benchmark, prompt))
         scored = [
             split_choices(
-                renderer, instruction, input, list_answers(item.versions[code], prompt, code)
+                renderer, instruction, input, list_continuations(item.versions[code], prompt, code)
             )
             for item, code, instruction, input in asked
         ]
@@ -276,7 +273,7 @@ def score_choices(
         )
         return [None if values is None else values.tolist() for values in found]
 
-    found = ask_missing(so_far, len(scored), ask)
+    found = ask_missing(part_file, len(scored), ask)
     methods = scored[0].methods
     answers: dict[str, dict[str, dict[str, Answer]]] = {method: {} for method in methods}
     for (item, language, *_), entry, values in zip(asked, scored, found, strict=True):
@@ -295,10 +292,11 @@ def generate_answers(
     benchmark: Benchmark,
     prompt: int | str,
     progress: bool,
-    so_far: Path | None = None,
+    part_file: Path | None = None,
 ) -> list[Predictions]:
-    """What the model writes, aligned to a choice by SeaEval's rules; few-shot answers end at the
-    first line break. The answer to a prompt without choices is its text.
+    """What the model writes, aligned to a choice by SeaEval's rules, or as text if there are none.
+
+    Few-shot answers end at the first line break.
     """
     settings = config.evaluation
     asked = list(questions(config, benchmark, prompt))
@@ -330,7 +328,7 @@ def generate_answers(
             progress=progress,
         )
 
-    answers = ask_missing(so_far, len(prompts), ask)
+    answers = ask_missing(part_file, len(prompts), ask)
     by_item: dict[str, dict[str, Answer]] = {}
     for (item, language, _, _), ids in zip(asked, answers, strict=True):
         choices = item.versions[language].choices
@@ -395,8 +393,8 @@ def check_lengths(
 
 
 def answer_without_model(config: Config) -> dict[str, list[Predictions]]:
-    """What two rules without knowledge choose on Cross-World: matching strings, and the commonest
-    training answer.
+    """The choices of two rules without a model on Cross-World: matching strings, and the most
+    frequent training answer.
     """
     languages = config.evaluation.languages or config.data.languages
     results: dict[str, list[Predictions]] = {"matching strings": [], "commonest answer": []}

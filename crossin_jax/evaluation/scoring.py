@@ -1,7 +1,7 @@
-"""Choices by likelihood: the token ids that are scored for a question, and which choice they say.
+"""Choices by likelihood: the token ids that are scored for a question, and which choice wins.
 
-A choice is scored after a prompt, or in the gap of a sentence. BMLAMA's authors compare whole
-sentences, the candidate in the place of the gap, by their mean log-likelihood per token:
+A choice is scored after a prompt, or in the gap of a sentence. As BMLAMA's authors do, whole
+sentences with a candidate in the gap are compared by their mean log-likelihood per token:
 
     Vienna lies on the | Danube | .        −2.1 per token       chosen
     Vienna lies on the | Rhine  | .        −2.6
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from crossin_jax.data.prompts import Renderer
-from crossin_jax.evaluation.frames import Answers
+from crossin_jax.evaluation.frames import Continuations
 from crossin_jax.evaluation.items import MASK, Version
 from crossin_jax.evaluation.layouts import LABEL
 from crossin_jax.evaluation.predictions import Answer
@@ -21,9 +21,10 @@ from crossin_jax.generation.chat import common_prefix, find_border
 
 @dataclass(frozen=True, slots=True)
 class ScoredChoices:
-    """A question as it is scored: ids of the prompt, and of each option after it.
+    """A question as token ids: those of the prompt, and of each option that may follow it.
 
-    The options are the `texts` of the choices, then their letters, if there are any.
+    The options are the `texts` of the choices, then their letters, if there are any. `methods` says
+    which scores they have: "sum", "mean", "byte" of texts, "letter", or "sentence".
     """
 
     prompt: np.ndarray
@@ -33,33 +34,33 @@ class ScoredChoices:
 
 
 def split_choices(
-    renderer: Renderer, instruction: str, input: str, answers: Answers
+    renderer: Renderer, instruction: str, input: str, continuations: Continuations
 ) -> ScoredChoices:
-    """Splits the rendered answers where the prompt ends; each choice is scored after the same
-    prompt ids.
-    """
-    texts = [renderer.render_answer(instruction, input, text) for text in answers.texts]
-    letters = [renderer.render_answer(instruction, input, text) for text in answers.letters]
+    """Splits the rendered answers where they begin to differ, so that all have the same prompt."""
+    texts, letters = (
+        [renderer.render_answer(instruction, input, text) for text in group]
+        for group in (continuations.texts, continuations.letters)
+    )
     border = find_border([*texts, *letters])
     options = [each.ids[border:] for each in texts]
     options += [each.ids[border:-1] for each in letters]  # without EOS
     prompt = (texts or letters)[0].ids[:border]
     methods = (*(("sum", "mean", "byte") if texts else ()), *(("letter",) if letters else ()))
-    return ScoredChoices(prompt, options, answers.texts, methods)
+    return ScoredChoices(prompt, options, continuations.texts, methods)
 
 
 def split_gap(renderer: Renderer, version: Version, *, whole: bool) -> ScoredChoices:
     """The candidates for the gap of a sentence, as bare text without a template.
 
-    `whole`: all tokens of the sentence count but the first, or but BOS, as in BMLAMA's code. Else
-    only the candidate counts, after what stands before the gap; what follows it is left out.
+    `whole`: all tokens of the sentence count except the first one or BOS, as in BMLAMA's code. Else
+    only the candidate counts, after the text before the gap; the text after it is left out.
     """
     before, after = version.question.split(MASK, 1)
     texts = tuple(LABEL.sub("", choice, count=1) for choice in version.choices)
     end = after if whole else ""
     ids = [renderer.encode_text(f"{before}{text}{end}") for text in texts]
     if whole:
-        # A sentence that begins with its gap has nothing to begin with.
+        # Sentences that begin with the gap may share no first token, so then EOS is the prompt.
         border = 1 if common_prefix(ids) else 0
     else:
         border = common_prefix([renderer.encode_text(before.rstrip(" ")), *ids])
@@ -77,7 +78,7 @@ def choose_likeliest(
     entry: ScoredChoices, values: np.ndarray | None, method: str, num_choices: int
 ) -> Answer:
     """The likeliest choice by a method; `values` are the summed log-likelihoods of all options,
-    None: too long. Choices of equal text are equally likely, whatever the last digit says.
+    None: too long. Choices of equal text have equal scores, without rounding errors.
     """
     if values is None:
         return Answer(tuple(range(num_choices)), "too_long")

@@ -18,8 +18,8 @@ NAMES = tuple(ending + packed for ending in ENDINGS for packed in ("", ".gz"))
 class Rows:
     """Rows in the order of the source, each with its language where the place of the row says it.
 
-    `part` names the one of several files of a language that a row is from. `is_published`: nobody
-    here can mend a faulty row.
+    A row is (language or None, part, columns); `part` names one of several files of a language.
+    `is_published`: the user cannot correct a faulty row.
     """
 
     label: str
@@ -149,8 +149,11 @@ def _read_each(name: str, place: str, label: str, codes: Sequence[str]) -> Rows:
     rows = Rows(label, name)
     for code, found in find_files(place, codes, NAMES, True).items():
         if not found:
+            expected = f"{place}/NAME_{code}.json"
+            if "{lang}" in place:
+                expected = place.replace("{lang}", code)
             raise UserError(
-                f"benchmark {name!r}: no file {_wanted(place, code)} for language {code!r}; "
+                f"benchmark {name!r}: no file {expected} for language {code!r}; "
                 f"add it, or leave {code!r} out of the languages"
             )
         if len(found) > 1:
@@ -160,10 +163,6 @@ def _read_each(name: str, place: str, label: str, codes: Sequence[str]) -> Rows:
             )
         rows.add(code, "", read_rows(File(str(found[0]), code, _layout_of(found[0]))))
     return rows
-
-
-def _wanted(place: str, code: str) -> str:
-    return place.replace("{lang}", code) if "{lang}" in place else f"{place}/NAME_{code}.json"
 
 
 def _read_tree(name: str, path: Path, codes: Sequence[str]) -> Rows:

@@ -18,7 +18,7 @@ from crossin_jax.data.kinds import Example
 from crossin_jax.data.pipeline import PROMPT_FILE, load_tokenizer, read_answer_ends, read_prompt
 from crossin_jax.data.prompts import Renderer
 from crossin_jax.data.templates import TEMPLATES
-from crossin_jax.evaluate import check_template
+from crossin_jax.evaluate import settle_template
 from crossin_jax.export import export, write_prompt
 from crossin_jax.generation.chat import load_chat_model
 from tests.checkpoint.runs import edit_config, make_run
@@ -198,12 +198,12 @@ def test_an_exported_model_is_evaluated_as_it_was_trained(low_rank, tmp_path):
     prompt = {"template": CUSTOM, "system": None, "tokenization": "joint"}
     (tmp_path / "mine.json").write_text(json.dumps(CUSTOM))
     asked = Config(data=Data(template=str(tmp_path / "mine.json")))
-    check_template(asked, prompt)
-    check_template(asked, {})
+    settle_template(asked, prompt)
+    settle_template(asked, {})
     for wrong in (prompt | {"template": "plain"}, prompt | {"tokenization": "apart"}):
         with pytest.raises(UserError, match="but the model was trained with"):
-            check_template(asked, wrong)
-        check_template(dataclasses.replace(asked, evaluation=Evaluation(template="plain")), wrong)
+            settle_template(asked, wrong)
+        settle_template(dataclasses.replace(asked, evaluation=Evaluation(template="plain")), wrong)
 
 
 @pytest.mark.parametrize(

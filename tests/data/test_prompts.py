@@ -610,7 +610,7 @@ def test_counting_bytes_finds_the_same_border_as_offsets(tokenizers, name, share
         for qa in paragraph["qas"]
     ]
     for result, one in zip(renderer.render_many(examples), examples, strict=True):
-        (piece,) = renderer._plan(one)
+        (piece,) = renderer._split(one)
         encoding = renderer._tokenizer.encode(piece.text, add_special_tokens=False)
         ((start, stop),) = _find_tokens(encoding, piece)
         assert result.loss_mask.tolist() == [False] * (start + 1) + [True] * (stop - start + 1)

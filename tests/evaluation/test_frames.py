@@ -7,9 +7,9 @@ import pytest
 from crossin_jax.config import UserError
 from crossin_jax.evaluation.frames import (
     COPA,
-    Answers,
+    Continuations,
     hash_frame,
-    list_answers,
+    list_continuations,
     make_prompt,
     name_of_prompt,
 )
@@ -48,14 +48,14 @@ def test_the_harness_asks_as_its_task_files_say():
         "Which city?\nA. Rome\nB. Oslo {x}\nAnswer: B\n\n"
         "Which city?\nA. Rome\nB. Oslo {x}\nAnswer:"
     )
-    assert list_answers(CITY, "harness") == Answers(letters=("A", "B"))
+    assert list_continuations(CITY, "harness") == Continuations(letters=("A", "B"))
     assert name_of_prompt("harness") == "harness"
 
 
 def test_seaevals_answers_have_labels_and_bare_ones_have_none():
     letters = ("(A)", "(B)")
-    assert list_answers(CITY, 1) == Answers(("(A) Rome", "(B) Oslo {x}"), letters)
-    assert list_answers(CITY, 0) == Answers(("Rome", "Oslo {x}"))
+    assert list_continuations(CITY, 1) == Continuations(("(A) Rome", "(B) Oslo {x}"), letters)
+    assert list_continuations(CITY, 0) == Continuations(("Rome", "Oslo {x}"))
 
 
 def test_a_file_words_each_language(own):
@@ -65,8 +65,8 @@ def test_a_file_words_each_language(own):
     assert make_prompt(CITY, own, language="zh") == "Which city?\nA. Rome\nB. Oslo {x}\n答案："
     for code in ("zh", "zh-Hant"):  # the language's wording serves its varieties
         assert make_prompt(STORY, own, language=code) == "Who came?\nA. Ann\nB. Bo\n答案："
-    assert list_answers(CITY, own, "vi") == Answers(texts=("Rome", "Oslo {x}"))
-    assert list_answers(CITY, own, "zh") == Answers(letters=("A", "B"))
+    assert list_continuations(CITY, own, "vi") == Continuations(texts=("Rome", "Oslo {x}"))
+    assert list_continuations(CITY, own, "zh") == Continuations(letters=("A", "B"))
     assert name_of_prompt(own) == "own"
 
 

@@ -11,7 +11,7 @@ import crossin_jax
 from crossin_jax.config import UserError
 from crossin_jax.data.kinds import Example
 from crossin_jax.data.prompts import Renderer
-from crossin_jax.evaluation.frames import Answers
+from crossin_jax.evaluation.frames import Continuations
 from crossin_jax.evaluation.scoring import split_choices
 
 
@@ -61,7 +61,7 @@ def test_an_answer_says_whether_it_was_cut(model):
 def test_score_is_that_of_the_benchmarks_and_of_the_logits(model):
     options = ["sol", "euro", "the sol of Peru"]
     scores = model.score(QUESTION, options)
-    entry = split_choices(model.chat.renderer, QUESTION, "", Answers(tuple(options)))
+    entry = split_choices(model.chat.renderer, QUESTION, "", Continuations(tuple(options)))
     (expected,) = model.chat.engine.score([entry.prompt], [entry.options], progress=False)
     np.testing.assert_allclose(scores, expected, atol=1e-5)
     for option, score in zip(options, scores, strict=True):

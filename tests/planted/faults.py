@@ -470,9 +470,9 @@ FAULTS = (
         room="evaluation",
         name="letters-before-bare-choices",
         what="Bare questions are scored with letters before the choices.",
-        where="crossin_jax/evaluation/frames.py:list_answers",
-        old="Answers(texts=bare)",
-        new="Answers(texts=version.choices)",
+        where="crossin_jax/evaluation/frames.py:list_continuations",
+        old="Continuations(texts=bare)",
+        new="Continuations(texts=version.choices)",
         tests=(
             "tests/test_evaluate_cache.py",
             "tests/test_evaluate_program.py",
@@ -483,7 +483,7 @@ FAULTS = (
         room="evaluation",
         name="asked-with-another-tag",
         what="A checkpoint is asked under another data.tag than it was trained with.",
-        where="crossin_jax/evaluate.py:check_template",
+        where="crossin_jax/evaluate.py:settle_template",
         old="'tag'",
         new="'template'",
         tests=(
