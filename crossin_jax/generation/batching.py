@@ -205,8 +205,8 @@ def find_stop(
     """
     # Tokens and stop texts end at different places. With the stop "\nQ:"
     #
-    #     tokens     Par | is | .\nQ | : no      3 tokens would leave "\nQ" in the answer for ever,
-    #     kept       Par | is | .\nQ | : no      because the text no longer shows that it was a stop
+    #     tokens     Par | is | .\nQ | : no      with 3 tokens "\nQ" would stay in the answer,
+    #     kept       Par | is | .\nQ | : no      since its text would not show the stop
     #     text       Paris.                      (after cut_at_stop)
     ends = []  # (tokens before the stop, tokens kept)
     texts = [entry for entry in stop if isinstance(entry, str)]

@@ -1,4 +1,4 @@
-"""Texts in, texts out: an engine with its tokenizer and template, for whatever model."""
+"""Texts in, texts out: an engine with its tokenizer and template, for any model."""
 
 import dataclasses
 import sys
@@ -28,7 +28,7 @@ Prompt = str | tuple[str, str] | Sequence[Mapping[str, str]]
 
 
 class Text(str):
-    """An answer; `is_cut` says that it was as long as allowed and not at its end."""
+    """An answer; `is_cut`: it has as many tokens as allowed and did not end by itself."""
 
     is_cut: bool = False
 
@@ -125,9 +125,7 @@ class ChatModel:
 
 
 def find_border(answers: Sequence[Rendered]) -> int:
-    """How many ids all answers to one prompt share and none of them learns: what is read once for
-    all.
-    """
+    """How many ids of the prompt all answers have in common: these are read once."""
     # Tokens may reach over the end of the prompt: "Answer:" + " (A) Paris" can begin with the token
     # ": (". The border is the first token in which any answer differs from the prompt:
     #
@@ -196,11 +194,11 @@ def make_chat_model(
     system: str | None = None,
     batch_size: int = 1,
 ) -> ChatModel:
-    """An opened model, ready to answer; `asked` is how it was trained to be asked, where the model
-    does not say so.
+    """An opened model, ready to answer; `asked` are the settings of its prompts in training, where
+    its own files do not have them.
     """
     tokens = loaded.tokenizer
-    # How the model was trained: a run says so itself, an exported model in its prompt.json.
+    # How the model was trained: in the settings of a run, or in the prompt.json of an export.
     if loaded.run:
         asked = dataclasses.asdict(loaded.config.data)
     elif asked is None:

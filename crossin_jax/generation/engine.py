@@ -120,8 +120,8 @@ class Engine:
 
         A stop is a text (found through `detokenize`; the last token may reach into it) or token
         ids. Row i draws by `seeds[i]` and position; without seeds a prompt's own tokens seed it. A
-        prompt too long for `max_length` raises `UserError`, or yields None with over_long="skip".
-        `stream(i, new ids)` is called as answers grow, `finished(i, ids)` when one is whole.
+        prompt too long for `max_length` raises `UserError`, or gives None with over_long="skip".
+        `stream(i, new ids)` is called as answers grow, `finished(i, ids)` when one is complete.
         """
         sampling = make_sampling(temperature, top_k, top_p)
         tokens = self._check_prompts(prompts)
@@ -133,8 +133,7 @@ class Engine:
         # place among other prompts.
         if seeds is None:
             seeds = [zlib.crc32(ids.tobytes()) for ids in tokens]
-        # What does not fit is refused, or skipped, before anything is computed.
-        fits = self._fitting(tokens, limits, "max_new_tokens", over_long)
+        fits = self._find_fitting(tokens, limits, "max_new_tokens", over_long)
         asked = [
             Prompt(i, ids, limit, seed % (1 << 32))
             for i, (ids, limit, seed) in enumerate(zip(tokens, limits, seeds, strict=True))
@@ -194,10 +193,10 @@ class Engine:
     ) -> list[np.ndarray | None]:
         """The summed log-likelihood of each continuation given its prompt, (C,) float64 per prompt.
 
-        A prompt is read once for all its continuations, and a continuation that another one begins
-        with is not read again. A prompt too long for `max_length` (the last token of a continuation
-        is not read) raises `UserError`, or yields None with over_long="skip". `finished(i, scores)`
-        is called when prompt i is scored.
+        A prompt is read once for all its continuations. A continuation is not read if another one
+        begins with it. A prompt too long for `max_length` (the last token of a continuation is not
+        read) raises `UserError`, or gives None with over_long="skip".
+        `finished(i, scores)` is called when prompt i is scored.
         """
         scored = self.score_with_greedy(
             prompts, continuations, over_long=over_long, finished=finished, progress=progress
@@ -217,7 +216,7 @@ class Engine:
         tokens = self._check_prompts(prompts)
         choices = self._check_choices(continuations)
         assert len(choices) == len(tokens), (len(choices), len(tokens))
-        fits = self._fitting(
+        fits = self._find_fitting(
             tokens,
             [max(map(len, entry)) - 1 for entry in choices],
             "the longest continuation but its last token",
@@ -228,8 +227,7 @@ class Engine:
         # Paris" only the second is read; its first tokens give the score of the first.
         kept, places = zip(*map(drop_prefix_choices, choices), strict=True) if choices else ((), ())
         read = [[entry[k] for k in some] for entry, some in zip(choices, kept, strict=True)]
-        # The device computes a batch while two more wait, and the host prepares the next one
-        # meanwhile.
+        # Up to three batches are on the device while the host prepares the next one.
         pending: deque = deque()
         with self._open_bar("score", len(fits), progress) as bar:
 
@@ -252,9 +250,7 @@ class Engine:
     def _score_all(
         self, tokens: list[np.ndarray], choices: list[list[np.ndarray]], asked: list[int]
     ) -> Iterator[tuple[list[int], Any]]:
-        """(prompts of a batch, result of the scoring program), which the device may still
-        compute.
-        """
+        """(prompts of a batch, result of the scoring program); the device may not be done yet."""
         for group in share_prefixes([tokens[i] for i in asked], self.share_prefix):
             group = Group(group.prefix, tuple(asked[i] for i in group.members))
             prefix = self.programs.read_prefix(
@@ -293,10 +289,12 @@ class Engine:
                 f"{self.spec.vocab_size}; use the tokenizer that belongs to the model"
             )
 
-    def _fitting(
+    def _find_fitting(
         self, tokens: list[np.ndarray], more: Sequence[int], what: str, over_long: str
     ) -> set[int]:
-        """The prompts that fit `max_length` with what follows them."""
+        """The prompts that fit `max_length` with `more` tokens after them, which are called `what`
+        in the message; others are refused, or skipped.
+        """
         assert over_long in ("raise", "skip"), over_long
         long = [i for i, prompt in enumerate(tokens) if len(prompt) + more[i] > self.max_length]
         if long and over_long == "raise":

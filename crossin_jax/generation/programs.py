@@ -24,19 +24,17 @@ from crossin_jax.generation.steps import State
 from crossin_jax.models.cpu import UnrolledModel, unstack
 from crossin_jax.parallel.mesh import activation_spec
 
-CHUNK = 32  # decode steps between two looks of the host
-# On a CPU a layer's slice of stacked weights or of a stacked cache is a copy: up to so many layers
-# have arrays of their own and an unrolled loop; beyond, compilation and the memory of layers that
-# are there twice would cost more
+CHUNK = 32  # decode steps after which the host reads the new tokens
+# On a CPU, a layer's slice of stacked weights or of a stacked cache is a copy. So a model of up to
+# this many layers is unrolled, with arrays for each layer. More layers would take too long to
+# compile, and too much memory, because their weights are there twice.
 UNROLLED_LAYERS = 16
 
 log = logging.getLogger(__name__)
 
 
 class Programs:
-    """The device's side of the engine; takes and gives ids as numpy arrays, states as pytrees on
-    the mesh.
-    """
+    """The device's side of the engine; ids are numpy arrays, states are pytrees on the mesh."""
 
     def __init__(
         self,
@@ -74,14 +72,14 @@ class Programs:
 
     @property
     def params(self) -> Any:
-        """The model's state; another of the same shapes and places keeps the programs."""
+        """The model's state; a new one of the same shapes and shardings keeps the programs."""
         return jax.tree.unflatten(self._treedef, self._leaves)
 
     @params.setter
     def params(self, params: Any) -> None:
         self._leaves, self._treedef = jax.tree.flatten(params)
-        # Programs are compiled for shapes, precisions and places. Weights of the next training step
-        # have the same, so that benchmarks during training compile once.
+        # Programs are compiled for shapes, precisions and shardings. The weights of later training
+        # steps have the same, so benchmarks during training compile once.
         signature = (
             self._treedef,
             [(leaf.shape, leaf.dtype, leaf.sharding) for leaf in self._leaves],
@@ -246,7 +244,7 @@ class Programs:
         for b, entry in enumerate(choices):
             for c, choice in enumerate(entry):
                 ids_CBK[c, b, : len(choice)], sizes_CB[c, b] = choice, len(choice)
-        # Rows without a prompt read one token; nobody looks at their scores.
+        # Rows without a prompt read one token; their scores are not used.
         prompts = prompts + [np.zeros(1, np.int32)] * (B - len(prompts))
 
         def program(weights, prefix, tokens, lengths, choices, sizes):
@@ -272,9 +270,9 @@ class Programs:
             sizes_CB,
         )
 
-    # A key has all that decides the shapes of the inputs, e.g. ("decode", slots, R, rules). The
-    # programs are compiled ahead of time: a compiled one refuses another shape, where `jax.jit`
-    # would silently compile once more.
+    # A key is all that decides the shapes of the inputs, e.g. ("decode", slots, R, rules). Programs
+    # are compiled ahead of time: such a program refuses inputs of another shape, while `jax.jit`
+    # would silently compile again.
     def _run(
         self, kind: str, key: tuple, program: Callable, *inputs: Any, donate: tuple[int, ...] = ()
     ) -> Any:
@@ -307,10 +305,9 @@ class Programs:
         return UnrolledModel(model, []) if self._unrolls else model
 
     def _place(self, state: State) -> State:
-        """Pins a state to the mesh, so that every program takes what every other gives."""
+        """Pins a state to the mesh, so that a program returns what the next one expects."""
         if self.mesh is None:
             return state
-        # Without this, a program may leave an array on other devices than the next one expects.
         axes = State(self._axes, *[steps.Axes(("batch",))] * 5, steps.Axes(()))
         return jax.tree.map(
             lambda leaf, axes: jax.lax.with_sharding_constraint(

@@ -32,21 +32,18 @@ class State:
         row 1   Name a river ·      ·       ·  Seine  ·     admitted two steps later
                                                       ▲ cache["next_slot"], for all rows
 
-    One slot for all rows is a cheap write: dynamic_update_slice instead of a scatter. The price is
-    that rows which start later waste the slots before their start. After the last slot, writing
-    continues at R. So a row must end before the ring comes round to its first token.
+    All rows write to the same slot, which is cheap: dynamic_update_slice instead of a scatter. The
+    price is that rows which start later waste the slots before their start. After the last slot,
+    writing continues at R. So a row must end before the ring reaches its first token again.
     """
 
     cache: Cache
-    # the token that was drawn last, which the model has not read yet, and its position
-    token_B: jax.Array
-    position_B: jax.Array
-    # tokens that may still be drawn
-    left_B: jax.Array
+    token_B: jax.Array  # the token that was drawn last, which the model has not read yet
+    position_B: jax.Array  # its position
+    left_B: jax.Array  # how many tokens may still be drawn
     seed_B: jax.Array
     done_B: jax.Array
-    # () bool: whether all logits so far were numbers
-    finite: jax.Array
+    finite: jax.Array  # () bool: whether all logits so far were finite
 
 
 @dataclass(frozen=True)
@@ -66,8 +63,8 @@ class Axes:
 
 def cache_axes(model: Transformer, dtype: Any) -> Any:
     """The `Axes` of every array of the cache, which may be stacked over layers or not."""
-    # A cache is shaped, without memory, for sizes that no model has. Where they occur in the shape
-    # of an array is where its rows and slots are.
+    # Shapes of a cache (without memory) for numbers of rows and slots that no model has as another
+    # size: where they are in the shape of an array, its rows and slots are.
     B, S = 10_007, 10_009
 
     def axes(leaf):
