@@ -21,13 +21,11 @@ heads · G = N/K · H head width.
 
 import functools
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
@@ -286,38 +284,6 @@ def _splash(
 def tile(kernel: Kernel, length: int) -> int:
     """The tile in effect: the largest up to the kernel's that divides the row."""
     return max(b for b in range(LANES, max(kernel.block, LANES) + 1, LANES) if length % b == 0)
-
-
-def kernel_flops(
-    spec: ModelSpec, kernel: Kernel, calls: Mapping[str, float], rows: int, length: int, shards: int
-) -> float:
-    """FLOPs of splash calls (counted by name) on one device: tiles that the mask does not empty.
-
-    A tile has 2 products in the forward kernel, 4 in that of dk and dv, 3 in that of dq; where
-    layers differ in their window, calls are taken to be spread over them evenly.
-    """
-    products = sum(
-        number * next(n for part, n in (("_fwd", 2), ("_dkv", 4), ("_dq", 3)) if part in name)
-        for name, number in calls.items()
-        if name.startswith("splash")
-    )
-    if not products:
-        return 0.0
-    # Tile (i, j) is computed where some of its queries see some of its keys:
-    #
-    #     x . . .      back[i, j] = (i − j) · block is 0 on the diagonal. With a window of one block
-    #     x x . .      two tiles per row are computed, the one on the diagonal and the one before.
-    #     . x x .
-    block = tile(kernel, length)
-    back = np.subtract.outer(np.arange(length // block), np.arange(length // block)) * block
-
-    def tiles(window: int | None) -> int:
-        return int(((back >= 0) & (back - block + 1 < (window or length))).sum())
-
-    local = spec.local_layers or (False,)
-    mean = sum(tiles(spec.window if is_local else None) for is_local in local) / len(local)
-    heads = spec.num_heads // shards if spec.num_heads % shards == 0 else spec.num_heads
-    return products * 2.0 * mean * block * block * spec.head_width * rows * heads
 
 
 def _cudnn(

@@ -24,9 +24,9 @@ from crossin_jax.generation.batching import LENGTH_BUCKETS, bucket
 from crossin_jax.generation.decoding import RING
 from crossin_jax.generation.programs import CHUNK, Programs
 from crossin_jax.generation.sampling import make_sampling
-from crossin_jax.models.attention import Kernel, choose_kernel, kernel_flops
+from crossin_jax.models.attention import Kernel, choose_kernel
 from crossin_jax.parallel.mesh import batch_sharding, check_batch, count_slices, make_mesh
-from crossin_jax.plan.cost import Cost
+from crossin_jax.plan.cost import Cost, kernel_flops
 from crossin_jax.plan.proposal import replace_settings
 from crossin_jax.plan.schedule import BETWEEN_SLICES, Speed, waiting_seconds
 from crossin_jax.plan.topology import (

@@ -19,11 +19,11 @@ from crossin_jax.models.attention import (
     attend,
     attend_cached,
     choose_kernel,
-    kernel_flops,
     tile,
 )
 from crossin_jax.models.cpu import MIN_BLOCK_QUERIES, cut
 from crossin_jax.parallel.mesh import make_mesh
+from crossin_jax.plan.cost import kernel_flops
 from tests.models.models import GEMMA, LLAMA, make_rows
 
 REFERENCE, SPLASH = Kernel("reference"), Kernel("splash", block=128, interpret=True)

@@ -10,10 +10,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from crossin_jax import config as settings
-from crossin_jax.models.attention import Kernel, attend, choose_kernel, kernel_flops
+from crossin_jax.models.attention import Kernel, attend, choose_kernel
 from crossin_jax.models.spec import spec_from_hf
 from crossin_jax.models.transformer import with_remat
 from crossin_jax.parallel.mesh import BATCH, make_mesh
+from crossin_jax.plan.cost import kernel_flops
 from crossin_jax.plan.topology import compile_program
 from tests.models.published import CHECKPOINTS
 from tests.parallel.tpu import topology
