@@ -322,7 +322,7 @@ FAULTS = (
         room="generation",
         name="full-length-refused",
         what="A prompt that fills the model's length exactly is refused.",
-        where="crossin_jax/generation/engine.py:Engine._fitting",
+        where="crossin_jax/generation/engine.py:Engine._find_fitting",
         old="len(prompt) + more[i] > self.max_length",
         new="len(prompt) + more[i] >= self.max_length",
         tests=(
