@@ -26,7 +26,8 @@ def read_requests(data: Path, limit: int | None) -> list[list[Any]]:
     from lm_eval.api.instance import Instance
 
     from crossin_jax.data.templates import load_template
-    from crossin_jax.evaluation.benchmarks import load_benchmark, make_prompt
+    from crossin_jax.evaluation.benchmarks import load_benchmark
+    from crossin_jax.evaluation.frames import make_prompt
 
     frame = load_template("alpaca").prompt_no_input
     asked = [

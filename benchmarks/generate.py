@@ -54,7 +54,8 @@ def read_prompts(data: Path, limit: int | None) -> tuple[list[np.ndarray], list[
     """Token ids of every question in every language, and (id, language) of each."""
     from crossin_jax.data.pipeline import load_tokenizer
     from crossin_jax.data.prompts import Renderer
-    from crossin_jax.evaluation.benchmarks import load_benchmark, make_prompt
+    from crossin_jax.evaluation.benchmarks import load_benchmark
+    from crossin_jax.evaluation.frames import make_prompt
 
     renderer = Renderer(load_tokenizer(str(data / "tokenizers/llama2")), "alpaca")
     benchmark = load_benchmark(str(data / "seaeval/cross_mmlu.json"), LANGUAGES)
