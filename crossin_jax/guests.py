@@ -12,6 +12,8 @@ GUESTS = {
     "world": "crossin_jax.world.facts",
     # rules that answer cross_world without a model
     "world baselines": "crossin_jax.world.baselines",
+    # evaluation.benchmarks: refused before training where evaluate would refuse them afterwards
+    "benchmark rows": "crossin_jax.evaluation.benchmarks",
     # train.benchmark_every: benchmark scores during training
     "benchmarks": "crossin_jax.evaluation.during_training",
     # after a loss that is not finite: the rows it came from

@@ -42,7 +42,6 @@ from crossin_jax.config import Config, Data, Train, UserError, to_dict
 from crossin_jax.data.lengths import describe_lost
 from crossin_jax.data.loader import Loader, make_loader
 from crossin_jax.data.pipeline import Pipeline, open_eval_renderer, open_pipeline
-from crossin_jax.evaluation.benchmarks import check_benchmarks
 from crossin_jax.files import write_whole
 from crossin_jax.guests import open_guest
 from crossin_jax.parallel import hosts
@@ -115,7 +114,8 @@ def train(
     folder.
     """
     config = check(config)
-    check_benchmarks(config)
+    if config.evaluation.benchmarks:
+        open_guest("benchmark rows").check_benchmarks(config)
     folder = find_folder(config)
     with hosts.own_folder(folder), process.cleanup(partial(forget_refused, folder)):
         config = settle_precision(config, folder if resume else None)
@@ -157,7 +157,7 @@ def train(
                 contextlib.closing(profiler),
             ):
                 if is_resumed:
-                    make_up_evaluations(run, state, telemetry)
+                    do_missed_evaluations(run, state, telemetry)
                 elif run.held_out:
                     telemetry.write({"step": 0} | run.held_out(state))
                 take_steps(
@@ -270,7 +270,7 @@ def restore(run: Run, store: Store, abstract: TrainState) -> TrainState | None:
 #
 #     compute ─ report (raises for a non-finite loss) ─ save ─ stop, if a signal asked ─ evaluate
 #
-# A stopped run has saved but not evaluated. `make_up_evaluations` does it when the run continues.
+# A stopped run has saved but not evaluated. `do_missed_evaluations` does it when the run continues.
 def take_steps(
     run: Run,
     state: TrainState,
@@ -342,7 +342,7 @@ def due_evaluations(run: Run, step: int) -> Iterator[tuple[str, Scores]]:
         yield run.config.evaluation.benchmarks[0], run.benchmarks
 
 
-def make_up_evaluations(run: Run, state: TrainState, telemetry: Telemetry) -> None:
+def do_missed_evaluations(run: Run, state: TrainState, telemetry: Telemetry) -> None:
     """Does the evaluations after the restored step that metrics.jsonl does not have.
 
     The previous run was stopped after saving this step, before evaluating it.
