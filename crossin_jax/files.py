@@ -1,6 +1,4 @@
-"""Files and folders: read with complaints that name the remedy, written whole or not at all,
-hashed.
-"""
+"""Files: read with errors that name the remedy, written whole or not at all; checks of fields."""
 
 import contextlib
 import gzip

@@ -1,5 +1,4 @@
-"""The one room where a language is known: its code, its names, and the sentences that no library
-has.
+"""All that is known of languages: codes, names, and the sentences that no library has.
 
 Any language of ISO 639 goes, in any usual spelling: `canonical("Chinese")`, `canonical("zho_Hans")`
 and `canonical("zh-CN")` are all "zh". The libraries langcodes (codes) and Babel (CLDR's names) know
@@ -47,7 +46,7 @@ _SPELLINGS = {
     spelling: row.code for row in ENTRIES.values() for spelling in (row.code, *row.spellings)
 }
 _SPELLINGS |= {name.lower(): code for code, name in LANGUAGES.items()}
-# as published data sets spell them: X-CSQA, P-MMEval, INCLUDE
+# As published data sets spell them: X-CSQA, P-MMEval, INCLUDE
 _SPELLINGS |= {"jap": "ja", "vi-vt": "vi", "north macedonian": "mk"}
 
 # Codes that ISO 639 has and that name no language
@@ -147,7 +146,7 @@ def _parse_tag(text: str) -> str | None:
 
 
 def _shorten(language: str, script: str | None, region: str | None) -> str:
-    """Leaves out a script or region that goes without saying (CLDR's likely subtags)."""
+    """Leaves out a script or region that is the usual one (CLDR's likely subtags)."""
     from langcodes import Language as Tag
 
     region = _REGIONS.get(f"{language}-{region}", region)
@@ -170,7 +169,7 @@ def _shorten(language: str, script: str | None, region: str | None) -> str:
 
 
 def _find_name(text: str) -> str | None:
-    # "Chinese (Traditional)", "Portuguese (Brazil)": what stands in brackets is a script or a
+    # "Chinese (Traditional)", "Portuguese (Brazil)": the text in brackets is a script or a
     # territory
     base, qualifier = re.fullmatch(r"(.*?)\s*(?:[(（](.*)[)）])?", text, re.DOTALL).groups()
     found = _look_up("language", text) or _look_up("language", base)

@@ -272,7 +272,7 @@ def marked_folder(target: BucketPath) -> Iterator[None]:
 
 
 def check_finished(folder: BucketPath) -> None:
-    """Refuses a folder of a bucket that somebody is writing, or that a killed process left."""
+    """Refuses a folder of a bucket that a program is writing, or that a killed process left."""
     if (folder / UNFINISHED).exists():
         raise UserError(
             f"{folder} is not finished: a program is writing it, or was killed; export it again"

@@ -1,4 +1,4 @@
-"""How a process is told to stop, and what it removes before it exits.
+"""How a process is stopped by signals, and what it removes before it exits.
 
 A handler only sets a flag. Between its steps a phase that can save asks `is_told_to_stop`; outside
 of such a phase a thread removes unfinished files and leaves, so that no signal can interrupt a
@@ -55,7 +55,7 @@ def listen() -> bool:
 
 
 def unlisten() -> None:
-    """Gives the signals back to whoever had them before `listen`; what was told is forgotten."""
+    """Restores the signal handlers from before `listen`, and forgets signals that came."""
     if not _before:
         return
     for number, handler in _before.items():
@@ -121,7 +121,7 @@ def deferred_stop() -> Iterator[None]:
     finally:
         if is_mine:
             unlisten()
-        # Once told, the program is on its way out: a further signal changes nothing.
+        # After a signal the program is about to exit: a further signal changes nothing.
         _is_deferred = _told.is_set()
 
 

@@ -25,7 +25,7 @@ PROBE = "Hello, wORLD!  1234567 naïve\tstraße\n你好，世界 مرحبا न�
 def identify_tokenizer(tokenizer: Any) -> str:
     """A hash of what a tokenizer does: its vocabulary, its special tokens, and how it cuts a text.
 
-    The tokenizer's files would not do: libraries write the same tokenizer in more than one way.
+    A hash of its files would differ for one tokenizer, which libraries write in more than one way.
     """
     return content_hash(
         [

@@ -1,5 +1,4 @@
-"""Whether something is what it was: fingerprints of arrays, and the sizes and hashes of a
-checkpoint's files.
+"""To find changed weights: fingerprints of arrays, sizes and hashes of a checkpoint's files.
 
 A fingerprint of an array depends on its content alone. It is the same on every mesh and however
 many files the array came from. Each element's bits are hashed together with its place in the array,
@@ -160,7 +159,7 @@ def _make_program(place: NamedSharding | None, is_widened: bool) -> Any:
     axes = [(names,) if isinstance(names, str) else names or () for names in place.spec]
 
     # Each device sums its shard, and one exchange adds both sums. The compiler's own partition has
-    # an exchange for each sum; simulated devices may meet them in another order, and wait for ever.
+    # an exchange for each sum, which simulated devices may run in different orders and never end.
     def program(leaf):
         def sum_shard(part):
             axes_of = [*axes, *[()] * (leaf.ndim - len(axes))]

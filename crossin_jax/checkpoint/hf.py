@@ -231,8 +231,8 @@ def match_tensors(
                 '\nlm_head differs from embed_tokens: set "tie_word_embeddings": false in '
                 "config.json"
             )
-    # Strict both ways: a tensor that nobody asked for is a fault too. It may be what makes the
-    # model another one.
+    # Strict both ways: a tensor that the spec does not have is a fault too, since the model may be
+    # another one.
     keys = weight_keys(spec)
     faults = misfits(
         found, {name: key for key in keys.values() for name in key.names(spec.num_layers)}

@@ -141,7 +141,7 @@ def open_model(
         folder = run / "checkpoints" / str(step)
         origin = read_origin(folder)
         tokenizer = open_tokenizer(config)
-        if "tokenizer" not in model:  # else somebody asks for another one on purpose
+        if "tokenizer" not in model:  # else the caller names another one on purpose
             check_same_tokenizer(config, tokenizer, origin, folder)
     mesh = mesh or fit_mesh(config.mesh)
     config = resolve_precision(config, mesh.devices.flat[0])

@@ -261,7 +261,7 @@ def save_model(
 
 
 def describe(target: Path, card: str | None, origin: dict[str, Any] | None) -> None:
-    """Writes what an export says of itself: README.md for people, origin.json for programs."""
+    """Describes an export: README.md for people, origin.json for programs."""
     if card:
         (target / "README.md").write_text(card, encoding="utf-8")
     if origin:

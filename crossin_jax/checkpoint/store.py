@@ -255,7 +255,7 @@ class Store:
         return None
 
     def set_aside(self) -> None:
-        """Moves all checkpoints and their curves to `output_dir/earlier-N`: a run that starts anew
+        """Moves all checkpoints and their curves to `output_dir/earlier-N`: a run that starts over
         writes its own.
         """
         steps = self.steps()

@@ -30,7 +30,7 @@ MIN_REQUEST = (
     1 << 20
 )  # bytes for which a bucket is asked; less is read together with what lies around
 MAX_HEADER = 100_000_000  # bytes; the limit of the format's own reader
-# What the header says of a tensor.
+# The entry of a tensor in the header.
 _ENTRY = {"dtype": str, "shape": list[int], "data_offsets": list[int]}
 # the largest finite bit pattern is below infinity; a pattern above it is a NaN, of either sign
 _INFINITY = {2: {"F16": 0x7C00, "BF16": 0x7F80}, 4: {"F32": 0x7F800000}}

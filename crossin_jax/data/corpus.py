@@ -258,7 +258,7 @@ class ArrowCorpus(Corpus):
     def describe_origin(self, i: int) -> str:
         return self._text_place(int(self._rows[i][self._rows[i] >= 0][0]))
 
-    def __getstate__(self) -> dict[str, Any]:  # workers open the file anew
+    def __getstate__(self) -> dict[str, Any]:  # workers open the file again
         return {k: v for k, v in self.__dict__.items() if k != "_batches"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

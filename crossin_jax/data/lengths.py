@@ -15,9 +15,9 @@ from crossin_jax.data.mixture import Mixture
 from crossin_jax.data.prompts import Renderer, RowFault
 from crossin_jax.languages import name_of
 
-SAMPLE = 2048  # examples that are looked at
-TOLD = 0.02  # share of lost rows from which a language is named
-KEPT = 0.99  # share of rows that the proposed length keeps
+SAMPLE = 2048  # examples that are measured
+REPORTED_SHARE = 0.02  # of lost rows, from which a language is named
+KEPT_SHARE = 0.99  # of rows, which the proposed length keeps
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def describe_lost(
     """A line per prompt language that loses over 2 % of its rows, then the length that keeps 99 %.
 
     Another line says where held-out losses by language are not over the same questions. `context`
-    is what the model reads, tokens. All empty: nothing of note is lost.
+    is how many tokens the model reads. No lines: little is lost.
     """
     found = measure_lengths(mixture, renderer, data.length)
     verb = "are shortened or dropped" if data.over_long == "shorten_input" else "are dropped"
@@ -55,7 +55,7 @@ def describe_lost(
         f"prompts in {name_of(language)}: {lengths.lost / len(lengths.tokens):.0%} of "
         f"{len(lengths.tokens)} are longer than data.length={data.length} and {verb}"
         for language, lengths in found.items()
-        if lengths.lost > TOLD * len(lengths.tokens)
+        if lengths.lost > REPORTED_SHARE * len(lengths.tokens)
     ]
     if lines:
         lines.append(propose_length([lengths.tokens for lengths in found.values()], context))
@@ -71,7 +71,7 @@ def describe_lost(
 
 def propose_length(several: Sequence[np.ndarray], context: int) -> str:
     """The length of rows that keeps 99 % of the examples of every language, in words."""
-    need = max(float(np.quantile(tokens, KEPT, method="inverted_cdf")) for tokens in several)
+    need = max(float(np.quantile(tokens, KEPT_SHARE, method="inverted_cdf")) for tokens in several)
     step = 128 if need > 128 else 8  # what attention kernels divide rows into
     length = math.ceil(need / step) * step
     if length > context:

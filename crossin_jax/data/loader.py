@@ -144,7 +144,7 @@ class Loader:
         )
         windows = windows.to_iter_dataset(ahead)
         if self._workers:
-            # Grain's workers read absl's flags, which nobody parses outside of our programs.
+            # Grain's workers read absl's flags, which only our programs parse.
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
             windows = windows.mp_prefetch(

@@ -11,7 +11,7 @@ example:
 
 An epoch is a shuffled list of entries: first all of component 0, then all of component 1, and so
 on. A pass goes once over the rows of a component, which may take several epochs or less than one.
-Language pairs are drawn anew at each pass, except for components with a `count`.
+New language pairs are drawn at each pass, except for components with a `count`.
 
 Shape letters: N examples that are drawn together · C languages of data.languages.
 """

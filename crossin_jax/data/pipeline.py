@@ -170,7 +170,7 @@ def find_file(path: str | Path, name: str, revision: str | None = None) -> Path 
 
 
 def read_prompt(path: str | Path, revision: str | None = None) -> dict[str, Any]:
-    """How an exported model wants to be asked: its template, system prompt and tokenization; empty
+    """The settings of an exported model's prompts: template, system prompt and tokenization; empty
     for other models.
     """
     file = find_file(path, PROMPT_FILE, revision)

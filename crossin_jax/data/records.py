@@ -365,7 +365,7 @@ class TextReader:
                 )
         instruction, input, output = map(_as_text, values, TEXTS)
         history = parse_pairs(fields.find("history"))
-        if history is None:  # a column of another meaning, which nobody reads
+        if history is None:  # a column of another meaning, which is not read
             fields.read.difference_update(fields.columns("history"))
         if not system and not history:
             return Text(instruction, input, output)

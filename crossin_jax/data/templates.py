@@ -252,7 +252,7 @@ class _Counted(NodeTransformer):
 
 
 class _Sandbox(sandbox.ImmutableSandboxedEnvironment):
-    """Counts what a template does, and stops one that would run for ever or fill the memory."""
+    """Counts what a template does, and stops one that would run forever or fill the memory."""
 
     # Every loop, call, look-up and operator passes one of these methods:
     #

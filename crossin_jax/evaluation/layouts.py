@@ -29,7 +29,7 @@ CHOICE_COLUMNS = tuple(
         re.compile, (r"mc_answer(\d)", r"option_([a-j])", r"option_(\d)", r"([A-J])", r"choice(\d)")
     )
 )
-# What stands where a question has fewer choices than columns
+# The cells of columns for which a question has no choice
 MISSING = ("", "N/A", "nan", "NaN", "null", "None")
 QUESTIONS = ("question", "Question", "Prompt", "prompt")
 CONTEXTS = ("context", "passage", "flores_passage", "premise")

@@ -248,10 +248,9 @@ def _coin_share(predictions: Predictions) -> dict[str, dict[str, float]]:
 
 # ---- One item under its coins
 #
-# The consistency of an item depends only on how many languages pick each choice, so the coins are
-# looked at through these counts, and their outcomes are not listed one by one. Three languages,
-# choices A and B, en and
-# zh answer A, vi has a coin between A and B:
+# The consistency of an item depends only on how many languages pick each choice, so these counts
+# are enough, and the outcomes of the coins are not listed one by one. Three languages, choices A
+# and B, en and zh answer A, vi has a coin between A and B:
 #
 #     counts   (2, 0)  ──coin──►  (3, 0) with p = 1/2: all pairs agree,        consistency_2 = 1
 #                            └──►  (2, 1) with p = 1/2: one of 3 pairs agrees,  consistency_2 = 1/3

@@ -10,8 +10,8 @@ from typing import Any
 class Answer:
     """One answer to one item in one language.
 
-    `candidates` are the choice indices it may stand for: one is a certain choice, several are those
-    among which SeaEval tosses a coin. `reason` is "matched", "tie", "empty", "unreadable", or
+    `candidates` are the indices of the choices that it may mean: one, or several among which
+    SeaEval tosses a coin. `reason` is "matched", "tie", "empty", "unreadable", or
     "too_long" where the model could not be asked; `text` is what the model wrote, None where
     choices were scored by likelihood, and `scores` are then the log-likelihoods of the choices.
     `own` are the candidates by our own reader.

@@ -211,7 +211,7 @@ def make_chat_model(
         tokenization=asked.get("tokenization") or "joint",
     )
     renderer.check_embeddings(loaded.spec.vocab_size, name)
-    # The renderer knows the files of the tokenizer. The model's own may stand in another folder.
+    # The renderer read the tokenizer's files. The model's own may be in another folder.
     ends = (*renderer.eos_ids, *(read_answer_ends(loaded.base) if loaded.base else ()))
     engine = Engine(
         loaded.graphdef,

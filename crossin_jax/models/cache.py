@@ -14,7 +14,7 @@ from crossin_jax.models.spec import ModelSpec
 # Two rows with five slots, after prompts of 3 and 2 tokens (left-padded) and one drawn token:
 #
 #     positions   0  1  2  3 -1        next_slot = 4: a new token goes into slot 4 of both rows.
-#                -1  0  1  2 -1        A slot of position -1 is seen by nobody.
+#                -1  0  1  2 -1        No token attends to a slot of position -1.
 Cache = dict[str, jax.Array]
 _PER_LAYER = ("k", "v", "k_scale", "v_scale")
 

@@ -6,7 +6,7 @@ from typing import Any
 from crossin_jax.files import check_fields
 
 COUNT, POSITIVE = (int, {"at_least": 1}), (float, {"above": 0, "at_most": 1e15})
-# Types and limits of the fields that are read, wherever they stand; other fields are not looked at.
+# Types and limits of the fields that are read, at any level; other fields are ignored.
 PARTS = ("text_config", "rope_scaling", "rope_parameters", "full_attention", "sliding_attention")
 TYPES = {
     "model_type": str,

@@ -23,7 +23,7 @@ class Family:
     """A model_type of config.json, by what sets its models apart from a Llama.
 
     `defaults` are what the class in transformers takes for fields that a file leaves out. A field
-    that only some families have is read and written where it stands among the defaults.
+    that only some families have is read and written where it is among the defaults.
     """
 
     note: str

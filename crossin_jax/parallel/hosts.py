@@ -218,7 +218,7 @@ class Preemption:
 
 
 def metadata_url() -> str:
-    """Where a Google Cloud host tells what awaits it."""
+    """Where a Google Cloud host announces maintenance and preemption."""
     host = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
     return f"http://{host}/computeMetadata/v1/instance"
 

@@ -7,7 +7,7 @@ between the hosts.
 
 The connections of the roll call stay open for the whole run (`Watch`): they say at once which
 process was killed, and after a while which one is silent. JAX would abort with a C++ stack, or wait
-for ever in a collective.
+forever in a collective.
 
     process 1 ──┐
     process 2 ──┼── process 0      each side sends a beat; process 0 passes on who was lost
@@ -33,7 +33,7 @@ GRACE = 5.0  # seconds to end by oneself, after another process has ended with a
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """This process among all; `names` holds the host of every process where the cluster tells."""
+    """This process among all; `names` holds the host of every process where the cluster says so."""
 
     coordinator: str
     num_processes: int
