@@ -12,35 +12,37 @@ look at.
 
 import argparse
 import collections
+import contextlib
 import json
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gpu import SHAPES, attempt, decode_ours, train_ours
+from gpu import SHAPES, attempt, open_decoder, train_ours
 from record import write_record
 
 SHOWN = 12
+Event = tuple[str, float, float]
 PRODUCTS = re.compile(r"gemm|cutlass|nvjet|cublas|xmma|dot", re.IGNORECASE)
 
 
-def profile(work: Callable[[], Any]) -> list[tuple[str, float, float]]:
-    """(name, start, nanoseconds) of everything that the device did in the second of two runs."""
+@contextlib.contextmanager
+def traced(events: list[Event]) -> Iterator[None]:
+    """Adds (name, start, nanoseconds) of everything that the device does inside."""
     import jax
 
-    work()  # compiles
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            work()
+            yield
         (file,) = Path(folder).rglob("*.xplane.pb")
         data = jax.profiler.ProfileData.from_file(str(file))
     planes = [plane for plane in data.planes if plane.name.startswith("/device:GPU")]
     planes = planes or [plane for plane in data.planes if plane.name == "/host:CPU"]
-    return [
+    events += [
         (event.name, event.start_ns, event.duration_ns)
         for plane in planes
         for line in plane.lines
@@ -50,7 +52,7 @@ def profile(work: Callable[[], Any]) -> list[tuple[str, float, float]]:
     ]
 
 
-def summarize(events: list[tuple[str, float, float]]) -> dict[str, Any]:
+def summarize(events: list[Event]) -> dict[str, Any]:
     """Busy and idle share of the time, and the kernels that take the most."""
     starts = np.array([start for _, start, _ in events])
     ends = starts + np.array([duration for *_, duration in events])
@@ -75,15 +77,24 @@ def summarize(events: list[tuple[str, float, float]]) -> dict[str, Any]:
 
 
 def profile_training(is_quick: bool) -> dict[str, Any]:
+    """Two compiled steps."""
     shape, rows, length = (SHAPES["tiny"], 2, 128) if is_quick else (SHAPES["1B"], 16, 2048)
-    return summarize(profile(lambda: train_ours(shape, None, length, rows, 2, "dots", 2)))
+    events: list[Event] = []
+    train_ours(shape, None, length, rows, 2, "dots", 2, traced(events))
+    return summarize(events)
 
 
 def profile_decoding(is_quick: bool) -> dict[str, Any]:
+    """Compiled decoding, with the prefill of short prompts."""
     shape, rows, length, drawn = (
-        (SHAPES["tiny"], 2, 16, 256) if is_quick else (SHAPES["8B"], 16, 512, 64)
+        (SHAPES["tiny"], 2, 16, 16) if is_quick else (SHAPES["8B"], 16, 128, 128)
     )
-    return summarize(profile(lambda: decode_ours(shape, rows, length, drawn)))
+    events: list[Event] = []
+    decode, _ = open_decoder(shape, rows, length, drawn)
+    decode(drawn)  # compiles
+    with traced(events):
+        decode(drawn)
+    return summarize(events)
 
 
 def main() -> int:
