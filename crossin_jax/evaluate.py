@@ -42,7 +42,7 @@ from crossin_jax.evaluation.runner import (
 )
 from crossin_jax.evaluation.seaeval import write_log, write_rows
 from crossin_jax.files import content_hash
-from crossin_jax.parallel import hosts
+from crossin_jax.parallel import hosts, roll_call
 from crossin_jax.parallel.mesh import make_mesh
 from crossin_jax.paths import as_path
 from crossin_jax.report.results import keep_other_model, read_pair, read_rules, write_results
@@ -205,6 +205,7 @@ def define_flags() -> None:
         "compare", None, "two folders of results, A B: what changed from A to B, and how clearly"
     )
     flags.DEFINE_string("after", None, "the second folder of --compare")
+    roll_call.define_flags()
 
 
 def write_run(
@@ -266,8 +267,13 @@ def apply_short_flags(config: Config, arguments: Any) -> Config:
 
 
 def main(config: Config, arguments: Any) -> None:
-    """Evaluates and prints the table."""
-    config = apply_short_flags(config, arguments)
+    """Joins the processes of the run, evaluates and prints the table."""
+    with hosts.joined(arguments):
+        evaluate_and_print(apply_short_flags(config, arguments), arguments)
+
+
+def evaluate_and_print(config: Config, arguments: Any) -> None:
+    """Evaluates what the flags name; process 0 writes the report and prints the table."""
     out = as_path(arguments.out or default_folder(config, arguments.checkpoint))
     benchmarks = load_benchmarks(config)
     name = config.name if arguments.checkpoint else UNTUNED

@@ -438,6 +438,8 @@ def define() -> None:
     """Command-line flags."""
     from absl import flags
 
+    from crossin_jax.parallel import roll_call
+
     flags.DEFINE_string(
         "checkpoint", None, "run folder, or one of its checkpoints/STEP folders", required=True
     )
@@ -449,12 +451,19 @@ def define() -> None:
         "precision of the weights: float32, bfloat16 or float16; default: as trained, "
         "and float32 for a merged model that would lose much of its update",
     )
+    roll_call.define_flags()
 
 
 def main(options: Any) -> None:
-    """Exports what the flags ask for."""
-    folder = export(options.checkpoint, options.format, options.out, options.dtype)
-    print(f"wrote {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
+    """Joins the processes of the run, and exports what the flags ask for."""
+    import jax
+
+    from crossin_jax.parallel import hosts
+
+    with hosts.joined(options):
+        folder = export(options.checkpoint, options.format, options.out, options.dtype)
+        if jax.process_index() == 0:
+            print(f"wrote {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from crossin_jax.data.loader import Loader, make_loader
 from crossin_jax.data.pipeline import Pipeline, open_eval_renderer, open_pipeline
 from crossin_jax.files import write_whole
 from crossin_jax.guests import open_guest
-from crossin_jax.parallel import hosts
+from crossin_jax.parallel import hosts, roll_call
 from crossin_jax.parallel.mesh import check_batch, make_mesh
 from crossin_jax.paths import as_path
 from crossin_jax.training.held_out import HeldOut
@@ -434,16 +434,7 @@ def read_window(words: list[str]) -> tuple[int, ...]:
 
 def define_flags() -> None:
     """Flags beside the configuration."""
-    flags.DEFINE_string("coordinator", None, "host:port of process 0; default: the cluster's")
-    flags.DEFINE_integer("num_processes", None, "processes of the run, with --coordinator")
-    flags.DEFINE_integer("process_id", None, "number of this process, with --coordinator")
-    flags.DEFINE_integer("start_timeout", 300, "seconds to wait for all processes")
-    flags.DEFINE_integer(
-        "loss_timeout",
-        60,
-        "seconds without a sign of life of another process, after which this one ends with 75",
-        lower_bound=1,
-    )
+    roll_call.define_flags()
     flags.DEFINE_string("tuned", None, "file of plan --tune: run with the settings it proposes")
     flags.DEFINE_bool(
         "resume",
@@ -470,19 +461,18 @@ def main(config: Config, arguments: Any) -> int | None:
     """Joins the processes of the run and trains."""
     if arguments.tuned:
         config = open_guest("proposal").apply_proposal(arguments.tuned, config)
-    numbers = arguments.coordinator, arguments.num_processes, arguments.process_id
     if arguments.selftest_resume:
-        place = hosts.detect_process(*numbers, arguments.start_timeout)
+        place = hosts.detect_process(
+            arguments.coordinator,
+            arguments.num_processes,
+            arguments.process_id,
+            arguments.start_timeout,
+        )
         process_id = place.process_id if place else 0
         return open_guest("selftest").run_selftest(config.output_dir, process=process_id)
     profile_steps = read_window(arguments.profile_steps)
     keep_compiled(arguments.compilation_cache)
-    hosts.start(
-        *numbers,
-        timeout_seconds=arguments.start_timeout,
-        loss_seconds=arguments.loss_timeout,
-    )
-    with hosts.reported_end():
+    with hosts.joined(arguments):
         folder = train(
             config,
             resume=arguments.resume,

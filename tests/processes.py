@@ -15,7 +15,7 @@ QUICK = os.environ["XLA_FLAGS"].partition(" ")[2]  # conftest's, without the num
 # these seconds
 WITHOUT_TORCH = """import runpy, sys
 sys.modules["torch"] = None
-runpy.run_module("crossin_jax.train", run_name="__main__")"""
+runpy.run_module("crossin_jax." + sys.argv.pop(1), run_name="__main__")"""
 
 
 def start_process(
@@ -25,24 +25,24 @@ def start_process(
     config: tuple[str, ...] = TINY,
     new_session: bool = False,
 ) -> subprocess.Popen:
-    """The training program; its output and errors are one text. In a new session it leads a process
-    group.
+    """The training program."""
+    arguments = (*config, f"--config.output_dir={folder}", *arguments)
+    return start_program("train", *arguments, devices=devices, new_session=new_session)
+
+
+def start_program(
+    name: str, *arguments: str, devices: int = 1, new_session: bool = False
+) -> subprocess.Popen:
+    """A program of the package; its output and errors are one text. In a new session it leads a
+    process group.
     """
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(REPOSITORY),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
     }
-    command = [
-        sys.executable,
-        "-c",
-        WITHOUT_TORCH,
-        *config,
-        f"--config.output_dir={folder}",
-        *arguments,
-    ]
     return subprocess.Popen(
-        command,
+        [sys.executable, "-c", WITHOUT_TORCH, name, *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -54,16 +54,15 @@ def start_process(
 def start_group(
     folder: Path, number: int, *arguments: str, come: range | None = None
 ) -> list[subprocess.Popen]:
-    """Processes of one run on this machine; `come` are those that are started."""
+    """Training processes of one run on this machine; `come` are those that are started."""
+    return [start_process(folder, *arguments, *place) for place in make_places(number, come)]
+
+
+def make_places(number: int, come: range | None = None) -> list[list[str]]:
+    """The flags of each process of a run on this machine."""
     coordinator = f"localhost:{free_port()}"
     return [
-        start_process(
-            folder,
-            *arguments,
-            f"--coordinator={coordinator}",
-            f"--num_processes={number}",
-            f"--process_id={i}",
-        )
+        [f"--coordinator={coordinator}", f"--num_processes={number}", f"--process_id={i}"]
         for i in come or range(number)
     ]
 

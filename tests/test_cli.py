@@ -340,6 +340,7 @@ def test_help_lists_every_setting():
     done = run_program("--help")
     assert done.returncode == 0
     assert "--config.optim.learning_rate  peak learning rate (default: 0.0002)" in done.stdout
+    assert "--coordinator  host:port of process 0" in done.stdout
 
 
 def test_the_tpu_library_of_plan_is_silent_where_there_is_no_tpu():

@@ -28,6 +28,11 @@ def flags(**given) -> SimpleNamespace:
             "format": "text",
             "compare": None,
             "after": None,
+            "coordinator": None,
+            "num_processes": None,
+            "process_id": None,
+            "start_timeout": 300,
+            "loss_timeout": 60,
         }
         | given
     )

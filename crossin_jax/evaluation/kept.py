@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from crossin_jax.files import Lines
+from crossin_jax.parallel import hosts
 
 
 def ask_missing(
@@ -21,15 +22,18 @@ def ask_missing(
     `ask(numbers, finished)` answers the prompts with these numbers, and calls `finished(k, answer)`
     as soon as numbers[k] is answered. The caller removes the file when all is stored elsewhere.
     """
-    known = read(file) if file else {}
+    known, whole = read(file) if file else ({}, b"")
     left = [i for i in range(count) if i not in known]
-    # Process 0 alone writes. It cannot answer before the other processes have read the file, since
-    # all of them compute every answer.
-    writes = file is not None and jax.process_index() == 0
-    if not writes:
+    # Process 0 alone writes, once all have read: with other answers at hand, a process would ask
+    # other questions, and the others would wait for it forever.
+    if file is not None:
+        hosts.barrier("kept answers are read")
+    if file is None or jax.process_index():
         answers = ask(left, lambda k, answer: None)
     else:
         file.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_file():
+            file.write_bytes(whole)
         with contextlib.closing(Lines(file)) as lines:
 
             def finished(k: int, answer: Any) -> None:
@@ -40,8 +44,8 @@ def ask_missing(
     return [known[i] for i in range(count)]
 
 
-def read(file: Path) -> dict[int, Any]:
-    """The answers in a file by number; a last line that is not whole is cut off."""
+def read(file: Path) -> tuple[dict[int, Any], bytes]:
+    """The answers in a file by number, and its bytes without a last line that is not whole."""
     known: dict[int, Any] = {}
     whole = b""
     for line in file.read_bytes().splitlines(keepends=True) if file.is_file() else ():
@@ -53,6 +57,4 @@ def read(file: Path) -> dict[int, Any]:
             break
         known[i] = answer
         whole += line
-    if file.is_file() and jax.process_index() == 0:
-        file.write_bytes(whole)
-    return known
+    return known, whole

@@ -53,6 +53,23 @@ def start(
         initialization_timeout=timeout_seconds,
         heartbeat_timeout_seconds=max(100, int(4 * loss_seconds)),  # JAX aborts: ours comes first
     )
+    # On CPUs the first meeting must succeed within 30 s. Later ones may take longer, for example
+    # while process 0 looks for signs of life of a folder's owner (60 s).
+    any_process(False)
+
+
+@contextlib.contextmanager
+def joined(arguments: Any) -> Iterator[None]:
+    """Joins the processes that the flags or the cluster name; they learn how the block ended."""
+    start(
+        arguments.coordinator,
+        arguments.num_processes,
+        arguments.process_id,
+        timeout_seconds=arguments.start_timeout,
+        loss_seconds=arguments.loss_timeout,
+    )
+    with reported_end():
+        yield
 
 
 def delay_abort() -> None:

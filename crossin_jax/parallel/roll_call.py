@@ -24,6 +24,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from absl import flags
+
 from crossin_jax.config import UserError
 from crossin_jax.process import EXIT_INTERRUPTED, EXIT_PREEMPTED, leave
 
@@ -55,6 +57,21 @@ class Link:
     heard: float = 0.0
     text: bytes = b""  # received so far of a line
     has_ended: bool = False  # the other process has said that it ends by itself
+
+
+def define_flags() -> None:
+    """The flags of every program that may be several processes."""
+    flags.disclaim_key_flags()  # --help lists them as the calling program's own
+    flags.DEFINE_string("coordinator", None, "host:port of process 0; default: the cluster's")
+    flags.DEFINE_integer("num_processes", None, "processes of the run, with --coordinator")
+    flags.DEFINE_integer("process_id", None, "number of this process, with --coordinator")
+    flags.DEFINE_integer("start_timeout", 300, "seconds to wait for all processes")
+    flags.DEFINE_integer(
+        "loss_timeout",
+        60,
+        "seconds without a sign of life of another process, after which this one ends with 75",
+        lower_bound=1,
+    )
 
 
 # The messages are lines of JSON:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from crossin_jax.evaluation import kept
 from crossin_jax.evaluation.kept import ask_missing
 
 
@@ -55,3 +56,11 @@ def test_answers_may_come_in_any_order_and_be_none(tmp_path):
         2,
     ]
     assert ask_missing(None, 3, ask) == [0, None, 2]
+
+
+def test_a_torn_line_is_cut_off_when_all_processes_have_read(tmp_path, monkeypatch):
+    file, seen = tmp_path / "file.part", []
+    file.write_text("[0, 7]\n[1, ")
+    monkeypatch.setattr(kept.hosts, "barrier", lambda name: seen.append(file.read_text()))
+    assert ask_missing(file, 2, lambda numbers, _: [8]) == [7, 8]
+    assert seen == ["[0, 7]\n[1, "] and file.read_text() == "[0, 7]\n"

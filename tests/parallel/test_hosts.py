@@ -585,6 +585,28 @@ def test_two_processes_agree_and_see_one_folder(tmp_path):
     assert not list(tmp_path.rglob(".seen*"))
 
 
+APART = """
+import sys, time
+from crossin_jax.parallel import hosts
+hosts.start(sys.argv[1], 2, int(sys.argv[2]))
+time.sleep(40 if sys.argv[2] == "0" else 0)
+print("agree", hosts.any_process(True))
+"""
+
+
+@pytest.mark.long
+def test_processes_wait_for_one_that_is_busy_after_the_start():
+    """For example with the owner of a folder, who may be dead; Gloo alone would wait for 30 s."""
+    coordinator = f"localhost:{free_port()}"
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", APART, coordinator]
+    pair = [
+        subprocess.Popen([*command, i], env=environment, stdout=subprocess.PIPE, text=True)
+        for i in "01"
+    ]
+    assert all("agree True" in process.communicate(timeout=240)[0] for process in pair)
+
+
 def test_one_process_agrees_with_itself(tmp_path):
     """Nothing is asked of others, and no folder is touched."""
     assert [hosts.any_process(value) for value in (True, False)] == [True, False]
