@@ -13,6 +13,14 @@ from crossin_jax.tables import render_parts
 from tests.configs import tiny
 
 
+# what programs that may be several processes are given where they are one
+ONE_PROCESS = {
+    **dict.fromkeys(("coordinator", "num_processes", "process_id")),
+    "start_timeout": 300,
+    "loss_timeout": 60,
+}
+
+
 def small_architecture(**changes) -> Architecture:
     """A two-layer Llama with grouped queries; every width divides over eight devices."""
     return Architecture(

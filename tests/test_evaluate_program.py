@@ -12,7 +12,7 @@ import pytest
 from crossin_jax import evaluate as program
 from crossin_jax.config import UserError
 from crossin_jax.generation.engine import Engine
-from tests.helpers import config_in
+from tests.helpers import ONE_PROCESS, config_in
 
 
 def flags(**given) -> SimpleNamespace:
@@ -28,11 +28,7 @@ def flags(**given) -> SimpleNamespace:
             "format": "text",
             "compare": None,
             "after": None,
-            "coordinator": None,
-            "num_processes": None,
-            "process_id": None,
-            "start_timeout": 300,
-            "loss_timeout": 60,
+            **ONE_PROCESS,
         }
         | given
     )

@@ -31,7 +31,7 @@ from crossin_jax.training.optim import make_optimizer, make_schedule
 from crossin_jax.training.state import abstract_model, abstract_state, model_spec
 from crossin_jax.training.step import StepSettings, make_train_step
 from tests.data.conftest import parallel_rows, write_lines
-from tests.helpers import config_in
+from tests.helpers import ONE_PROCESS, config_in
 from tests.test_config import SECTIONS
 
 
@@ -163,6 +163,7 @@ def asked_models(config: Config) -> list:
         for name in ("write_run", "load_benchmarks", "list_parts"):
             patch.setattr(evaluate_program, name, lambda *_, **__: [])
         given = dict.fromkeys(("out", "limit", "languages", "prompts", "untuned"))
+        given |= ONE_PROCESS
         flags = types.SimpleNamespace(checkpoint=config.output_dir, format="text", **given)
         evaluate_program.main(config, flags)
     return asked

@@ -26,7 +26,7 @@ from crossin_jax.export import export
 from crossin_jax.study.__main__ import main as study_main
 from crossin_jax.study.run import run_study
 from crossin_jax.train import train
-from tests.helpers import config_in
+from tests.helpers import ONE_PROCESS, config_in
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,9 @@ def hour(pretrained, tmp_path_factory):
         settings = evaluate_program.config_of_run(str(run))
         evaluate_program.main(
             settings,
-            SimpleNamespace(**flags, checkpoint=str(run), untuned=True, format="text"),
+            SimpleNamespace(
+                **flags, **ONE_PROCESS, checkpoint=str(run), untuned=True, format="text"
+            ),
         )
     training, evaluation = said.read_text().split("--- evaluated\n")
     return SimpleNamespace(
@@ -91,7 +93,7 @@ def test_models_have_folders_of_their_own_and_compare(hour, monkeypatch, capsys)
     settings = evaluate_program.config_of_run(str(hour.run))
     flags = dict.fromkeys(("checkpoint", "out", "limit", "languages", "prompts", "untuned"))
     before = (hour.run / "evaluation/results.json").read_bytes()
-    evaluate_program.main(settings, SimpleNamespace(**flags, format="text"))
+    evaluate_program.main(settings, SimpleNamespace(**flags, **ONE_PROCESS, format="text"))
     assert (hour.run / "evaluation/results.json").read_bytes() == before
     pair = {"compare": str(hour.run / "evaluation-untuned"), "after": str(hour.run / "evaluation")}
     capsys.readouterr()
