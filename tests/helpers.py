@@ -12,7 +12,6 @@ from crossin_jax.report.text import list_parts
 from crossin_jax.tables import render_parts
 from tests.configs import tiny
 
-
 # what programs that may be several processes are given where they are one
 ONE_PROCESS = {
     **dict.fromkeys(("coordinator", "num_processes", "process_id")),
