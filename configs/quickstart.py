@@ -3,7 +3,7 @@ every language?
 
     ./scripts/quickstart.sh                                         (all of it, on a laptop)
     python -m crossin_jax.study --config configs/quickstart.py      (the same, installed)
-    python -m crossin_jax.train --config configs/quickstart.py:x2x  (one arm)
+    python -m crossin_jax.train --config configs/quickstart.py:x2x  (one arm, after the base model)
     python -m crossin_jax.study --config configs/quickstart.py --languages=en,zh,vi,es,id,ms,fil
 
 A 0.8 M parameter Llama is pretrained from random weights on English-heavy text about the world's

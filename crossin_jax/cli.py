@@ -6,6 +6,7 @@ import glob
 import importlib.util
 import logging
 import os
+import re
 import sys
 import traceback
 import typing
@@ -30,6 +31,13 @@ from crossin_jax.settings import OTHER_NAMES, hint_setting, redact, shorten
 
 EXIT_USER_ERROR = 2
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader of the output has ended, as with `| head`
+# What absl says of a flag, and what we say
+FLAG_FAULTS = {
+    r"flag --(\w+)=None: Flag --\1 must have.*": r"--\1 is missing; --help lists the flags",
+    r"flag (--.*): invalid literal for int\(\).*": r"\1: give a whole number",
+    r"flag (--.*): could not convert string to float.*": r"\1: give a number",
+    r"flag (--.*): \('Non-boolean argument.*": r"\1: give true or false",
+}
 
 
 def run(
@@ -91,8 +99,13 @@ def _run(
         sys.exit(code)
     except flags.UnrecognizedFlagError as error:
         fail(describe_unknown_flag(error.flagname, takes_config))
-    except (UserError, flags.Error) as error:
+    except UserError as error:
         fail(str(error))
+    except flags.Error as error:
+        text = str(error)
+        for theirs, ours in FLAG_FAULTS.items():
+            text = re.sub(theirs, ours, text)
+        fail(text)
     except KeyboardInterrupt:
         print("stopped by the keyboard", file=sys.stderr)
         sys.exit(process.EXIT_INTERRUPTED)
@@ -367,7 +380,9 @@ def _help(takes_config: bool) -> str:
     main = sys.modules["__main__"]
     lines = [(main.__doc__ or "").strip(), ""]
     for flag in flags.FLAGS.get_flags_for_module(main.__name__):
-        lines.append(f"  --{flag.name}  {flag.help} (default: {flag.default})")
+        text = " ".join((flag.help or "").split())
+        is_known = flag.default in (None, "", []) or "default:" in text
+        lines.append(f"  --{flag.name}  {text}{'' if is_known else f' (default: {flag.default})'}")
     if takes_config:
         lines += ["  --config=FILE.py[:VARIANT]  experiment; every setting can be overridden:"]
         for name, value, field in iterate_fields(Config()):

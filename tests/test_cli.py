@@ -336,6 +336,25 @@ def test_a_run_may_serve_in_place_of_a_configuration(words, message):
         define_config(["program", *words], flags.FlagValues(), ("checkpoint", read_run))
 
 
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("flag --out=None: Flag --out must have a value other than None.", "--out is missing; "),
+        (
+            "flag --a.b=ten: invalid literal for int() with base 10: 'ten'",
+            "--a.b=ten: give a ",
+        ),
+        ("flag --a.b=x: could not convert string to float: 'x'", "--a.b=x: give a number\n"),
+        ("flag --a=7: ('Non-boolean argument to boolean flag', '7')", "--a=7: give true or false"),
+    ],
+)
+def test_what_absl_says_of_a_flag_is_said_in_words(fault, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["program"])
+    with pytest.raises(SystemExit, match="2"):
+        run(end(flags.Error(fault)), takes_config=False)
+    assert capsys.readouterr().err.startswith(f"error: {words}")
+
+
 def test_help_lists_every_setting():
     done = run_program("--help")
     assert done.returncode == 0

@@ -211,7 +211,7 @@ def _group_axes(axes: Any, groups: dict[str, list[str]], *, names_only: bool) ->
     for start in starts[1:-1]:
         axes.axhline(start - 0.5, color="#444444", linewidth=0.8)
         axes.axvline(start - 0.5, color="#444444", linewidth=0.8)
-    axes.tick_params(labelsize=6.5, length=1.5)
+    axes.tick_params(labelsize=6.5, left=False, bottom=False)
     if names_only:
         middles = (starts[:-1] + starts[1:] - 1) / 2
         axes.set_xticks(middles, groups, rotation=90, fontsize=7)
@@ -240,6 +240,10 @@ def _heat(
 ) -> None:
     """Fills a panel with a heat map and writes each number into its cell."""
     axes.imshow(values, cmap=cmap, vmin=vmin, vmax=vmax, aspect="auto")
+    for axis in (axes.xaxis, axes.yaxis):
+        # The axes have no labels. With a place of their own, matplotlib does not measure every name
+        # of a language again to find them one.
+        axis.set_label_coords(0, 0)
     for (i, j), value in np.ndenumerate(values) if with_numbers else ():
         if not np.isnan(value):
             colour = "white" if _is_dark(value, vmax) else "black"
