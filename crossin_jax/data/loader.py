@@ -71,7 +71,7 @@ class Loader:
     # A mixture of 2,000 examples in 3 windows is counted as a whole. One of a million examples in
     # 1,500 windows is counted in the first 4 and scaled by 1,000,000 / their examples.
     def _per_epoch(self, count: Callable[[dict[str, np.ndarray]], int]) -> float:
-        number = min(self._windows.per_epoch, 4, len(self._windows))
+        number = min(self._windows.windows_per_epoch, 4, len(self._windows))
         covered = self._windows.find_positions(number - 1).stop
         return (
             sum(count(self._windows[g]) for g in range(number))

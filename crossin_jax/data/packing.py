@@ -133,24 +133,23 @@ class PackedWindows:
         size = (
             math.ceil(rows * length / mean) if packing else max(1, rows // batch_size) * batch_size
         )
-        self.per_epoch = max(1, round(len(mixture) / size))  # windows in an epoch
-        self._epochs = math.ceil(size / len(mixture)) if self.per_epoch == 1 else 1  # in a window
-        if num_epochs is not None:
-            self._epochs = min(self._epochs, num_epochs)
-        self._end = None if num_epochs is None else num_epochs * len(mixture)
+        self.windows_per_epoch = max(1, round(len(mixture) / size))
+        epochs = math.ceil(size / len(mixture)) if self.windows_per_epoch == 1 else 1
+        self._num_epochs = math.inf if num_epochs is None else num_epochs
+        self._epochs_per_window = min(epochs, self._num_epochs)
 
     def __len__(self) -> int:
-        if self._end is None:
+        if self._num_epochs == math.inf:
             return 1 << 40
-        return self.per_epoch * math.ceil(self._end / len(self.mixture) / self._epochs)
+        return self.windows_per_epoch * math.ceil(self._num_epochs / self._epochs_per_window)
 
     def find_positions(self, g: int) -> range:
         """The stream positions of window g."""
         # 2,000 examples in 3 windows per epoch: window 4 is k=1 of epoch 1, 2000 + 666 … 1333.
-        epoch, k = divmod(g, self.per_epoch)
-        n = len(self.mixture) * self._epochs
-        start, stop = (epoch * n + n * i // self.per_epoch for i in (k, k + 1))
-        return range(start, min(stop, self._end or stop))
+        epoch, k = divmod(g, self.windows_per_epoch)
+        n = len(self.mixture) * self._epochs_per_window
+        start, stop = (epoch * n + n * i // self.windows_per_epoch for i in (k, k + 1))
+        return range(start, min(stop, self._num_epochs * len(self.mixture)))
 
     def render(self, positions: Sequence[int]) -> tuple[list[tuple[Rendered, int]], np.ndarray]:
         """(ids and mask, group) of the examples that fit a row, and counts by `REASONS`."""
