@@ -184,7 +184,7 @@ def test_every_host_reads_and_writes_its_part(tmp_path):
     assert plan.host_peak_bytes == pytest.approx(
         stream.resident_bytes() + largest + stream.WORKERS * tensors.CHUNK, rel=0.05
     )
-    assert plan.tokens_per_step == ROWS * T and (plan.steps, plan.hours_floor) == (None, None)
+    assert plan.tokens_per_step == ROWS * T and (plan.steps, plan.hours) == (None, None)
     assert plan.phases == {} and plan.fits and plan.change == {}
     config.lora, config.model.frozen_dtype = Lora(rank=8, modules_to_save=()), "int8"
     adapted = make_plan(config, "v4:2x2x2", ())
