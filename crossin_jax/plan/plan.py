@@ -110,11 +110,11 @@ class Plan:
     steps: int | None
     # of all steps: the estimates
     hours: tuple[float, float] | None
-    # of 1,000 prompts of full length, each with an answer of `answer_tokens`
-    answer_hours: tuple[float, float] | None
-    answer_tokens: int
     # settings that differ from the given configuration
     change: dict[str, Any]
+    # of 1,000 prompts of full length, each with an answer of `answer_tokens`
+    answer_hours: tuple[float, float] | None = None
+    answer_tokens: int = 0
 
 
 def make_plan(
@@ -162,9 +162,9 @@ def make_plan(
         tuple(one * config.train.steps / 3600 for one in seconds)
         if seconds and config.train.steps
         else None,
+        {},
         _estimate_answers(phases, config.evaluation.max_new_tokens),
         config.evaluation.max_new_tokens,
-        {},
     )
 
 
