@@ -53,8 +53,9 @@ PROGRAMS = ("load", "train", "prefill", "decode")
 # bytes of a number in a checkpoint's bfloat16 file
 FILE_BYTES = 2
 GIB = 2**30
-# seconds until a collective sends, in the upper estimates; assumed: no data sheet has it
-COLLECTIVE_START = 5e-6
+# seconds until a collective sends, over links and over the network, in the upper estimates;
+# assumed: no data sheet has them
+COLLECTIVE_STARTS = (5e-6, 1e-4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -360,8 +361,8 @@ def _estimate(
     # compiler's cycles, attention kernels at half the peak, one link in use, half the network, and
     # a start of every collective.
     network = chip.network or math.inf
-    fast = Speed(chip.clock, chip.links, network, 0)
-    slow = Speed(chip.clock, chip.links / chip.num_links, network / 2, COLLECTIVE_START)
+    fast = Speed(chip.clock, chip.links, network)
+    slow = Speed(chip.clock, chip.links / chip.num_links, network / 2, *COLLECTIVE_STARTS)
     waiting = tuple(waiting_seconds(cost.timelines, speed) for speed in (fast, slow))
     upper = cost.cycles / chip.clock + 2 * kernels + waiting[1]
     return waiting, (floor + waiting[0], max(floor + waiting[1], upper))

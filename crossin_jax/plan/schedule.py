@@ -36,13 +36,14 @@ Timeline = tuple[float, list[Event]]
 @dataclasses.dataclass(frozen=True)
 class Speed:
     """Of a chip: cycles per second, bytes per second of its links and of the network between
-    slices, and the seconds that a collective takes beside those of its bytes.
+    slices, and the seconds that a collective takes on each of them beside those of its bytes.
     """
 
     clock: float
     links: float
     network: float
-    latency: float
+    link_latency: float = 0.0
+    network_latency: float = 0.0
 
 
 def waiting_seconds(timelines: list[Timeline], speed: Speed) -> float:
@@ -58,9 +59,11 @@ def _wait(events: list[Event], speed: Speed) -> float:
         if event.kind == "work":
             now += event.amount / speed.clock
         elif event.kind == "start":
-            rate = speed.network if event.between_slices else speed.links
+            rate, latency = (speed.links, speed.link_latency)
+            if event.between_slices:
+                rate, latency = (speed.network, speed.network_latency)
             start = max(now, free[event.between_slices])
-            done[event.key] = start + speed.latency + event.amount / rate
+            done[event.key] = start + latency + event.amount / rate
             free[event.between_slices] = done[event.key]
         elif (wait := done.get(event.key, now) - now) > 0:
             now += wait
@@ -104,6 +107,7 @@ def sent_between_slices(body: Computation, one: Instruction) -> tuple[str, float
         slices += int(high or low) - int(low) + 1
     inputs = sum(shape.bytes for o in one.operands for shape in body[o].shapes)
     name = kind.group(1).lower().replace("_", "-")
-    # as on a ring; an all-reduce goes round twice
-    share = (2 if name == "all-reduce" else 1) * (slices - 1) / max(slices, 1)
-    return name + BETWEEN_SLICES, inputs * share
+    # A chip gives its share to every other slice. Of what all have, it sends all but its own part,
+    # and an all-reduce goes round twice.
+    turns = {"all-gather": slices, "all-reduce": 2}.get(name, 1)
+    return name + BETWEEN_SLICES, inputs * turns * (slices - 1) / slices
