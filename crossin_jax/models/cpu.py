@@ -50,20 +50,29 @@ def flat_einsum(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
 @jax.custom_vjp
 def _matrix_product(x_MX: jax.Array, weight_YX: jax.Array) -> jax.Array:
     """(M, Y)."""
-    return jnp.einsum("MX,YX->MY", x_MX, weight_YX, precision=precision(x_MX.dtype))
+    return _product("MX,YX->MY", x_MX, weight_YX)
+
+
+def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """A product of two matrices, summed in float32: XLA has quick bfloat16 products for CPUs with
+    AMX only where their sums are float32.
+    """
+    sums = jnp.einsum(
+        equation, a, b, precision=precision(a.dtype), preferred_element_type=jnp.float32
+    )
+    return sums.astype(a.dtype)
 
 
 def _matrix_product_backward(
     factors: tuple[jax.Array, jax.Array], d_MY: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x_MX, weight_YX = factors
-    product = functools.partial(jnp.einsum, precision=precision(x_MX.dtype))
     # The CPU transposes the first factor of a product over M: let it be the narrower one.
     narrow_first = x_MX.shape[1] < d_MY.shape[1]
     d_weight = (
-        product("MX,MY->XY", x_MX, d_MY).T if narrow_first else product("MY,MX->YX", d_MY, x_MX)
+        _product("MX,MY->XY", x_MX, d_MY).T if narrow_first else _product("MY,MX->YX", d_MY, x_MX)
     )
-    return product("MY,YX->MX", d_MY, weight_YX), d_weight
+    return _product("MY,YX->MX", d_MY, weight_YX), d_weight
 
 
 _matrix_product.defvjp(

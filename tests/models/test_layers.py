@@ -186,3 +186,16 @@ def test_hashed_bits_are_even_and_neither_places_nor_keys_are_related():
     assert np.abs(high @ high.T / n - np.eye(len(keys))).max() < limit
     kept = np.array([dropout(jnp.ones(shape), 0.05, key) > 0 for key in keys])
     assert abs(kept.mean() - 0.95) < 5 * (0.05 * 0.95 / kept.size) ** 0.5
+
+
+def test_flat_products_in_bfloat16_sum_in_float32():
+    """On CPUs with AMX only such products are quick; what comes out is bfloat16."""
+
+    def total(x, weight):
+        return flat_einsum("BTD,FD->BTF", x, weight).astype(jnp.float32).sum()
+
+    x, weight = jnp.ones((2, 3, 8), jnp.bfloat16), jnp.ones((4, 8), jnp.bfloat16)
+    text = jax.jit(jax.grad(total, argnums=(0, 1))).lower(x, weight).as_text()
+    products = re.findall(r"dot_general .* -> tensor<\d+x\d+x(\w+)>", text)
+    assert products == ["f32"] * len(products) and len(products) >= 2
+    assert flat_einsum("BTD,FD->BTF", x, weight).dtype == jnp.bfloat16
