@@ -9,18 +9,15 @@ table has.
 """
 
 import argparse
-import json
-import lzma
-import re
 import statistics
 import sys
-import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.archive import Blocks, archive, fill, read_results, read_seconds
 from configs.mini_study import CONDITIONS, CONTROLLED, VOLUMES, get_study, volume_table
 from crossin_jax.report import figures as study_figures
 from crossin_jax.report import heat_maps
@@ -40,35 +37,6 @@ SCORES = {
     "AC3_3": "AC3₃",
 }
 WAYS = {"sum": "summed", "mean": "per token"}
-Blocks = dict[str, list[Block]]
-
-
-def read_results() -> Blocks:
-    """The study's tables."""
-    return study_report.from_json(
-        json.loads(lzma.decompress((RESULTS / "results.json.xz").read_bytes()))
-    )
-
-
-def archive(folder: Path) -> None:
-    """Keeps of a finished study: its tables, every cell's results with their provenance, and what
-    cells took.
-    """
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "results.md").write_bytes((folder / "results.md").read_bytes())
-    (RESULTS / "results.json.xz").write_bytes(lzma.compress((folder / "results.json").read_bytes()))
-    with tarfile.open(RESULTS / "cells_json.tar.xz", "w:xz") as tar:
-        for file in sorted(folder.glob("seed*/**/evaluation/results.json")):
-            tar.add(file, file.relative_to(folder))
-    lines = []
-    for file in sorted(folder.glob("seed*/**/done.json"), key=lambda file: file.stat().st_mtime):
-        seed, *names = file.parent.relative_to(folder).parts
-        told = json.loads(file.read_text())
-        lines.append(
-            f"{'/'.join(names)}/{seed.removeprefix('seed')} {told['seconds']:.0f} s wall "
-            f"{told['cpu_seconds']:.0f} s cpu\n"
-        )
-    (RESULTS / "cells.txt").write_text("".join(lines))
 
 
 def spread(values: list[float]) -> str:
@@ -179,20 +147,19 @@ def show_question(blocks: Blocks, benchmark: str, conditions: dict[str, tuple[st
 def show_seconds() -> str:
     """What a cell took, by kind: the quickest and the middle one."""
     kinds: dict[str, list[tuple[int, int]]] = {}
-    for line in (RESULTS / "cells.txt").read_text(encoding="utf-8").splitlines():
-        if told := re.match(r"(\S+) (\d+) s wall (\d+) s cpu", line):
-            name = told[1].split("/")
-            kind = (
-                "base model"
-                if len(name) == 2
-                else "arm, 40 steps"
-                if "steps40" in name[1]
-                else "arm, full fine-tuning"
-                if name[1].endswith("-full")
-                else "arm, LoRA"
-            )
-            kind += ", seven languages" if name[0].startswith("7-") else ""
-            kinds.setdefault(kind, []).append((int(told[2]), int(told[3])))
+    for cell, wall, cpu in read_seconds(RESULTS):
+        name = cell.split("/")
+        kind = (
+            "base model"
+            if len(name) == 2
+            else "arm, 40 steps"
+            if "steps40" in name[1]
+            else "arm, full fine-tuning"
+            if name[1].endswith("-full")
+            else "arm, LoRA"
+        )
+        kind += ", seven languages" if name[0].startswith("7-") else ""
+        kinds.setdefault(kind, []).append((wall, cpu))
     return grid(
         ["cell", "cells", "seconds: quickest", "seconds: median", "CPU seconds: median"],
         [
@@ -269,17 +236,6 @@ def show_beyond(blocks: Blocks) -> str:
     return grid(["items", "arm", *SCORES.values()], rows)
 
 
-def fill(text: str, blocks: Blocks) -> str:
-    """A page with every generated piece anew."""
-    known = pieces(blocks)
-    return re.sub(
-        r"<!-- (.+?) -->\n.*?<!-- end -->",
-        lambda found: f"<!-- {found[1]} -->\n{known[found[1]]()}\n<!-- end -->",
-        text,
-        flags=re.S,
-    )
-
-
 def figures(blocks: Blocks) -> Iterator[tuple[str, Any]]:
     """(name, figure)."""
     study = get_study()
@@ -312,9 +268,9 @@ def main() -> None:
         "--archive", type=Path, help="folder of a finished study whose results are kept first"
     )
     if folder := parser.parse_args().archive:
-        archive(folder)
-    blocks = read_results()
-    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), blocks), encoding="utf-8")
+        archive(folder, RESULTS)
+    blocks = read_results(RESULTS)
+    PAGE.write_text(fill(PAGE.read_text(encoding="utf-8"), pieces(blocks)), encoding="utf-8")
     for name, figure in figures(blocks):
         (ROOT / f"docs/figures/mini_study_{name}.png").write_bytes(study_figures.to_png(figure))
 
