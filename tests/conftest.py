@@ -18,17 +18,18 @@ for _number, _handler in (
 if WORKER is None:  # else what the first process set is inherited
     os.environ["JAX_PLATFORMS"] = "cpu"
     # Most of the suite's time is compilation of programs that run once: the compiler is told not to
-    # try hard.
-    os.environ["XLA_FLAGS"] = (
-        "--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true "
-        "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
-    )
+    # try hard. scripts/test_real.sh asks for one device and quick programs.
+    if os.environ.get("TEST_DEVICES", "8") == "8":
+        os.environ["XLA_FLAGS"] = (
+            "--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true "
+            "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
+        )
     # Later ones do not know the flag, and an unknown flag ends the process.
     if version("jaxlib").startswith("0.10."):
         # Eight devices share two cores: where another program takes those for 40 s, XLA would end
         # the process.
-        os.environ["XLA_FLAGS"] += (
-            " --xla_cpu_use_fusion_emitters=false"
+        os.environ["XLA_FLAGS"] = (
+            os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
             " --xla_cpu_collective_call_terminate_timeout_seconds=300"
         )
     # A program that two tests share is compiled once.

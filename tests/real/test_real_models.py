@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import peft
 import pytest
@@ -83,16 +84,17 @@ def test_logits(real, tokenizer, theirs):
     assert np.mean(rounded.argmax(-1) == expected.argmax(-1)) >= 0.9
 
 
+def prompt_ids(tokenizer, question: str) -> list[int]:
+    """A question in the model's own chat template, or the bare text without one."""
+    if not tokenizer.chat_template:
+        return tokenizer(question).input_ids
+    turns = [{"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+
+
 def ask_theirs(model, tokenizer, question: str, max_new_tokens: int) -> str:
-    """The greedy answer of transformers in the model's own chat template, or to the bare text
-    without one.
-    """
-    if tokenizer.chat_template:
-        turns = [{"role": "user", "content": question}]
-        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-    else:
-        ids = tokenizer(question).input_ids
-    ids = torch.as_tensor([ids])
+    """The greedy answer of transformers."""
+    ids = torch.as_tensor([prompt_ids(tokenizer, question)])
     with torch.no_grad():
         answer = quiet(
             model.generate,
@@ -104,14 +106,31 @@ def ask_theirs(model, tokenizer, question: str, max_new_tokens: int) -> str:
     return tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True)
 
 
+def part_at_a_tie(model, tokenizer, question: str, ours: str, expected: str) -> bool:
+    """Whether two answers part where the model finds both tokens equally likely.
+
+    Logits agree within 2e-4, so either token may win where they are nearer than twice that.
+    """
+    a, b = (tokenizer(answer, add_special_tokens=False).input_ids for answer in (ours, expected))
+    same = next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    ids = torch.as_tensor([prompt_ids(tokenizer, question) + a[:same]])
+    with torch.no_grad():
+        logits = model(ids).logits[0, -1]
+    gap = abs(logits[a[same]] - logits[b[same]]).item()
+    print(f"{question!r}: {same} tokens are equal, then two whose logits differ by {gap:.1e}")
+    return same > 16 and gap < 4e-4
+
+
 def test_greedy_answers_end_where_the_model_ends_its_turn(real, tokenizer, theirs):
     has_chat = bool(tokenizer.chat_template)
     ours = load_chat_model(str(real), template="chat" if has_chat else "plain", batch_size=4)
     answers = ours.answer([(question, "") for question in QUESTIONS], max_new_tokens=128)
-    expected = [ask_theirs(theirs, tokenizer, question, 128) for question in QUESTIONS]
-    if not has_chat:  # the plain template adds a line break to the question
-        expected = [ask_theirs(theirs, tokenizer, q + "\n", 128) for q in QUESTIONS]
-    assert answers == expected
+    # the plain template adds a line break to the question
+    asked = [question if has_chat else question + "\n" for question in QUESTIONS]
+    expected = [ask_theirs(theirs, tokenizer, question, 128) for question in asked]
+    different = [row for row in zip(asked, answers, expected, strict=True) if row[1] != row[2]]
+    assert len(different) <= 1
+    assert all(part_at_a_tie(theirs, tokenizer, *row) for row in different)
     if has_chat:
         assert any(len(tokenizer(answer).input_ids) < 120 for answer in answers)  # some end early
 
@@ -138,7 +157,8 @@ def test_ten_lora_steps_beside_peft(real, tokenizer, theirs, tmp_path):
     expected, _ = torch_losses(real, tmp_path / "adapter", batches)
     assert expected[-1] < expected[0] - 0.2  # the steps move it
     losses, *_ = our_losses(real, tmp_path / "adapter", batches)
-    np.testing.assert_allclose(losses, expected, rtol=2e-4)
+    # The last losses are differences of logits near 20, whose steps in float32 are 2e-6.
+    np.testing.assert_allclose(losses, expected, rtol=2e-4, atol=2e-6)
 
 
 def test_option_scores_are_those_of_lm_eval(real, theirs, tokenizer):
@@ -154,7 +174,7 @@ def test_option_scores_are_those_of_lm_eval(real, theirs, tokenizer):
     expected = quiet(HFLM, pretrained=theirs, tokenizer=tokenizer, batch_size=2).loglikelihood(
         requests, disable_tqdm=True
     )
-    import crossin_jax.harness  # noqa: F401 - registers the backend
+    import crossin_jax.evaluation.harness  # noqa: F401 - registers the backend
 
     backend = lm_eval.api.registry.get_model("crossin_jax")
     ours = backend.create_from_arg_obj({"pretrained": str(real), "dtype": "float32"})
@@ -250,6 +270,12 @@ def test_quantized_bases_stay_near_the_model(real, tokenizer, theirs, kind, limi
     )
     model = abstract_model(config, model_spec(config), make_mesh(config.mesh, jax.devices()[:1]))
     state = nnx.merge_state(*load_base(config, model.trainable, model.frozen))
+    state = jax.tree.map(  # adapters that add nothing
+        lambda leaf: (
+            jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
+        ),
+        state,
+    )
     logits = nnx.merge(model.graphdef, state)(tokens_BT, segment_ids_BT=mask_BT)
     rounded = loss_per_token(np.asarray(logits)[:, :-1][learned], targets)
     exact = their_logits(theirs, tokens_BT[:, :-1], mask_BT[:, :-1])
