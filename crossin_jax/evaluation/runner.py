@@ -172,13 +172,12 @@ def plan_questions(config: Config, benchmark: Benchmark) -> list[tuple[int | str
     return scored + asked
 
 
-def count_prompts(config: Config, benchmarks: Sequence[Benchmark]) -> dict[str, int]:
+def count_prompts(config: Config, benchmark: Benchmark) -> dict[str, int]:
     """How many prompts an evaluation asks by each method."""
+    asked = sum(len(item.versions) for item in benchmark.items)
     counts: dict[str, int] = {}
-    for benchmark in benchmarks:
-        for _, method in plan_questions(config, benchmark):
-            asked = sum(len(item.versions) for item in benchmark.items)
-            counts[method] = counts.get(method, 0) + asked
+    for _, method in plan_questions(config, benchmark):
+        counts[method] = counts.get(method, 0) + asked
     return counts
 
 

@@ -2,7 +2,7 @@
 
     cell ─ open ─► examples, tokens, prompts
          └ 5 steps in a scratch folder ─► seconds per step   ┐
-         └ one batch of prompts by each method ─► seconds    ┴─► hours of the cell
+         └ a batch of every benchmark by each method ─► s.   ┴─► hours of the cell
 
 A cell that starts from a model which the study has yet to train gets one of that shape, trained for
 the same few steps.
@@ -84,7 +84,7 @@ class Trial:
         self._folder, self._times = folder, times
         self._by_name = {cell.name: cell for cell in study.cells}
         self._models: dict[str, Path] = {}  # exported models by the settings of their cell
-        self._seconds: dict[str, tuple[float, dict[str, float]]] = {}
+        self._seconds: dict[str, tuple[float, list[dict[str, float]]]] = {}
         self._untuned: set[str] = set()
 
     def estimate(self, cell: Cell) -> Estimate:
@@ -95,22 +95,28 @@ class Trial:
             run = set_up(config, as_path(config.output_dir))
         epochs = run.num_steps / run.loader.steps_per_epoch
         benchmarks = load_benchmarks(config)
-        counts = count_prompts(config, benchmarks)
+        counts = [count_prompts(config, benchmark) for benchmark in benchmarks]
+        prompts = sum(sum(by_method.values()) for by_method in counts)
+        times_asked = self._times_asked(cell)
         run.loader.close()
         found = Estimate(
             run.num_steps,
             round(epochs * len(run.data.mixture)),
             round(epochs * run.loader.tokens_per_epoch),
-            sum(counts.values()) * self._times_asked(cell),
+            prompts * times_asked,
         )
         if not self._times:
             return found
         per_step, per_prompt = self._time(config, benchmarks)
-        evaluation = sum(per_prompt[method] * count for method, count in counts.items())
+        evaluation = sum(
+            seconds[method] * count
+            for seconds, by_method in zip(per_prompt, counts, strict=True)
+            for method, count in by_method.items()
+        )
         return dataclasses.replace(
             found,
             training_hours=per_step * run.num_steps / 3600,
-            evaluation_hours=evaluation * (found.prompts / max(1, sum(counts.values()))) / 3600,
+            evaluation_hours=evaluation * times_asked / 3600,
         )
 
     def _times_asked(self, cell: Cell) -> int:
@@ -147,8 +153,10 @@ class Trial:
 
     def _time(
         self, config: Config, benchmarks: Sequence[Benchmark]
-    ) -> tuple[float, dict[str, float]]:
-        """(seconds per step, seconds per prompt by method) of a cell or one like it."""
+    ) -> tuple[float, list[dict[str, float]]]:
+        """Seconds per step, and of every benchmark per prompt by method, of a cell or one like
+        it.
+        """
         values = to_dict(config)
         key = content_hash(
             [
@@ -164,7 +172,7 @@ class Trial:
         if key not in self._seconds:
             with quiet():
                 run = train(shorten(config))
-                per_prompt = time_prompts(config, run, benchmarks) if benchmarks else {}
+                per_prompt = time_prompts(config, run, benchmarks) if benchmarks else []
             self._seconds[key] = time_steps(run), per_prompt
         return self._seconds[key]
 
@@ -191,30 +199,33 @@ def time_steps(run: Path) -> float:
     return sum(seconds) / len(seconds)
 
 
-def time_prompts(config: Config, run: Path, benchmarks: Sequence[Benchmark]) -> dict[str, float]:
-    """Seconds per prompt by method, without compiling: of one batch of the first benchmark."""
-    first = benchmarks[0]
-    rows = max(1, config.evaluation.batch_size // max(1, len(first.languages)))
-    some = with_items(first, first.items[:rows])
+def time_prompts(
+    config: Config, run: Path, benchmarks: Sequence[Benchmark]
+) -> list[dict[str, float]]:
+    """Of every benchmark, the seconds per prompt by method, of one batch and without compiling."""
     opened = open_model(run, mesh=make_mesh(config.mesh))
     renderer = open_eval_renderer(config, opened.tokenizer)
     renderer.check_embeddings(opened.spec.vocab_size, config.model.tokenizer or config.model.path)
     engine = make_engine(config, renderer, opened.graphdef, opened.state, opened.spec, opened.mesh)
-    seconds = {}
-    for method in count_prompts(config, benchmarks):
-        evaluation = dataclasses.replace(
-            config.evaluation,
-            benchmarks=config.evaluation.benchmarks[:1],
-            prompts=config.evaluation.prompts[:1],
-            method=method,
-            limit=rows,
-        )
-        asked = dataclasses.replace(config, evaluation=evaluation)
-        start, compiled = time.perf_counter(), engine.programs.compile_seconds
-        run_benchmarks(asked, engine, renderer, [some], progress=False)
-        spent = time.perf_counter() - start - (engine.programs.compile_seconds - compiled)
-        seconds[method] = spent / sum(count_prompts(asked, [some]).values())
-    return seconds
+    found = []
+    for benchmark in benchmarks:
+        rows = max(1, config.evaluation.batch_size // max(1, len(benchmark.languages)))
+        some = with_items(benchmark, benchmark.items[:rows])
+        seconds = {}
+        for method in count_prompts(config, benchmark):
+            evaluation = dataclasses.replace(
+                config.evaluation,
+                prompts=config.evaluation.prompts[:1],
+                method=method,
+                limit=rows,
+            )
+            asked = dataclasses.replace(config, evaluation=evaluation)
+            start, compiled = time.perf_counter(), engine.programs.compile_seconds
+            run_benchmarks(asked, engine, renderer, [some], progress=False)
+            spent = time.perf_counter() - start - (engine.programs.compile_seconds - compiled)
+            seconds[method] = spent / sum(count_prompts(asked, some).values())
+        found.append(seconds)
+    return found
 
 
 @contextlib.contextmanager

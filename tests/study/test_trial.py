@@ -80,17 +80,18 @@ def test_hours_are_steps_and_prompts_times_their_seconds(pretrained, tmp_path, m
         return folder
 
     monkeypatch.setattr(trial, "train", train)
-    seconds = {"choices": 1.0, "generate": 10.0}
+    seconds = [{"choices": 1.0, "generate": 10.0}, {"choices": 2.0, "generate": 20.0}]
     monkeypatch.setattr(trial, "time_prompts", lambda *_: seconds)
     study = make_study(tmp_path, str(pretrained / "model"))
     for cell in study.cells:
         cell.config.evaluation.untuned = True
+        cell.config.evaluation.benchmarks *= 2
     found = try_cells(study, study.cells)
     assert trained == [(5, None, ())]
     per_step = (6 / 3 + 8 / 2 + 1) / 3
     for name, times in (("a", 2), ("b", 1)):
         assert found[name].training_hours == pytest.approx(6 * per_step / 3600)
-        assert found[name].evaluation_hours == pytest.approx(times * 6 * 11 / 3600)
+        assert found[name].evaluation_hours == pytest.approx(times * 6 * 33 / 3600)
     assert found["a"].hours == found["a"].training_hours + found["a"].evaluation_hours
 
 
