@@ -3,14 +3,14 @@
 # writes its result at once, so that a visit that is cut short keeps what it has.
 #
 #   benchmarks/gpu_visit.sh [FOLDER]           on the machine with the GPU
-#   benchmarks/gpu_visit.sh --quick [FOLDER]   the rehearsal: the same code with tiny shapes on any machine
+#   benchmarks/gpu_visit.sh --quick [FOLDER]   the rehearsal: the same code with tiny shapes, on a CPU unless JAX_PLATFORMS says otherwise
 #
 # It expects a Python (PYTHON=…, default python3) with jax 0.11 for CUDA 13, the package's requirements, and for the
 # comparisons PyTorch, transformers and peft.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 quick=()
-if [ "${1:-}" = --quick ]; then quick=(--quick); shift; fi
+if [ "${1:-}" = --quick ]; then quick=(--quick); shift; export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}; fi
 out=${1:-benchmarks/results}
 mkdir -p "$out"
 python=${PYTHON:-python3}
