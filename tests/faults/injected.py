@@ -349,7 +349,8 @@ def memory():
     return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])
 seen = []
 for part in range(5):
-    texts = [(f"Name {i} " * (1 + i % 7), "") for i in range(part * 1000, part * 1000 + 1000)]
+    # the same lengths in every part, so that later parts need no program of another shape
+    texts = [(f"Name {i} " * (1 + i % 7), "") for i in range(1000, 2000)]
     model.answer(texts, max_new_tokens=4)
     seen.append((memory(), model.engine.compilations))
 print(seen)
