@@ -259,8 +259,8 @@ def loss_per_token(logits: np.ndarray, targets: np.ndarray) -> float:
 
 @pytest.mark.parametrize(("kind", "limit"), [("nf4", 0.35), ("int8", 0.05)])
 def test_quantized_bases_stay_near_the_model(real, tokenizer, theirs, kind, limit):
-    """The loss of a rounded base beside the base's own on the same text. SmolLM2-135M loses .29 nats
-    per token with nf4 and .002 with int8; the limits are above that.
+    """The loss of a rounded base beside the base's own on the same text. SmolLM2-135M loses .29
+    nats per token with nf4 and .002 with int8; the limits are above that.
     """
     tokens_BT, mask_BT = rows_of(tokenizer)
     learned = mask_BT[:, 1:] > 0
