@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import traceback
 import typing
 from collections.abc import Callable
@@ -77,6 +78,7 @@ def _run(
     logger = logging.getLogger("absl")
     logger.setLevel(logging.ERROR)  # hides warnings of Orbax about behaviour that we rely on
     logger.addFilter(is_news)
+    sys.unraisablehook = report
     # JAX sets it where it finds no chips, and on Kubernetes even where there are some.
     if os.environ.get("TPU_SKIP_MDS_QUERY") and not glob.glob("/dev/accel*") + glob.glob(
         "/dev/vfio/[0-9]*"
@@ -131,6 +133,17 @@ def _run(
 def is_news(record: logging.LogRecord) -> bool:
     """False for tracebacks that Orbax's threads log: the main thread reports the same error."""
     return not (record.exc_info and "orbax" in record.pathname)
+
+
+def report(ignored: Any) -> None:
+    """Python's report of an error that it can raise nowhere, for `sys.unraisablehook`.
+
+    Where one file of a checkpoint cannot be written, Orbax's event loop ends, and TensorStore's
+    threads fail to tell it of the other files. That is no news: the main thread reports the first.
+    """
+    is_known = str(ignored.exc_value) == "Event loop is closed"
+    if not is_known or threading.current_thread() is threading.main_thread():
+        sys.__unraisablehook__(ignored)
 
 
 def describe_unknown_flag(name: str, takes_config: bool) -> str:

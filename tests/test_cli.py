@@ -1,10 +1,13 @@
 """Command lines: overrides are typed; a typo costs one line and exit code 2, never a traceback."""
 
+import functools
 import logging
 import os
 import re
 import subprocess
 import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 from absl import flags
@@ -466,3 +469,27 @@ def test_what_a_thread_of_orbax_raises_is_reported_once(path, has_traceback, is_
     trace = (ValueError, ValueError("full"), None) if has_traceback else None
     record = logging.LogRecord("absl", logging.ERROR, path, 1, "raised", (), trace)
     assert cli.is_news(record) == is_shown
+
+
+@pytest.mark.parametrize(
+    ("words", "in_thread", "is_shown"),
+    [
+        ("Event loop is closed", True, False),
+        ("Event loop is closed", False, True),
+        ("cannot reshape", True, True),
+    ],
+)
+def test_an_event_loop_that_a_failed_save_has_closed_is_not_reported(
+    words, in_thread, is_shown, monkeypatch
+):
+    """The failure itself is reported, in at most three lines."""
+    shown = []
+    monkeypatch.setattr(sys, "__unraisablehook__", shown.append)
+    call = functools.partial(cli.report, SimpleNamespace(exc_value=RuntimeError(words)))
+    if in_thread:
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+    else:
+        call()
+    assert len(shown) == is_shown

@@ -145,8 +145,12 @@ def _read_sums(
     sums = {}
     for name, leaf in leaves.items():
         place = leaf.sharding if isinstance(leaf.sharding, NamedSharding) else None
-        sums[name] = _make_program(place, name in widened)(leaf)
-    return {name: tuple(map(int, pair)) for name, pair in jax.device_get(sums).items()}
+        pair = _make_program(place, name in widened)(leaf)
+        # Each program ends before the next one starts. No array depends on another, so devices that
+        # share few cores would meet in the sums of two arrays in different orders, and wait for
+        # ever.
+        sums[name] = tuple(map(int, jax.device_get(pair)))
+    return sums
 
 
 @functools.lru_cache(maxsize=64)
