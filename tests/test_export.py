@@ -510,7 +510,7 @@ def test_requests_that_do_not_suit_the_run(tmp_path):
 @pytest.mark.parametrize("damaged", [False, True], ids=["nowhere", "damaged"])
 def test_the_program_prints_one_line_for_a_fault(damaged, full, tmp_path):
     """Also for a checkpoint that lost arrays before their sizes were noted."""
-    run, words = tmp_path / "nowhere", f"{tmp_path / 'nowhere'} holds no checkpoint"
+    run, words = tmp_path / "nowhere", f"{tmp_path / 'nowhere'} does not exist"
     if damaged:
         run = shutil.copytree(full, tmp_path / "run")
         (run / "checkpoints/files.json").unlink()

@@ -418,9 +418,9 @@ def find_checkpoint(path: str | Path) -> tuple[Path, int]:
         run = folder
         steps = list_steps(folder / "checkpoints")
     if not steps:
+        fault = "holds no checkpoint" if folder.is_dir() else "does not exist"
         raise UserError(
-            f"{path} holds no checkpoint; pass a run folder with checkpoints/STEP, or such a STEP "
-            "folder"
+            f"{path} {fault}; pass a run folder with checkpoints/STEP, or such a STEP folder"
         )
     return run, max(steps)
 

@@ -107,6 +107,7 @@ def refuse_unknown(name: str) -> UserError:
     files = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
     near = hint(path.name, [*KNOWN, "cross_world", *files])
     return UserError(
-        f"benchmark {name!r}: no such file{near}; give a file, a folder, a path with {{lang}}, a "
-        f"Hub id, or one of cross_world, {', '.join(KNOWN)}"
+        f"benchmark {name!r}: no such file{near}\n"
+        "give a file, a folder, a path with {lang}, a Hub id, or one of cross_world, "
+        f"{', '.join(KNOWN)}"
     )

@@ -70,6 +70,11 @@ def main(arguments: Any) -> None:
             chosen = slice(*(int(part) if part else None for part in arguments.cells.split(":")))
         except ValueError:
             raise UserError(f"--cells={arguments.cells}: give FIRST:LAST, e.g. 0:4") from None
+        if not study.cells[chosen]:
+            raise UserError(
+                f"--cells={arguments.cells}: the study has cells 0 to {len(study.cells) - 1}; "
+                f"give a part of 0:{len(study.cells)}"
+            )
     if arguments.dry_run:
         done = {cell.name for cell in study.cells if is_done(cell, keys)}
         if arguments.topology:

@@ -396,8 +396,13 @@ def test_run_folders_and_step_folders_are_found(run, tmp_path):
     assert find_checkpoint(run) == (run, 10)
     for step in (9, 10):
         assert find_checkpoint(run / f"checkpoints/{step}") == (run, step)
-    for path in (run / "checkpoints/8", tmp_path, run / "checkpoints", tmp_path / "nowhere"):
-        with pytest.raises(UserError, match=f"{re.escape(str(path))} holds no checkpoint; pass a "):
+    for path, fault in (
+        (tmp_path, "holds no checkpoint"),
+        (run / "checkpoints", "holds no checkpoint"),
+        (run / "checkpoints/8", "does not exist"),
+        (tmp_path / "nowhere", "does not exist"),
+    ):
+        with pytest.raises(UserError, match=f"{re.escape(str(path))} {fault}; pass a run folder"):
             find_checkpoint(path)
 
 

@@ -345,6 +345,7 @@ def test_cells_of_every_study_that_we_ship_have_folders_of_their_own(config):
     ("given", "words"),
     [
         ({"cells": "first"}, "give FIRST:LAST, e.g. 0:4"),
+        ({"cells": "900:"}, "--cells=900:: the study has cells 0 to "),
         ({"seeds": ["a"]}, "seeds are whole numbers"),
         ({"budget": "epochs=1"}, "steps, examples or tokens"),
         ({"topology": "v9:2x2"}, "not a TPU slice"),
