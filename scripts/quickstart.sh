@@ -8,7 +8,7 @@ The miniature study, in about 5 minutes on two fast CPU cores and 10 on slow one
   2. pretrain a model of 0.8 million parameters on facts that are mostly in English (cell 1 of 5)
   3. tune it in four ways, and ask it for other facts in four languages (cells 2 to 5)
   4. print the tables, and write runs/quickstart/report.html
-Ctrl-C stops it; the same command goes on where it stopped.
+Ctrl-C stops it; the same command continues where it stopped.
 TEXT
 scripts/setup.sh
 JAX_PLATFORMS=cpu exec .venv/bin/python -m crossin_jax.study --config configs/quickstart.py "$@"

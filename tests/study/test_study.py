@@ -1,4 +1,4 @@
-"""A study goes on where it stopped, and reruns only what changed."""
+"""A study continues where it stopped, and reruns only what changed."""
 
 import dataclasses
 import importlib.util
