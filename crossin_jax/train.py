@@ -115,7 +115,7 @@ def train(
     """
     config = check(config)
     if config.evaluation.benchmarks:
-        open_guest("benchmark rows").check_benchmarks(config)
+        warn_of_absent_benchmarks(config)
     folder = find_folder(config)
     with hosts.own_folder(folder), process.cleanup(partial(forget_refused, folder)):
         config = settle_precision(config, folder if resume else None)
@@ -225,6 +225,14 @@ def set_up(config: Config, folder: Path) -> Run:
         held_out,
         benchmarks,
     )
+
+
+def warn_of_absent_benchmarks(config: Config) -> None:
+    """Refuses benchmarks as `evaluate` would; a file that only `evaluate` needs may come later."""
+    files_may_come = config.train.benchmark_every is None
+    absent = open_guest("benchmark rows").check_benchmarks(config, files_may_come)
+    if absent and jax.process_index() == 0:
+        logging.warning("evaluate will need what is not there yet: %s", ", ".join(absent))
 
 
 def warn_of_data(settings: Data, data: Pipeline, context: int) -> None:

@@ -11,6 +11,7 @@ from crossin_jax.evaluation.items import Benchmark, Item, Version
 from crossin_jax.evaluation.layouts import Row
 from crossin_jax.evaluation.registry import (
     KNOWN,
+    AbsentBenchmark,
     Known,
     check_languages,
     refuse_unknown,
@@ -75,10 +76,13 @@ def load_benchmark(
     return replace(benchmark, items=_limit(benchmark, limit))
 
 
-def check_benchmarks(config: Config) -> None:
+def check_benchmarks(config: Config, files_may_come: bool = False) -> list[str]:
     """Refuses, before anything is trained, what `load_benchmark` would refuse afterwards, as far as
     that is known without the network: benchmarks on the Hub are not read.
+
+    Returns the paths that do not exist, where `files_may_come` until they are needed.
     """
+    absent = []
     evaluation = config.evaluation
     languages = evaluation.languages or config.data.languages
     for name in evaluation.benchmarks:
@@ -92,7 +96,14 @@ def check_benchmarks(config: Config) -> None:
         elif short and not path and KNOWN[short].hub:
             check_languages(short, languages)
         elif short or not needs_network(name):
-            load_benchmark(name, languages, seed=config.seed, split=evaluation.split)
+            try:
+                load_benchmark(name, languages, seed=config.seed, split=evaluation.split)
+            except AbsentBenchmark:
+                # Without a folder it may as well be a misspelt name.
+                if not files_may_come or "/" not in name:
+                    raise
+                absent.append(name)
+    return absent
 
 
 def _parse_world(name: str) -> tuple[str, str, str]:

@@ -101,12 +101,16 @@ def check_languages(short: str, codes: Sequence[str]) -> None:
             )
 
 
-def refuse_unknown(name: str) -> UserError:
+class AbsentBenchmark(UserError):
+    """A file of a benchmark is not there, and no published benchmark has its name."""
+
+
+def refuse_unknown(name: str) -> AbsentBenchmark:
     """The error for a name that is no benchmark, with the nearest name or file."""
     path = as_path(name)
     files = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
     near = hint(path.name, [*KNOWN, "cross_world", *files])
-    return UserError(
+    return AbsentBenchmark(
         f"benchmark {name!r}: no such file{near}\n"
         "give a file, a folder, a path with {lang}, a Hub id, or one of cross_world, "
         f"{', '.join(KNOWN)}"

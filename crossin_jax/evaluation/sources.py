@@ -8,6 +8,7 @@ from pathlib import Path
 from crossin_jax.config import UserError
 from crossin_jax.data.readers import ENDINGS, File, read_rows
 from crossin_jax.evaluation.layouts import Row
+from crossin_jax.evaluation.registry import AbsentBenchmark
 from crossin_jax.languages import find_code, find_files, match_spellings, read_ending
 from crossin_jax.paths import as_path
 
@@ -152,7 +153,7 @@ def _read_each(name: str, place: str, label: str, codes: Sequence[str]) -> Rows:
             expected = f"{place}/NAME_{code}.json"
             if "{lang}" in place:
                 expected = place.replace("{lang}", code)
-            raise UserError(
+            raise AbsentBenchmark(
                 f"benchmark {name!r}: no file {expected} for language {code!r}; "
                 f"add it, or leave {code!r} out of the languages"
             )

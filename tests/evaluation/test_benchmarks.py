@@ -295,6 +295,22 @@ def test_what_cannot_be_evaluated_is_known_before_training(name, languages, faul
             check_benchmarks(config)
 
 
+def test_a_file_that_only_evaluate_needs_may_come_later():
+    """But a name without a folder may be misspelt, and languages are refused at once."""
+
+    def check(*names):
+        evaluation = Evaluation(benchmarks=names, languages=("en", "es"))
+        return check_benchmarks(Config(evaluation=evaluation), True)
+
+    assert check("cross_mmlu", "data/none.json", "/none/{lang}.csv") == [
+        "data/none.json",
+        "/none/{lang}.csv",
+    ]
+    for name, fault in (("cros_mmlu", "did you mean cross_mmlu"), ("xcopa", "has no English")):
+        with pytest.raises(UserError, match=fault):
+            check("data/none.json", name)
+
+
 def test_prompts_are_seaevals():
     assert {number: make_prompt(CITY, number) for number in range(1, 6)} == ZERO_SHOT
     assert make_prompt(STORY, 3).endswith(
