@@ -139,7 +139,7 @@ def leave(code: int, message: str) -> None:
         threading.Event().wait()
     _is_leaving.set()
     say(message)
-    # Another thread may hold the buffer of standard output for ever.
+    # Another thread may hold the buffer of standard output forever.
     flush = threading.Thread(target=lambda: sys.stdout and sys.stdout.flush(), daemon=True)
     flush.start()
     flush.join(1.0)

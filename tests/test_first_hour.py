@@ -62,7 +62,7 @@ def hour(pretrained, tmp_path_factory):
 def test_training_says_what_a_newcomer_must_know(hour):
     said = hour.training
     assert "products in float32" in said  # by what the device computes fast
-    assert f"step 0/6 begins anew in {hour.run}" in said
+    assert f"step 0/6 starts a new run in {hour.run}" in said
     assert re.search(r"prompts in \w+: \d+% of \d+ are longer than data.length=36", said)
     assert re.search(r"data.length=\d+ keeps 99 % of every language", said)
     assert said.index("keeps 99 %") < said.index("step 1/6")

@@ -147,8 +147,8 @@ def _read_sums(
         place = leaf.sharding if isinstance(leaf.sharding, NamedSharding) else None
         pair = _make_program(place, name in widened)(leaf)
         # Each program ends before the next one starts. No array depends on another, so devices that
-        # share few cores would meet in the sums of two arrays in different orders, and wait for
-        # ever.
+        # share few cores would meet in the sums of two arrays in different orders, and wait
+        # forever.
         sums[name] = tuple(map(int, jax.device_get(pair)))
     return sums
 

@@ -89,7 +89,7 @@ class Telemetry:
         self._time: float | None = None
         if not self._active:
             return
-        verb = "continues from the checkpoint" if start else "begins anew"
+        verb = "continues from the checkpoint" if start else "starts a new run"
         print(
             f"step {start}/{num_steps} {verb} in {folder}; its first step takes longer, because "
             "it compiles",

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from crossin_jax.checkpoint import fingerprint as module
 from crossin_jax.checkpoint.fingerprint import fingerprint
 
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8, jnp.int32, jnp.uint4, jnp.bool_)
@@ -69,3 +70,17 @@ def test_the_mesh_does_not_count():
             for name, leaf in tree.items()
         }
         assert fingerprint(sharded) == fingerprint(tree)
+
+
+def test_a_sum_is_read_before_the_next_one_starts(monkeypatch):
+    """Two of them under way at once can wait for each other forever on simulated devices."""
+    events = []
+    make, get = module._make_program, jax.device_get
+
+    def noted(event, function):
+        return lambda *arguments: events.append(event) or function(*arguments)
+
+    monkeypatch.setattr(module, "_make_program", lambda *place: noted("start", make(*place)))
+    monkeypatch.setattr(jax, "device_get", noted("read", get))
+    fingerprint(make_tree())
+    assert events == ["start", "read"] * 3
