@@ -129,7 +129,8 @@ def test_a_log_file_gets_a_line_per_report(start, tmp_path, capsys):
     take_steps(telemetry)
     telemetry.write({"step": 4, "held_out/loss": 1.25})
     assert capsys.readouterr().err.splitlines() == [
-        f"step 0/10 starts a new run in {tmp_path}; its first step takes longer, because it compiles",
+        f"step 0/10 starts a new run in {tmp_path}; its first step takes longer, because it "
+        "compiles",
         "step 1/10 loss 2.000 norm 0.50 rate 1.00e-04",
         "step 2/10 loss 2.000 norm 0.50 rate 1.00e-04 tok/s 50 left 0:00:16",
         "step 4/10 loss 2.000 norm 0.50 rate 1.00e-04 tok/s 100 left 0:00:06",
